@@ -1,0 +1,48 @@
+"""The front door: trains in FP8 on whatever it finds, with no download.
+
+A large FP8 GPU gets Llama-3.1-8B's shape, anything else a small model with emulated FP8 (same numerics, no speed).
+Both train on the Python standard library's own sources, byte by byte. A decent 8B run wants real text (data.train)
+and a real tokenizer (data.tokenizer); the step costs the same.
+"""
+
+import os
+import sys
+
+import torch
+
+import model
+from configurator import CompileConfig, Config, FP8Config, OptimConfig
+
+gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0
+ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # set by torchrun
+
+fp8 = FP8Config(enabled=True, recipe_name="tensorwise", enable_fsdp_float8_all_gather=True,
+                precompute_float8_dynamic_scale_for_fsdp=True, filter_fqns=["lm_head"], emulate=not gpu)
+
+if gib > 75:
+    # 8.03e9 parameters. bf16 weights, gradients and two bf16 moments: 8 bytes each, 60 GiB, so one 80 GB card has 18
+    # GiB for activations. A float32 master and float32 moments: 16 bytes each, 120 GiB over the ranks, plus about 20
+    # on each for activations and gathered weights: 4 cards of 80 GB, or 2 of 140.
+    # 1 sequence x 8192 tokens x ranks. On one card there is no accumulation: it would keep 15 GiB of gradients beside
+    # the activations (activation_checkpoint="full" makes the room, and costs 13% of the speed).
+    master = 120 + 20 * ranks < 0.95 * gib * ranks
+    choice = f"{ranks} x {gib:.0f} GiB with FP8: Llama-3.1-8B shape, {'float32' if master else 'bf16'} master weights"
+    config = Config(
+        model=model.llama3_1_8b(), fp8=fp8, compile=CompileConfig(enabled=True),
+        optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=100,
+                          weights="fp32_master" if master else "stochastic_rounding"),
+        global_batch_size=ranks, micro_batch_size=1, activation_checkpoint="selective", loss_chunks=4,
+        out_dir="out/llama_8b_fp8", max_steps=1000, eval_interval=250, eval_sequences=16, log_interval=5,
+        checkpoint_interval=500)
+else:
+    # 8 sequences x 256 bytes = 2,048 bytes per step; 500 steps see 1 MB and end near 1.7 nats per byte
+    choice = "no 80 GB GPU with FP8 here: a small model" + ("" if gpu else ", FP8 emulated")
+    config = Config(
+        model=model.llama_tiny(), fp8=fp8, compile=CompileConfig(enabled=True), dtype="float32",
+        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, weights="plain"),
+        global_batch_size=8, micro_batch_size=8, out_dir="out/llama_tiny_fp8", max_steps=450, eval_interval=150,
+        eval_sequences=128, checkpoint_interval=150)
+
+if rank == 0:
+    print(f"config/llama_fp8.py: {choice}", file=sys.stderr)

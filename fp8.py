@@ -1,0 +1,440 @@
+"""FP8 training: which linear layers, how they are cast, how weights cross GPUs, and the proof that it is so.
+
+A linear layer is three matmuls. With x (tokens, in), w (out, in) and g = dloss/dy (tokens, out):
+
+    y      = x @ w.T      forward
+    grad_x = g @ w        backward
+    grad_w = g.T @ x      backward
+
+An H100's tensor cores do each about twice as fast on 8-bit floats. There are two formats: e4m3 (3 mantissa bits, up to
+448) for x and w, e5m2 (2 mantissa bits, up to 57344) for g, whose values spread wider. 448 is little, so every operand
+is first multiplied by a scale that puts its largest absolute value (amax) at the format's maximum, and the product is
+divided by both scales. The recipe says how many values share one scale:
+
+    tensorwise           one scale a tensor. Fastest: the scale costs one amax pass, the matmul is cuBLAS.
+    rowwise              one scale a row of each operand, a power of two, e4m3 everywhere. An outlier spoils its own
+                         row only. Slower: each operand is cast twice, since the second matmul that reads it wants
+                         scales along the other dimension.
+    rowwise_with_gw_hp   as rowwise, but grad_w stays in bf16: two FP8 matmuls of three. Most accurate.
+
+Scales are dynamic: computed from the very tensor that is cast, so there is no state to save, and resuming is exact.
+The tensor cores want the inner dimension contiguous in both operands, so backward casts into transposed layouts, and
+every dimension must be divisible by 16. The casts cost memory traffic; FP8 only pays when torch.compile fuses them
+into their neighbours. torchao (`Float8Linear`) does the casts and matmuls; this file decides, wires, and checks.
+
+Under FSDP2 weights are gathered before every use. With all-gather in FP8, each rank casts its shard first and one byte
+a value crosses the wire instead of two. All ranks need one scale for the whole tensor, an all-reduce of each weight's
+amax before each gather; precomputing does all of them at once after the optimizer step.
+
+Training with fp8.enabled=True either trains in FP8, all of it as asked, or stops. `check` finds what cannot work before
+any GPU time is spent; `verify_sharded` and `verify_step` look at what is really there and what really ran.
+"""
+
+import functools
+import importlib.metadata
+import math
+import re
+from collections import Counter
+from dataclasses import InitVar, dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# NeMo-Automodel's documentation spells two of the keys in two ways: both name the same field.
+ALIASES = {
+    "enable_fsdp_fp8_all_gather": "enable_fsdp_float8_all_gather",
+    "precompute_fp8_dynamic_scale_for_fsdp": "precompute_float8_dynamic_scale_for_fsdp",
+}
+MIN_TORCHAO = "0.18"  # patches a Triton miscompile that gave NaN (https://github.com/pytorch/ao/issues/4652)
+
+
+@dataclass(kw_only=True)
+class FP8Config:
+    """How the linear layers compute in FP8. With enabled=False everything else here is ignored."""
+
+    enabled: bool = False  # convert linear layers to FP8
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None  # scaling; None is tensorwise
+    enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (tensorwise only)
+    precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
+    force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
+    filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
+    emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
+    allow_eager: bool = False  # permit FP8 on a GPU without compile (slower than bf16)
+    enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
+    precompute_fp8_dynamic_scale_for_fsdp: InitVar[bool | None] = None
+
+    def __post_init__(self, enable_fsdp_fp8_all_gather, precompute_fp8_dynamic_scale_for_fsdp):
+        if enable_fsdp_fp8_all_gather is not None:
+            self.enable_fsdp_float8_all_gather = enable_fsdp_fp8_all_gather
+        if precompute_fp8_dynamic_scale_for_fsdp is not None:
+            self.precompute_float8_dynamic_scale_for_fsdp = precompute_fp8_dynamic_scale_for_fsdp
+
+    def problems(self):
+        """What is wrong with these values taken together, one sentence each (needs no GPU and no model)."""
+        if not self.enabled:
+            return
+        if self.enable_fsdp_float8_all_gather and self.recipe_name not in (None, "tensorwise"):
+            yield ("fp8.enable_fsdp_float8_all_gather works with the tensorwise recipe only, not with "
+                   f"{self.recipe_name!r}: set fp8.recipe_name=tensorwise or turn all-gather off")
+        if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
+            yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
+                   "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+
+
+@dataclass(kw_only=True)
+class CompileConfig:
+    """torch.compile of each transformer block and of the loss."""
+
+    enabled: bool = False  # compile
+    mode: str = "default"  # as torch.compile: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs
+    fullgraph: bool = False  # a graph break is an error
+    dynamic: bool | None = False  # None lets torch.compile decide after a recompile
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 1) before: what cannot work
+
+
+def is_filtered(fqn, filter_fqns):
+    """Whether an entry of filter_fqns names module `fqn`: whole dotted parts, so layers.1 is not layers.10."""
+    return any(f".{entry}." in f".{fqn}." for entry in filter_fqns)
+
+
+def check(cfg, model, *, device, compiled, shards, tokens):
+    """Raise one ValueError that lists everything which keeps this model from training in FP8 as asked.
+
+    cfg: an enabled FP8Config. model: may still be on the meta device. shards: ranks that each weight is cut over.
+    tokens: the row counts of the matmuls' inputs (tokens per forward pass, tokens per piece of the loss).
+    """
+    problems = list(cfg.problems())
+    try:
+        installed = importlib.metadata.version("torchao")
+        if TorchVersion(installed) < MIN_TORCHAO:
+            problems.append(f"fp8 needs torchao {MIN_TORCHAO} or newer, {installed} is installed: "
+                            f"pip install 'torchao>={MIN_TORCHAO}'")
+    except importlib.metadata.PackageNotFoundError:
+        problems.append(f"fp8 needs torchao, which is not installed: pip install 'torchao>={MIN_TORCHAO}'")
+    if not cfg.emulate:
+        if device.type != "cuda":
+            problems.append(f"fp8 needs a GPU of compute capability 8.9 or newer, this run is on the {device.type}: "
+                            "set fp8.emulate=True for the same numerics without the speed")
+        elif (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+            problems.append(f"fp8 needs compute capability 8.9 or newer, {torch.cuda.get_device_name(device)} has "
+                            f"{capability[0]}.{capability[1]}: set fp8.emulate=True, or fp8.enabled=False")
+        elif not compiled and not cfg.allow_eager:
+            problems.append("fp8 without compile is slower than bf16: set compile.enabled=True, or "
+                            "fp8.allow_eager=True if that is what you want")
+
+    linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for entry in cfg.filter_fqns:
+        if not any(is_filtered(fqn, [entry]) for fqn in linears):
+            problems.append(f"fp8.filter_fqns entry {entry!r} matches no linear layer: the names here are "
+                            + ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".0.", fqn) for fqn in linears)))
+    converted = {fqn: m for fqn, m in linears.items() if not is_filtered(fqn, cfg.filter_fqns)}
+    if not converted:
+        problems.append(f"fp8.filter_fqns={cfg.filter_fqns} leaves no linear layer to convert: "
+                        "remove an entry, or set fp8.enabled=False")
+    bad = [f"{fqn} {tuple(m.weight.shape)}" for fqn, m in converted.items() if any(n % 16 for n in m.weight.shape)]
+    if bad:
+        problems.append("fp8 matmuls need dimensions divisible by 16, add these to fp8.filter_fqns: " + ", ".join(bad))
+    for n in tokens:
+        if n % 16:
+            problems.append(f"fp8 matmuls need the number of tokens per forward pass and per loss chunk to be "
+                            f"divisible by 16, not {n}: change model.block_size, micro_batch_size or loss_chunks")
+    if cfg.enable_fsdp_float8_all_gather and shards > 1:
+        others = Counter(id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False))
+        tied = [fqn for fqn, m in converted.items() if id(m.weight) in others]
+        if tied:
+            problems.append("fp8 all-gather would untie weights that are shared with another module, add these to "
+                            "fp8.filter_fqns: " + ", ".join(tied))
+        uneven = [f"{fqn} ({m.weight.shape[0]} rows)" for fqn, m in converted.items() if m.weight.shape[0] % shards]
+        if uneven:
+            # https://github.com/pytorch/ao/issues/3982
+            problems.append(f"fp8 all-gather needs rows that divide evenly over {shards} shards, add these to "
+                            "fp8.filter_fqns: " + ", ".join(uneven))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 2) conversion
+
+
+def convert(model, cfg, *, shards):
+    """Replace the linear layers that cfg does not filter by torchao's Float8Linear, in place.
+
+    Before fully_shard, on the meta device. shards > 1 with all-gather asked for: weights become GatherInFP8.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    recipe = cfg.recipe_name or "tensorwise"
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    object.__setattr__(config, "emulate", cfg.emulate)  # frozen, and from_recipe_name takes no such argument
+    if recipe == "rowwise":
+        # else NaN: https://github.com/pytorch/pytorch/issues/150859
+        torch._inductor.config.emulate_precision_casts = True
+    expected = [fqn for fqn, m in model.named_modules()
+                if isinstance(m, nn.Linear) and not is_filtered(fqn, cfg.filter_fqns)]
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, fqn: fqn in expected)
+    found = float8_linears(model)
+    assert list(found) == expected, f"torchao converted {len(found)} layers, expected {len(expected)}"
+    if cfg.enable_fsdp_float8_all_gather and shards > 1:
+        for linear in found.values():
+            wrapper = gather_in_fp8()
+            weight = wrapper(linear.weight, linear.linear_mm_config, config.cast_config_weight.target_dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+
+
+def float8_linears(model):
+    """The converted layers of a model by name."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, Float8Linear)}
+
+
+def cast_to_fp8(x, scale, dtype):
+    """x * scale, saturated at the format's maximum, in FP8; float32 inside, as torchao casts."""
+    limit = torch.finfo(dtype).max
+    return (x.float() * scale).clamp(-limit, limit).to(dtype)
+
+
+@functools.cache
+def gather_in_fp8():
+    """The weight class that FSDP2 gathers in FP8 (built on first use, so that bf16 runs need no torchao)."""
+    from torchao.float8.float8_utils import amax_to_scale
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+    # FSDP2 calls fsdp_pre_all_gather outside of the compiled blocks. Eager, the cast passes over the shard four times
+    # and cost 12% of a step on an H100; compiled, once.
+    compiled_cast = torch.compile(cast_to_fp8, dynamic=True)
+
+    class GatherInFP8(WeightWithDynamicFloat8CastTensor):
+        """A weight shard that is cast to FP8 just before each all-gather; torchao's class with three repairs.
+
+        The cast is compiled on a GPU; the amax is one pass (torchao: abs, then max); and the precomputed scale
+        survives flatten and unflatten (torchao loses it: a getattr on a dict).
+        """
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args, kwargs=None):
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            return tree_map_only(WeightWithDynamicFloat8CastTensor,
+                                 lambda t: cls(t._tensor, t._linear_mm_config, t._dtype, t._precomputed_scale), out)
+
+        def __tensor_flatten__(self):
+            names = ["_tensor"] if self._precomputed_scale is None else ["_tensor", "_precomputed_scale"]
+            return names, (self._linear_mm_config, self._dtype)
+
+        @classmethod
+        def __tensor_unflatten__(cls, inner, meta, outer_size, outer_stride):
+            return cls(inner["_tensor"], *meta, inner.get("_precomputed_scale"))
+
+        def fsdp_pre_all_gather(self, mesh):
+            scale = self._precomputed_scale
+            if scale is None:
+                amax = torch.linalg.vector_norm(self._tensor, math.inf)
+                torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=mesh.get_group())
+                scale = amax_to_scale(amax, self._dtype)
+            cast = compiled_cast if self._tensor.is_cuda else cast_to_fp8
+            return (cast(self._tensor, scale, self._dtype),), (scale,)
+
+    torch.serialization.add_safe_globals([GatherInFP8])
+    return GatherInFP8
+
+
+def precompute_scales(model, cfg, *, shards):
+    """After every change of the weights: the scales of all gathered FP8 weights with one all-reduce."""
+    if cfg.enabled and cfg.precompute_float8_dynamic_scale_for_fsdp and shards > 1:
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def plain_local(p):
+    """The plain tensor that parameter `p` is stored in on this rank, without DTensor and FP8 wrappers; no copy."""
+    t = p._local_tensor if isinstance(p, DTensor) else p
+    return getattr(t, "_tensor", t).detach()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 3) compile and recompute
+
+# Outputs worth their memory in selective recompute: everything that a tensor core computed. Never `abs`: it would keep
+# an unsharded weight (https://github.com/pytorch/torchtitan/pull/820); `max`, the scale's source, is one number.
+SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten.max.default,
+}
+
+
+def compile_and_checkpoint(model, cfg, compile_cfg, activation_checkpoint):
+    """Wrap each block's forward, and the loss, in recompute and torch.compile, in place; parameter names stay.
+
+    Per block: all blocks have the same shapes, so the one graph serves every layer and compiling takes seconds
+    instead of minutes, and FSDP2's hooks, which run around forward, stay outside of the graphs.
+    activation_checkpoint: "none" keeps what backward wants; "selective" keeps matmul and attention outputs and
+    recomputes the cheap rest; "full" keeps only the block's input.
+    """
+    options = dict(mode=compile_cfg.mode, fullgraph=compile_cfg.fullgraph, dynamic=compile_cfg.dynamic)
+    for block in model.layers:
+        forward = block.forward
+        if activation_checkpoint == "full":
+            forward = recompute(forward, None)
+        elif activation_checkpoint == "selective":
+            forward = recompute(forward, save_matmuls)
+        elif cfg.enabled and cfg.force_recompute_fp8_weight_in_bwd:
+            forward = recompute(forward, drop_fp8_copies)
+        block.forward = torch.compile(forward, **options) if compile_cfg.enabled else forward
+    if compile_cfg.enabled:
+        model.head_loss = torch.compile(model.head_loss, **options)
+
+
+def recompute(forward, policy):
+    """`forward` with its intermediates recomputed in backward, but for the ops that `policy` saves."""
+    context = {}
+    if policy is not None:
+        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def checkpointed(*args):
+        return checkpoint(forward, *args, use_reentrant=False, **context)
+
+    return checkpointed
+
+
+def save_matmuls(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def drop_fp8_copies(ctx, op, *args, **kwargs):
+    to_fp8 = op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.float8_e4m3fn, torch.float8_e5m2)
+    return CheckpointPolicy.MUST_RECOMPUTE if to_fp8 else CheckpointPolicy.PREFER_SAVE
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 4) after: what is so
+
+
+def table(model, cfg, flops_per_token, *, shards):
+    """The report of a converted model: a line per kind of layer, then how much of the model FP8 covers.
+
+    flops_per_token: all matmul FLOPs of the model, forward and backward, attention included.
+    """
+    recipe = cfg.recipe_name or "tensorwise"
+    found = float8_linears(model)
+    rows, covered_params, covered_flops = Counter(), 0, 0
+    for fqn, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            how = "bf16: fp8.filter_fqns" if fqn not in found else f"fp8 {recipe}" + (" (emulated)" if cfg.emulate else "")
+            rows[re.sub(r"\.\d+\.", ".*.", fqn), tuple(m.weight.shape), how] += 1
+            if fqn in found:
+                covered_params += m.weight.numel()
+                covered_flops += (4 if recipe == "rowwise_with_gw_hp" else 6) * m.weight.numel()
+    lines = [f"  {name:<22} {str(shape):<16} x{n:<4} {how}" for (name, shape, how), n in rows.items()]
+    total = sum(p.numel() for p in model.parameters())
+    gather = "bf16" if shards > 1 else "nothing (one rank holds whole weights)"
+    if shards > 1 and cfg.enable_fsdp_float8_all_gather:
+        gather = "fp8" + (", scales precomputed" if cfg.precompute_float8_dynamic_scale_for_fsdp else "")
+    elif cfg.enable_fsdp_float8_all_gather:
+        gather += ": fp8 all-gather" + (" and precomputed scales have" if cfg.precompute_float8_dynamic_scale_for_fsdp
+                                        else " has") + " nothing to do here"
+    return "\n".join([
+        f"fp8: {len(found)} of {sum(rows.values())} linear layers converted", *lines,
+        f"  covers {covered_params / total:.1%} of parameters, {covered_flops / flops_per_token:.1%} of matmul FLOPs",
+        f"  all-gather: {gather}"])
+
+
+def verify_sharded(model, cfg, expected, *, shards):
+    """After sharding and loading weights: the converted layers are all there, and their weights set up as asked.
+
+    expected: names of the layers that convert() made. Raises RuntimeError otherwise: this is a defect, not a mistake.
+    """
+    found = float8_linears(model)
+    if list(found) != expected:
+        raise RuntimeError(f"{len(expected)} layers were converted to fp8, {len(found)} are left: "
+                           f"{sorted(set(expected) ^ set(found))}")
+    if shards == 1 or not cfg.enable_fsdp_float8_all_gather:
+        return
+    plain = [fqn for fqn, m in found.items()
+             if not (isinstance(m.weight, DTensor) and isinstance(m.weight._local_tensor, gather_in_fp8()))]
+    if plain:
+        raise RuntimeError("fp8 all-gather was asked for, but these weights would be gathered in high precision: "
+                           + ", ".join(plain))
+    if cfg.precompute_float8_dynamic_scale_for_fsdp:
+        missing = [fqn for fqn, m in found.items() if m.weight._local_tensor._precomputed_scale is None]
+        if missing:
+            raise RuntimeError("fp8 scales were to be precomputed, but these weights have none: " + ", ".join(missing))
+
+
+def gathered_dtypes(model):
+    """{parameter name: dtype that its last FSDP2 all-gather delivered}. Empty where nothing is sharded."""
+    dtypes = {}
+    for module in model.modules():
+        # private, in torch 2.11 to 2.13 alike; no public way shows what a collective really carried
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            for p in group.fsdp_params:
+                dtypes[p._param_fqn] = p.all_gather_outputs[0].dtype if p.all_gather_outputs else None
+    return dtypes
+
+
+class CountFloat8Matmuls(TorchDispatchMode):
+    """Counts matmuls that are given FP8 operands: how emulated FP8, which ends in a plain mm, can be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
+        if func is torch.ops.aten.mm.default and any(isinstance(a, Float8TrainingTensor) for a in args):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def verify_step(model, cfg, run, *, shards, loss_chunks):
+    """Call `run` (a forward and backward pass) twice and look at what ran: FP8 matmuls and gathered dtypes.
+
+    The first call compiles. The second is counted: by the profiler, or emulated FP8 by a dispatch mode in eager, since
+    a compiled emulated matmul looks like any other. Returns the number of FP8 matmuls. Raises RuntimeError if they
+    are fewer than the converted layers need, or if a weight was gathered in another dtype than asked for.
+    """
+    run()
+    if cfg.emulate:
+        with torch.compiler.set_stance("force_eager"), CountFloat8Matmuls() as counter:
+            run()
+        ran = counter.count
+    else:
+        cuda = torch.profiler.ProfilerActivity.CUDA
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda]) as profile:
+            run()
+            torch.cuda.synchronize()
+        # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_..., pointwise kernels
+        # that were fused around them as triton_poi_fused__scaled_mm_...: not matmuls
+        ran = sum(e.name == "aten::_scaled_mm" or (e.device_type.name == "CUDA" and e.name.startswith("triton_tem")
+                                                   and "scaled_mm" in e.name) for e in profile.events())
+    found = float8_linears(model)
+    per_layer = 2 if cfg.recipe_name == "rowwise_with_gw_hp" else 3
+    expected = per_layer * sum(loss_chunks if fqn == "lm_head" else 1 for fqn in found)
+    if ran < expected:
+        raise RuntimeError(f"{len(found)} fp8 layers need at least {expected} fp8 matmuls in a forward and backward "
+                           f"pass, {ran} ran: part of the model is not training in fp8")
+    if shards > 1:
+        dtypes = gathered_dtypes(model)
+        want_fp8 = cfg.enable_fsdp_float8_all_gather
+        wrong = [fqn for fqn in found if (dtypes[f"{fqn}.weight"] == torch.float8_e4m3fn) != want_fp8]
+        if wrong:
+            raise RuntimeError(f"fp8 all-gather is {'on' if want_fp8 else 'off'}, but these weights were gathered as "
+                               + ", ".join(f"{fqn}: {dtypes[f'{fqn}.weight']}" for fqn in wrong))
+    return ran

@@ -1,0 +1,82 @@
+"""Generate text from a checkpoint.
+
+    python sample.py --from=OUT_DIR [--prompt=TEXT] [--max_new_tokens=N] [--temperature=T] [--top_k=K] [--seed=S]
+
+Runs in the precision that the weights were trained in, without FP8: the checkpoint holds plain tensors. The whole
+context goes through the model for every token: short to read, and quick enough for a look at what a run has learnt.
+"""
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import configurator
+import data
+import fp8
+import model as models
+
+
+@torch.no_grad()
+def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
+    """Yield token ids that continue `tokens` (a list of ids), one at a time; temperature 0 takes the likeliest."""
+    device = model.cos.device
+    for _ in range(max_new_tokens):
+        context = torch.tensor([tokens[-model.cfg.block_size :]], device=device)  # (1, T)
+        logits = model(context)[0, -1].float()  # (V,)
+        if temperature == 0:
+            token = logits.argmax()
+        else:
+            logits /= temperature
+            if top_k:
+                worst = logits.topk(min(top_k, len(logits))).values[-1]
+                logits[logits < worst] = -float("inf")
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens = tokens + [int(token)]
+        yield int(token)
+
+
+def load_model(folder, device):
+    """(model, encoding, config) of the newest checkpoint in an out_dir. Raises ValueError if there is none."""
+    newest = checkpoint.latest(folder)
+    if newest is None or not Path(folder, "config.py").is_file():
+        raise ValueError(f"{folder} holds no checkpoint of train.py: give the out_dir of a run that has saved one")
+    config = configurator.load([str(Path(folder, "config.py"))])
+    with torch.device("meta"):
+        model = models.Transformer(config.model).to(getattr(torch, config.dtype))
+    model.to_empty(device=device)
+    models.init_weights(model, config.seed, fp8.plain_local)
+    checkpoint.load(newest, model)
+    return model.eval(), data.get_tokenizer(config.data.tokenizer), config
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Generate text from a checkpoint.")
+    parser.add_argument("--from", dest="folder", required=True, help="out_dir of a run of train.py")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
+    parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens to generate (default 300)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: bolder (0.7)")
+    parser.add_argument("--top_k", type=int, default=50, help="choose among the K likeliest; 0: among all (50)")
+    parser.add_argument("--seed", type=int, default=1337, help="of the random choices (1337)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, encoding, config = load_model(args.folder, device)
+    prompt = encoding.encode_ordinary(args.prompt)
+    if not prompt:
+        raise ValueError("--prompt is empty: give at least one character")
+    generator = torch.Generator(device).manual_seed(args.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside of a character
+    sys.stdout.write(args.prompt)
+    for token in generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator):
+        if token > encoding.max_token_value or token in encoding._special_tokens.values():
+            break  # end of the document, or one of the ids that only pad the vocabulary
+        sys.stdout.write(decoder.decode(encoding.decode_single_token_bytes(token)))
+        sys.stdout.flush()
+    print()
+
+
+if __name__ == "__main__":
+    configurator.run(main)

@@ -1,0 +1,81 @@
+"""Shared by the tests: small models, runs of train.py in processes of their own, and the GPU mark."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fp8
+import model as models
+
+REPO = Path(__file__).parent.parent
+TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, ffn_dim=128, block_size=64)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def build(fp8_config=None, device="cpu", dtype=torch.float32, seed=1, **sizes):
+    """A small Transformer with weights, converted where an enabled FP8Config is given."""
+    with torch.device("meta"):
+        model = models.Transformer(models.ModelConfig(**{**TINY, **sizes})).to(dtype)
+    if fp8_config is not None and fp8_config.enabled:
+        fp8.convert(model, fp8_config, shards=1)
+    model.to_empty(device=device)
+    models.init_weights(model, seed, fp8.plain_local)
+    return model
+
+
+def sqnr(reference, x):
+    """Signal to quantization noise in dB: 10 log10(|ref|^2 / |ref - x|^2)."""
+    reference, x = reference.double(), x.double()
+    return 10 * torch.log10(reference.square().sum() / (reference - x).square().sum()).item()
+
+
+def run(script, *args, ranks=1, check=True, cwd=REPO):
+    """Run a script of this repository, under torchrun where ranks > 1; the CompletedProcess with its output."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--rdzv-backend=c10d",
+                     "--rdzv-endpoint=localhost:0"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([*launcher, str(REPO / script), *map(str, args)], capture_output=True, text=True, cwd=cwd,
+                          env={**env, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"})
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(out_dir):
+    """The rows of out_dir/metrics.jsonl: train rows by step, validation losses by step."""
+    rows = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+    return SimpleNamespace(rows=rows, train={r["step"]: r for r in rows if "loss" in r},
+                           val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of small text files: 60 documents, about 100 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        text = "".join(f"def function_{i}_{j}(x):\n    return x * {j * j % 97} + {i}\n" for j in range(40))
+        (folder / f"{i:02}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(corpus, tmp_path):
+    """Arguments for a run of train.py that takes a second: tiny model, local text, float32 on the CPU."""
+    sizes = [f"--model.{k}={v}" for k, v in TINY.items()]
+    return [*sizes, f'--data.train=["{corpus}"]', f"--data.cache_dir={tmp_path / 'cache'}", "--device=cpu",
+            "--dtype=float32", "--max_steps=6", "--log_interval=1", "--eval_interval=3", "--eval_sequences=10",
+            "--checkpoint_interval=3", "--optim.warmup_steps=2", "--optim.lr=0.003", "--optim.weights=plain",
+            "--global_batch_size=8", "--micro_batch_size=4", "--deterministic=True"]

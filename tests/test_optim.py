@@ -1,0 +1,119 @@
+"""optim.py: the update against torch.optim.AdamW, and what becomes of updates smaller than a bf16 ulp."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from optim import AdamW, OptimConfig, adamw_, get_lr, hash32, round_to
+
+
+def toy(dtype=torch.float32, n=64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(n, n, bias=False), nn.RMSNorm(n), nn.Linear(n, 32, bias=False)).to(dtype)
+
+
+def set_gradients(model, step):
+    for i, p in enumerate(model.parameters()):
+        generator = torch.Generator().manual_seed(100 * step + i)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float32_updates_are_those_of_torch_with_clipping(compiled):
+    cfg = OptimConfig(weights="plain", grad_clip=1.0, weight_decay=0.1)
+    ours, theirs = toy(), toy()
+    optimizer = AdamW(ours, cfg, seed=0, compiled=compiled)
+    matrices, norms = [p for p in theirs.parameters() if p.ndim == 2], [p for p in theirs.parameters() if p.ndim == 1]
+    reference = torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0.0}], lr=1e-2,
+                                  betas=cfg.betas, eps=cfg.eps, weight_decay=0.1)
+    for step in range(5):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        norm = optimizer.grad_norm()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        assert torch.allclose(norm, expected, rtol=1e-6)
+        optimizer.step(1e-2, norm)
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def drift(weights, steps=400):
+    """Mean movement of bf16 weights of 1.0 under a constant gradient at a learning rate far below a bf16 ulp."""
+    model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    cfg = OptimConfig(weights=weights, weight_decay=0.0, grad_clip=0.0)
+    optimizer = AdamW(model, cfg, seed=3, compiled=False)
+    for _ in range(steps):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step(1e-5, optimizer.grad_norm())  # each update is 1e-5; a bf16 ulp below 1.0 is 3.9e-3
+    return 1 - model.weight.float().mean().item()
+
+
+def test_small_updates_get_lost_in_plain_bf16_and_arrive_otherwise():
+    assert drift("plain") == 0.0
+    # 400 x 1e-5 = 4e-3; one ulp for the master weight; for 4096 random roundings a few percent
+    assert abs(drift("fp32_master") - 4e-3) < 2e-3
+    assert abs(drift("stochastic_rounding") - 4e-3) < 4e-4
+
+
+def test_stochastic_rounding_is_unbiased_and_exact_on_bf16_values():
+    noise = hash32(torch.arange(100_000, dtype=torch.int32))
+    x = torch.full((100_000,), 1.0 + 2**-9)  # a quarter of the way from 1 to its bf16 neighbour 1 + 2^-7
+    rounded = round_to(x, torch.bfloat16, noise).float()
+    assert set(rounded.tolist()) == {1.0, 1.0078125}
+    assert abs((rounded > 1).float().mean().item() - 0.25) < 0.01
+    exact = torch.randn(1000).to(torch.bfloat16).float()
+    assert torch.equal(round_to(exact, torch.bfloat16, noise[:1000]).float(), exact)
+
+
+def test_hash_gives_the_reference_bits():
+    # lowbias32 in unbounded integers
+    def reference(x):
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    values = torch.tensor([0, 1, 12345, -7, 2**31 - 1], dtype=torch.int32)
+    assert [h & 0xFFFFFFFF for h in hash32(values).tolist()] == [reference(v & 0xFFFFFFFF) for v in values.tolist()]
+
+
+def test_compiled_stochastic_rounding_equals_eager():
+    states = []
+    for update in (adamw_, torch.compile(adamw_)):
+        torch.manual_seed(0)
+        p, g, m, v = (torch.randn(4, 1024).abs().to(torch.bfloat16) for _ in range(4))
+        scalars = [torch.tensor(s) for s in (1e-3, 0.1, 0.1, 0.05, 1.0)]
+        update(p, g, m, v, None, *scalars, torch.tensor(77, dtype=torch.int32), 0.9, 0.95, 1e-8)
+        states.append((p, m, v))
+    for a, b in zip(*states, strict=True):
+        # compiled arithmetic may contract a multiply-add: an ulp of float32 rarely moves a rounding
+        assert (a != b).float().mean() < 0.01
+
+
+def test_gradients_of_several_passes_add_up_in_float32():
+    model = nn.Linear(16, 16, bias=False).to(torch.bfloat16)
+    optimizer = AdamW(model, OptimConfig(weights="fp32_master"), seed=0, compiled=False)
+    for value in (1.0, 2**-9, 2**-9):  # in bf16 the small ones would be lost beside the 1
+        model.weight.grad = torch.full_like(model.weight, value)
+        optimizer.accumulate()
+    assert torch.allclose(optimizer.grad_norm(), torch.tensor(16 * (1 + 2**-8)))
+
+
+def test_schedule_warms_up_then_decays_to_the_minimum():
+    cfg = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
+    assert get_lr(cfg, 1, 100) == pytest.approx(0.1)
+    assert get_lr(cfg, 10, 100) == 1.0
+    assert get_lr(cfg, 55, 100) == pytest.approx(0.55)
+    assert get_lr(cfg, 100, 100) == pytest.approx(0.1)
+
+
+def test_weight_decay_spares_norms():
+    model = toy()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = AdamW(model, OptimConfig(weights="plain", weight_decay=0.5), seed=0, compiled=False)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0.1, optimizer.grad_norm())
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.allclose(p, old * (1 - 0.05) if p.ndim == 2 else old)

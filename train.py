@@ -1,0 +1,329 @@
+"""Train a Llama-style model in FP8 (or bf16): the whole loop, in reading order.
+
+    torchrun [--nproc-per-node=N] train.py [CONFIG.py] [--key=value ...]
+    python train.py --help
+
+Read it top to bottom: 1) configuration and ranks, 2) data, 3) the model: built on meta, converted to FP8, compiled,
+sharded, then filled, 4) optimizer and resume, 5) proof that FP8 is on, 6) the loop, 7) what is left behind.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+import data
+import fp8
+import model as models
+from optim import AdamW, get_lr
+
+# Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: what MFU is measured against, in FP8 runs too.
+BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+             "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 6000 Ada": 364e12}
+
+
+def git_commit():
+    """The commit this code is at, with "+changes" if files differ from it, or None outside of a git checkout."""
+    run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **run)
+    if commit.returncode:
+        return None
+    changed = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
+    return commit.stdout.strip() + ("+changes" if changed else "")
+
+
+def open_metrics(out_dir, start):
+    """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`."""
+    path = out_dir / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True) if start and path.exists() else []
+    path.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start))
+    return path.open("a")
+
+
+def open_trackers(config):
+    """Functions that take a metrics row: TensorBoard and Weights & Biases, where the config asks for them."""
+    trackers = []
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(Path(config.out_dir, "tensorboard"))
+        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
+    if config.wandb_project:
+        import wandb
+
+        run = wandb.init(project=config.wandb_project, config=asdict(config), resume="allow")
+        trackers.append(lambda row: run.log(row, step=row["step"]))
+    return trackers
+
+
+def plot_losses(out_dir):
+    """out_dir/loss.png from out_dir/metrics.jsonl: training and validation loss against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in (("loss", {"lw": 1, "label": "train"}), ("val_loss", {"marker": "o", "label": "validation"})):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), **style)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=out_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out_dir / "loss.png", dpi=150)
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, loss_chunks, reduce):
+    """Mean loss in nats per token over `batches`, weighted by token over all ranks. Every rank must call it."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for x, y in batches:
+        totals[0] += model(x.to(device), y.to(device), loss_chunks=loss_chunks)
+        totals[1] += (y != models.IGNORE).sum()
+    loss, tokens = reduce(totals).tolist()
+    return loss / tokens
+
+
+def main():
+    # ------------------------------------------------------------------------------------------------------------
+    # 1) configuration and ranks
+
+    config = configurator.load(sys.argv[1:])
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    first = rank == 0  # this one prints and writes
+    use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if use_cuda and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    dtype = getattr(torch, config.dtype)
+    if world_size % config.replicas:
+        raise ValueError(f"replicas={config.replicas} must divide the number of ranks, {world_size}")
+    shards = world_size // config.replicas  # ranks that one copy of the weights is cut over
+    per_pass = config.micro_batch_size * world_size
+    if config.global_batch_size % per_pass:
+        raise ValueError(f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size x ranks "
+                         f"= {config.micro_batch_size} x {world_size} = {per_pass}")
+    accumulation = config.global_batch_size // per_pass
+    tokens_per_step = config.global_batch_size * config.model.block_size
+    torch.use_deterministic_algorithms(config.deterministic)
+    mesh = None
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+        shape, names = ((shards,), ("shard",)) if config.replicas == 1 else (
+            (config.replicas, shards), ("replicate", "shard"))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+    def reduce(tensor):
+        """Sum over all ranks, in place."""
+        if world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def say(*text):
+        if first:
+            tqdm.write(" ".join(str(t) for t in text), file=sys.stdout)
+            sys.stdout.flush()
+
+    hardware = torch.cuda.get_device_name(device) if use_cuda else f"CPU with {torch.get_num_threads()} threads"
+    peak = next((flops for name, flops in BF16_PEAK.items() if name in hardware), None)
+    say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
+    out_dir = Path(config.out_dir)
+    folder = checkpoint.latest(out_dir) if config.resume != "never" else None
+    if config.resume == "must" and folder is None:
+        raise ValueError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
+
+    # ------------------------------------------------------------------------------------------------------------
+    # 2) data: rank 0 tokenizes, the others wait and then find it done
+
+    if not first:
+        checkpoint.barrier()
+    train_tokens, val_tokens, encoding = data.prepare(config.data)
+    if first:
+        checkpoint.barrier()
+    loader = data.Loader(train_tokens, block_size=config.model.block_size, global_batch_size=config.global_batch_size,
+                         micro_batch_size=config.micro_batch_size, seed=config.seed, rank=rank, world_size=world_size)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # 3) the model. The order matters: built without memory, FP8 swaps modules, then recompute and compile wrap each
+    #    block's forward, then FSDP2 cuts the parameters (its hooks stay outside of the compiled graphs), and only then
+    #    is memory taken: by each rank for its own shards, so that no rank ever holds the whole model.
+
+    with torch.device("meta"):
+        model = models.Transformer(config.model).to(dtype)
+    flops_per_token = sum(models.matmul_flops_per_token(config.model))
+    if config.fp8.enabled:
+        tokens = config.micro_batch_size * config.model.block_size
+        fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards,
+                  tokens={tokens, tokens // config.loss_chunks})
+        fp8.convert(model, config.fp8, shards=shards)
+        say(fp8.table(model, config.fp8, flops_per_token, shards=shards))
+        converted = list(fp8.float8_linears(model))
+    fp8.compile_and_checkpoint(model, config.fp8, config.compile, config.activation_checkpoint)
+    if world_size > 1:  # one rank has nothing to shard, and FSDP2's copies would cost it 7 to 17% of the step
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for block in model.layers:
+            fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding, last norm, lm_head
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for p in model.parameters():
+            fp8.plain_local(p).fill_(float("nan"))  # so that a weight which nothing fills shows
+    models.init_weights(model, config.seed, fp8.plain_local)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # 4) optimizer, and everything that an earlier run left
+
+    optimizer = AdamW(model, config.optim, seed=config.seed, compiled=config.compile.enabled)
+    n_params = sum(p.numel() for p in model.parameters())
+    identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
+                "data": train_tokens.digest}
+    start, seconds = 0, 0.0  # optimizer steps done, time spent on them
+    if folder is not None:
+        before = checkpoint.read_run(folder)
+        if changed := [k for k in identity if before[k] != identity[k]]:
+            raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that "
+                             "run. Set resume=never to start over, or another out_dir")
+        checkpoint.load(folder, model, optimizer)
+        start, seconds = before["step"], before["time_s"]
+        say(f"resuming from {folder}, {start} steps done")
+    unfilled = [name for name, p in model.named_parameters() if fp8.plain_local(p).isnan().any()]
+    assert not unfilled, f"weights that nothing filled: {unfilled}"
+    fp8.precompute_scales(model, config.fp8, shards=shards)
+    gib = models.estimate_memory(config, shards, accumulation)
+    say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
+    say(f"data: {train_tokens.description}; tokenizer {encoding.name}")
+    say(f"step: {config.micro_batch_size} sequences x {config.model.block_size} tokens x {world_size} ranks x "
+        f"{accumulation} accumulation = {tokens_per_step:,} tokens")
+
+    # ------------------------------------------------------------------------------------------------------------
+    # 5) a first pass that changes nothing: it compiles, and shows what really runs
+
+    def micro_step(x, y, divisor):
+        loss = model(x, y, loss_chunks=config.loss_chunks)
+        (loss * (world_size / divisor)).backward()  # FSDP2 averages gradients over ranks, the loss wants their sum
+        return loss.detach()
+
+    def to_device(batch):
+        return [t.pin_memory().to(device, non_blocking=True) if use_cuda else t for t in batch]
+
+    clock = time.perf_counter()
+    x, y = to_device(loader.batch(start))
+    if config.fp8.enabled:
+        fp8.verify_sharded(model, config.fp8, converted, shards=shards)
+        ran = fp8.verify_step(model, config.fp8, lambda: micro_step(x[0], y[0], y[0].numel()), shards=shards,
+                              loss_chunks=config.loss_chunks)
+        say(f"fp8: verified, {ran} {'emulated ' if config.fp8.emulate else ''}fp8 matmuls ran in one pass")
+    else:
+        micro_step(x[0], y[0], y[0].numel())
+    for p in model.parameters():
+        p.grad = None
+    compile_s = time.perf_counter() - clock
+    say(f"first pass: {compile_s:.1f} s")
+
+    # ------------------------------------------------------------------------------------------------------------
+    # 6) the loop
+
+    run = {"command": sys.argv, "hardware": f"{world_size} x {hardware}", "git_commit": git_commit(),
+           "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")}}
+    if first:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "config.py").write_text(configurator.to_python(config))
+        (out_dir / "run.json").write_text(json.dumps(run, indent=1))
+        metrics, trackers = open_metrics(out_dir, start), open_trackers(config)
+
+    def log(row):
+        if first:
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            for tracker in trackers:
+                tracker(row)
+
+    def now():
+        if use_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if use_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    progress = tqdm(initial=start, total=config.max_steps, unit="step", disable=None if first else True)
+    clock, last_logged = now(), start
+    for step in range(start + 1, config.max_steps + 1):
+        last = step == config.max_steps
+        x, y = to_device(loader.batch(step - 1))  # (accumulation, B, T) each
+        n_tokens = reduce((y != models.IGNORE).sum())  # of the global batch: ranks may have unequal numbers
+        loss = torch.zeros((), device=device)
+        for i in range(accumulation):
+            loss += micro_step(x[i], y[i], n_tokens)
+            if accumulation > 1:
+                optimizer.accumulate()
+        lr = get_lr(config.optim, step, config.max_steps)
+        grad_norm = optimizer.grad_norm()
+        optimizer.step(lr, grad_norm)
+        fp8.precompute_scales(model, config.fp8, shards=shards)
+        progress.update()
+
+        if step % config.log_interval == 0 or step == start + 1 or last:  # the first step also compiles the optimizer
+            elapsed = now() - clock
+            seconds += elapsed
+            rate = tokens_per_step * (step - last_logged) / elapsed / world_size
+            mfu = rate * flops_per_token / peak if peak else None
+            memory = torch.cuda.max_memory_allocated() if use_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            row = {"step": step, "loss": (reduce(loss) / n_tokens).item(), "lr": lr, "grad_norm": grad_norm.item(),
+                   "tokens": step * tokens_per_step, "tokens_per_s": rate, "mfu": mfu, "peak_gib": memory / 2**30,
+                   "time_s": seconds}
+            log(row)
+            minutes = (config.max_steps - step) * elapsed / (step - last_logged) / 60
+            say(f"step {step}/{config.max_steps} | loss {row['loss']:.4f} | lr {lr:.2e} | grad norm {row['grad_norm']:.3f}"
+                f" | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
+                f" | {row['peak_gib']:.2f} GiB | {minutes:.1f} min left")
+            clock, last_logged = now(), step
+        evaluates = last or (config.eval_interval and step % config.eval_interval == 0)
+        saves = last or (config.checkpoint_interval and step % config.checkpoint_interval == 0)
+        if evaluates or saves:
+            pause = now()
+            if not grad_norm.isfinite():
+                raise RuntimeError(f"step {step}: the gradient norm is {grad_norm.item()}; the checkpoints are from "
+                                   "before. Lower optim.lr, or look at the data of the last steps")
+            if evaluates:
+                batches = data.eval_batches(val_tokens, block_size=config.model.block_size, n=config.eval_sequences,
+                                            micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size)
+                val_loss = evaluate(model, batches, device, config.loss_chunks, reduce)
+                log({"step": step, "val_loss": val_loss})
+                say(f"step {step}/{config.max_steps} | validation loss {val_loss:.4f} nats per token")
+            if saves:
+                checkpoint.save(out_dir, step, model, optimizer, {**identity, **run, "time_s": seconds}, keep=config.keep)
+            clock += now() - pause  # not training time
+    progress.close()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # 7) what is left behind
+
+    if first:
+        metrics.close()
+        if start >= config.max_steps:
+            say(f"nothing to do: {out_dir} holds step {start} of max_steps={config.max_steps}")
+            return
+        plot_losses(out_dir)
+        say(f"done: {config.max_steps} steps, {config.max_steps * tokens_per_step:,} tokens in {seconds / 60:.1f} min, "
+            f"validation loss {val_loss:.4f}; curves in {out_dir / 'loss.png'}, metrics in {out_dir / 'metrics.jsonl'}")
+        say(f"sample from it: python sample.py --from={out_dir}")
+
+
+if __name__ == "__main__":
+    configurator.run(main)
