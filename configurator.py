@@ -1,15 +1,47 @@
-from dataclasses import dataclass, field
+"""Configuration: dataclasses, Python config files, and --key=value.
+
+A config file is ordinary Python that binds `config` to a `Config`. Each concern's section is a dataclass in that
+concern's file; the comment behind a field is its help text. Command-line keys are the same dotted names, parsed by
+the field's type. All mistakes of a call are told together, before anything slow happens. A new knob is one line in a
+dataclass: nothing here has to change.
+"""
+
+import ast
+import copy
+import difflib
+import inspect
+import io
+import os
+import re
+import runpy
+import shutil
+import sys
+import textwrap
+import time
+import tokenize
+import traceback
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Literal
 
+import torch.distributed as dist
+
+import fp8
 from data import DataConfig
 from fp8 import CompileConfig, FP8Config
 from model import ModelConfig
 from optim import OptimConfig
 
+__all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
+           "load", "read_file", "run", "to_python"]
+REPO = Path(__file__).resolve().parent
+
 
 @dataclass(kw_only=True)
 class Config:
-    """One run."""
+    """The run as a whole."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -21,7 +53,7 @@ class Config:
     seed: int = 1337  # of weights, data order and stochastic rounding
     max_steps: int = 1000  # optimizer steps
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = 8  # sequences per rank and forward pass; the rest is gradient accumulation
+    micro_batch_size: int = 1  # sequences per rank and forward pass; the rest is gradient accumulation
     eval_interval: int = 100  # steps between evaluations; 0: only at the end
     eval_sequences: int = 64  # validation sequences per evaluation, over all ranks; 0: all
     log_interval: int = 10  # steps between log lines
@@ -33,8 +65,276 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, activations and gradients
     replicas: int = 1  # HSDP: copies of the sharded model; must divide the number of ranks
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
-    activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recompute in backward: nothing, cheap ops, all
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recomputed in backward: cheap ops, or all
     loss_chunks: int = 1  # pieces that the loss is computed in, so that the logits never exist all at once
-    deterministic: bool = False  # torch.use_deterministic_algorithms
+    deterministic: bool = False  # only bitwise repeatable kernels (torch.use_deterministic_algorithms)
     tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
+
+    def problems(self):
+        """What is wrong with these values taken together, one sentence each."""
+        if self.init_from != "scratch" and not Path(self.init_from, "config.json").is_file():
+            yield f"init_from={self.init_from!r} is neither 'scratch' nor a Hugging Face folder with a config.json"
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas", "loss_chunks"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1"
+        for name in ("seed", "eval_interval", "eval_sequences", "checkpoint_interval", "keep"):
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)} must not be negative"
+        if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
+            yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
+                   f"micro_batch_size={self.micro_batch_size}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def load(argv, own=None):
+    """The Config of `[CONFIG.py] [--key=value ...]`; prints and exits for --help and --print_config.
+
+    own: an instance of a small dataclass with the flags that only the calling script has. They are set on it, and
+    bools among them may stand bare (--gemms). Raises one ValueError that lists all mistakes of the call, one a line.
+    """
+    own_section = [("", own)] if own is not None else []
+    bare = {"--help", "--print_config"} | {f"--{f.name}" for _, s in own_section for f in fields(s) if f.type is bool}
+    detached = {i + 1 for i, arg in enumerate(argv) if arg.startswith("-") and "=" not in arg and arg not in bare}
+    files = [arg for i, arg in enumerate(argv) if not arg.startswith("-") and i not in detached]
+    config, mistakes, broken = Config(), [], set()
+    if len(files) > 1:
+        mistakes.append(f"{' '.join(files)}: one config file at most")
+    elif files:
+        try:
+            config = read_file(files[0])
+        except ValueError as error:
+            mistakes.append(str(error))
+    if "--help" in argv and not mistakes:
+        print(help_text([*own_section, *sections(config)]))
+        sys.exit(0)
+
+    readable = not mistakes
+    keys = {prefix + f.name: (s, f) for prefix, s in [*sections(config), *own_section] for f in fields(s)}
+    keys |= {f"fp8.{alias}": keys[f"fp8.{name}"] for alias, name in fp8.ALIASES.items()}
+    for arg in argv:
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("-") or arg in ("--help", "--print_config"):
+            continue
+        elif arg in bare:
+            text = "True"
+        section, key = keys.get(name, (None, None))
+        if key is None:
+            mistake = f"unknown key, did you mean --{closest(name, [*keys, 'help', 'print_config'])}? See --help"
+        elif is_dataclass(key.type):
+            mistake = "a section, set its keys: " + ", ".join(f"{name}.{f.name}" for f in fields(key.type))
+        elif not equals and arg not in bare:
+            mistake = f"write {arg}=VALUE"
+        elif not fits(value := parse(text, key.type), key.type):
+            mistake = f"expected {type_name(key.type)}"
+            if typing.get_origin(key.type) in (list, tuple):
+                mistake += f" as a Python literal, in shell quotes: '--{name}=[...]'"
+        else:
+            setattr(section, key.name, value)
+            continue
+        mistakes.append(f"{arg}: {mistake}")
+        broken.add(name[: name.rfind(".") + 1])
+    if readable:  # a section with a wrong key is not what its author means: no consequences of that
+        parts = [s for prefix, s in [*sections(config), *own_section] if prefix not in broken]
+        mistakes += [problem for s in parts if hasattr(s, "problems") for problem in s.problems()]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    if "--print_config" in argv:
+        print(to_python(config), end="")
+        sys.exit(0)
+    return config
+
+
+def read_file(path):
+    """A copy of the `config` that a Python file binds, its types checked, its values not.
+
+    Raises one ValueError that lists what is wrong in the file, one mistake a line, with the line number if it has one.
+    """
+    path = str(path)
+    if not Path(path).is_file():
+        near = closest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")])
+        raise ValueError(f"{path}: no such config file, did you mean {os.path.relpath(REPO / 'config' / near)}.py?")
+    if str(REPO) not in sys.path:  # for `import model` and `from config.llama_fp8 import config`, whatever the cwd
+        sys.path.insert(0, str(REPO))
+    try:
+        config = runpy.run_path(path).get("config")
+    except Exception as error:  # whatever a config file raises is told with its place
+        places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
+                  if f.filename == path or Path(f.filename).parent == REPO / "config"]
+        if isinstance(error, SyntaxError):
+            places.append((error.filename, error.lineno))
+        told = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        if typo := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
+            modules = [sys.modules[type(s).__module__] for _, s in sections(Config())]
+            kind = next((getattr(m, typo[1]) for m in modules if hasattr(m, typo[1])), Config)
+            near = closest(typo[2], [f.name for f in fields(kind)])
+            told = f"{typo[1]} has no field {typo[2]!r}, did you mean {near!r}?"
+        file, line = places[-1] if places else (path, None)
+        raise ValueError(f"{file}, line {line}: {told}" if line else f"{path}: {told}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{path} must bind `config` to a configurator.Config, it binds {type(config).__name__}")
+    mistakes = []
+    for prefix, section in sections(config):
+        values = {f.name: f.type for f in fields(section)}
+        for name, value in vars(section).items():
+            if name not in values:  # config.max_stepz = 5
+                mistakes.append(f"{path}: {prefix}{name} is no field, did you mean {prefix}{closest(name, values)}?")
+            elif not fits(value, values[name]):
+                mistakes.append(f"{path}: {prefix}{name}={value!r}: expected {type_name(values[name])}")
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return copy.deepcopy(config)  # the object may belong to a module that others import too
+
+
+def sections(config, prefix=""):
+    """Yield ("", config), ("model.", config.model), ...: the dataclasses in a config by the prefix of their keys."""
+    yield prefix, config
+    for f in fields(config):
+        if is_dataclass(value := getattr(config, f.name)):
+            yield from sections(value, f"{prefix}{f.name}.")
+
+
+def closest(name, names):
+    """The likeliest of `names`, compared whole and by the part behind the last dot."""
+    def score(other):
+        pairs = (name, other), (name.split(".")[-1], other.split(".")[-1])
+        whole, leaf = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return max(whole, leaf), whole
+
+    return max(names, key=score, default="")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# types
+
+
+def alternatives(kind):
+    """The members of a union; of anything else, itself."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def fits(value, kind):
+    """Whether `value` is of the annotated type. An int is a fine float, a bool is no int, nan and inf are nothing."""
+    if len(kinds := alternatives(kind)) > 1:
+        return any(fits(value, k) for k in kinds)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin in (list, tuple):
+        if not isinstance(value, origin):
+            return False
+        every = [args[0]] * len(value) if origin is list or args[-1] is ... else args
+        return len(value) == len(every) and all(map(fits, value, every))
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def parse(text, kind):
+    """The value that a command-line text means for a field of this type, or the text itself if it means none."""
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError, TypeError):  # not a literal: text as it stands
+        return text
+    if isinstance(value, list) and typing.get_origin(kind) is tuple:
+        value = tuple(value)
+    if isinstance(value, str) or not fits(value, kind):
+        return text
+    return float(value) if kind is float else value
+
+
+def type_name(kind):
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(map(repr, typing.get_args(kind)))
+    if len(kinds := alternatives(kind)) > 1:
+        return " | ".join(map(type_name, kinds))
+    return str(kind) if typing.get_origin(kind) else kind.__name__.replace("NoneType", "None")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# showing
+
+
+def comments(kind):
+    """{field: the comment on its line} of a dataclass."""
+    source = inspect.getsource(kind)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    lines = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: notes.get(node.end_lineno, "") for node in lines}
+
+
+def help_text(parts):
+    """The script's docstring, and every key with type, default and meaning. parts: (prefix, section) pairs."""
+    lines = [sys.modules["__main__"].__doc__ or "", "Keys with type, default and meaning, set by --key=value:"]
+    for prefix, section in parts:
+        notes = comments(type(section))
+        rows = [(prefix + f.name, type_name(f.type), repr(getattr(section, f.name)), notes[f.name])
+                for f in fields(section) if not is_dataclass(getattr(section, f.name))]
+        widths = [max([len(row[i]) for row in rows if len(row[i]) <= most], default=0)
+                  for i, most in enumerate((46, 19, 16))]
+        start = sum(widths) + 8  # where meanings begin; beside a longer row, on the next line
+        lines += ["", f"{prefix[:-1] or type(section).__name__}: {inspect.getdoc(section).splitlines()[0]}"]
+        for *cells, meaning in rows:
+            head = "  " + "  ".join(map(str.ljust, cells, widths)) + "  "
+            if len(head) > start:
+                lines.append(head.rstrip())
+                head = " " * start
+            width = max(shutil.get_terminal_size((120, 24)).columns, start + 40)
+            lines.append(textwrap.fill(meaning or "-", width, initial_indent=head, subsequent_indent=" " * start))
+    lines += ["", "Other names of the same keys:", *(f"  fp8.{a} = fp8.{name}" for a, name in fp8.ALIASES.items())]
+    return "\n".join(lines).strip()
+
+
+def to_python(config):
+    """A Config as the text of a Python config file that reads back as an equal one."""
+    imports = {}
+
+    def show(value, indent):
+        if not is_dataclass(value):
+            return repr(value)
+        kind, notes, lines = type(value), comments(type(value)), []
+        imports.setdefault(kind.__module__, set()).add(kind.__name__)
+        for f in fields(value):
+            line = f"{indent}    {f.name}={show(getattr(value, f.name), indent + '    ')},"
+            noted = f"{line}  # {notes[f.name]}"
+            lines.append(line if "\n" in line or len(noted) > 120 else noted)
+        return "\n".join([f"{kind.__name__}(", *lines, f"{indent})"])
+
+    body = show(config, "")
+    head = "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items()))
+    return f"{head}\nconfig = {body}\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the entry point of every script
+
+
+def run(main):
+    """Call main(). A mistake of the user's ends in one message and exit status 2, any other error in a traceback and 1.
+
+    A user's mistake is a ValueError that a `raise` in this folder's own files tells; from within a library it is a bug.
+    """
+    rank = int(os.environ.get("RANK", 0))  # set by torchrun
+    try:
+        main()
+    except ValueError as error:
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(origin.filename).resolve().parent != REPO or not origin.line.startswith("raise"):
+            raise
+        if rank > 0:
+            # All ranks find the same mistake, one speaks: when rank 0 has, torchrun ends the others in their sleep.
+            # Whoever wakes up found something that rank 0 did not, and had better say so. Nobody leaves earlier,
+            # because torchrun ends rank 0 too when another rank is the first to go.
+            time.sleep(10)
+        print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():  # not after an error: it would wait for ranks that are stuck in a collective
+        dist.destroy_process_group()

@@ -157,7 +157,8 @@ def main():
     if first:
         checkpoint.barrier()
     loader = data.Loader(train_tokens, block_size=config.model.block_size, global_batch_size=config.global_batch_size,
-                         micro_batch_size=config.micro_batch_size, seed=config.seed, rank=rank, world_size=world_size)
+                         micro_batch_size=config.micro_batch_size, vocab_size=config.model.vocab_size, seed=config.seed,
+                         rank=rank, world_size=world_size)
 
     # ------------------------------------------------------------------------------------------------------------
     # 3) the model. The order matters: built without memory, FP8 swaps modules, then recompute and compile wrap each

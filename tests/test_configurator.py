@@ -1,0 +1,542 @@
+"""The configuration: what is accepted, what every mistake says, and that nothing in it is dead."""
+
+import ast
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch.distributed as dist
+
+import configurator
+import fp8
+import model
+from configurator import CompileConfig, Config, FP8Config, OptimConfig, load, read_file, to_python
+
+REPO = Path(configurator.__file__).parent
+# A Config with every nested section filled in, so that no key hides behind a None.
+FULL = Config(model=model.llama3_1_8b())
+KEYS = {prefix + f.name: (section, f) for prefix, section in configurator.sections(FULL) for f in fields(section)
+        if not is_dataclass(f.type)}
+
+
+def mistakes(*argv):
+    """The lines of the error that load() raises."""
+    with pytest.raises(ValueError) as caught:
+        load(list(argv))
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a config file: the lines after the usual imports (line 1). Returns its path as text."""
+
+    def write(body, name="mine.py"):
+        head = "from configurator import CompileConfig, Config, FP8Config, ModelConfig, OptimConfig; import model"
+        (tmp_path / name).write_text(f"{head}\n{body}\n")
+        return str(tmp_path / name)
+
+    return write
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# what is accepted
+
+
+def test_no_arguments_give_the_defaults():
+    assert load([]) == Config()
+
+
+@pytest.mark.parametrize("arg, value", [
+    ("--max_steps=20", 20),
+    ("--max_steps=1_000", 1000),
+    ("--optim.lr=1e-4", 1e-4),
+    ("--optim.lr=1", 1.0),
+    ("--fp8.enabled=True", True),
+    ("--fp8.enabled=true", True),
+    ("--reshard_after_forward=false", False),
+    ("--fp8.recipe_name=None", None),
+    ("--compile.dynamic=None", None),
+    ("--compile.dynamic=True", True),
+    ("--wandb_project=nano", "nano"),
+    ("--wandb_project=None", None),
+    ("--wandb_project=5", "5"),
+    ("--out_dir=None", "None"),
+    ("--out_dir='quoted'", "'quoted'"),
+    ("--out_dir=a=b c", "a=b c"),
+    ("--out_dir=1e5", "1e5"),
+    ('--fp8.filter_fqns=["lm_head", "layers.0"]', ["lm_head", "layers.0"]),
+    ("--fp8.filter_fqns=[]", []),
+    ("--optim.betas=(0.8, 0.9)", (0.8, 0.9)),
+    ("--optim.betas=[0.8, 0.9]", (0.8, 0.9)),
+    ("--optim.betas=0,0.9", (0, 0.9)),
+    ("--resume=never", "never"),
+])
+def test_values_are_parsed_by_the_type_of_their_field(arg, value):
+    config = load([arg])
+    name = arg[2:].partition("=")[0]
+    section, _, leaf = name.rpartition(".")
+    found = getattr(getattr(config, section) if section else config, leaf)
+    assert found == value and type(found) is type(value)
+
+
+def test_the_last_of_two_equal_flags_counts():
+    assert load(["--max_steps=1", "--max_steps=2"]).max_steps == 2
+
+
+@pytest.mark.parametrize("alias, name", fp8.ALIASES.items())
+def test_aliases_set_the_same_field(alias, name, file):
+    on = "--fp8.enable_fsdp_float8_all_gather=True"
+    assert getattr(load([on, f"--fp8.{alias}=True"]).fp8, name) is True
+    path = file(f"config = Config(fp8=FP8Config({alias}=True))")
+    assert getattr(load([path]).fp8, name) is True
+    assert getattr(load([path, f"--fp8.{alias}=False"]).fp8, name) is False
+
+
+def test_a_file_is_overridden_by_flags_and_left_as_it_was(file):
+    path = file("base = Config(max_steps=7, seed=3)\nconfig = base")
+    config = load([path, "--max_steps=20"])
+    assert (config.max_steps, config.seed) == (20, 3)
+    assert load([path]).max_steps == 7
+
+
+def test_loading_does_not_change_a_config_that_another_module_shares(file):
+    path = file("from config.llama_fp8 import config")
+    from config.llama_fp8 import config as shared
+
+    before = copy.deepcopy(shared)
+    changed = load([path, "--fp8.filter_fqns=[]", "--model.n_layer=1", "--max_steps=3"])
+    changed.fp8.filter_fqns.append("lm_head")
+    assert shared == before and changed.max_steps == 3
+
+
+def test_files_import_the_repository_from_any_folder(file, tmp_path, monkeypatch):
+    path = file("from config.llama_fp8 import config")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != REPO])
+    monkeypatch.delitem(sys.modules, "config.llama_fp8", raising=False)
+    assert load(["mine.py"]) == load([path])
+
+
+def test_keys_of_a_nested_section_can_be_set(file):
+    path = file("config = Config(model=model.llama3_1_8b())")
+    assert load([path, "--model.rope_scaling.factor=4"]).model.rope_scaling.factor == 4.0
+    assert load([path, "--model.rope_scaling=None"]).model.rope_scaling is None
+
+
+@dataclass
+class Flags:
+    """What a script has of its own."""
+
+    variants: str = "bf16,tensorwise"  # which to run
+    gemms: bool = False  # per layer
+
+
+def test_a_script_takes_flags_of_its_own(capsys):
+    own = Flags()
+    config = load(["--gemms", "--variants=bf16", "--max_steps=3"], own)
+    assert (own.gemms, own.variants, config.max_steps) == (True, "bf16", 3)
+    own = Flags()
+    assert load(["--gemms=False", str(REPO / "config/llama_fp8.py")], own).max_steps != Config().max_steps
+    assert own == Flags()
+    with pytest.raises(ValueError, match="^--gemms=1: expected bool\n--variant=a: .* did you mean --variants"):
+        load(["--gemms=1", "--variant=a"], own)
+    with pytest.raises(SystemExit):
+        load(["--help"], own)
+    assert re.search(r"gemms +bool +False +per layer", capsys.readouterr().out)
+    assert "--gemms" in mistakes("--gemms=True")[0]  # no flag of any other script's
+
+
+@dataclass
+class Shapes:
+    sizes: tuple[int, ...] = ()
+    table: list[tuple[int, str]] = field(default_factory=list)
+    either: int | list[int] = 0
+    level: Literal[1, 2] = 2
+
+
+@pytest.mark.parametrize("arg, good", [
+    ("--sizes=(1, 2, 3)", True), ("--sizes=[1]", True), ("--sizes=(1, 2.5)", False), ("--sizes=1", False),
+    ("--table=[(1, 'a')]", True), ("--table=[(1, 2)]", False), ("--table=[(1, 'a', 'b')]", False),
+    ("--either=[1]", True), ("--either=2", True), ("--either=['a']", False), ("--either=True", False),
+    ("--level=1", True), ("--level=3", False), ("--level=True", False), ("--level=1.0", False),
+])
+def test_elements_of_lists_and_tuples_are_checked(arg, good):
+    own = Shapes()
+    if good:
+        load([arg], own)
+        assert own != Shapes()
+    else:
+        with pytest.raises(ValueError, match=f"^{re.escape(arg)}: expected"):
+            load([arg], own)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# mistakes on the command line
+
+
+@pytest.mark.parametrize("arg, told", [
+    ("--max_steps=1.5", "expected int"),
+    ("--max_steps=True", "expected int"),
+    ("--max_steps=", "expected int"),
+    ("--max_steps=None", "expected int"),
+    ("--fp8.enabled=1", "expected bool"),
+    ("--fp8.enabled=yes", "expected bool"),
+    ("--fp8.enabled=TRUE", "expected bool"),
+    ("--compile.dynamic=1", "expected bool | None"),
+    ("--optim.lr=fast", "expected float"),
+    ("--optim.lr=True", "expected float"),
+    ("--optim.lr=nan", "expected float"),
+    ("--optim.lr=1e999", "expected float"),
+    ("--fp8.recipe_name=row", "expected 'tensorwise' | 'rowwise' | 'rowwise_with_gw_hp' | None"),
+    ("--resume=None", "expected 'auto' | 'never' | 'must'"),
+    ("--fp8.filter_fqns=lm_head", "expected list[str] as a Python literal, in shell quotes: '--fp8.filter_fqns=[...]'"),
+    ("--fp8.filter_fqns=[1]", "expected list[str]"),
+    ("--fp8.filter_fqns={[]}", "expected list[str]"),
+    ("--optim.betas=0.9", "expected tuple[float, float]"),
+    ("--optim.betas=(0.9, 0.95, 0.99)", "expected tuple[float, float]"),
+    ("--optim.betas=('a', 0.9)", "expected tuple[float, float]"),
+    ("--model.rope_scaling=8", "expected RopeScaling | None"),
+    ("--max_steps", "write --max_steps=VALUE"),
+    ("--model=tiny", "a section, set its keys: model.vocab_size, model.block_size, "),
+    ("--fp8", "a section, set its keys: fp8.enabled, "),
+])
+def test_a_wrong_value_is_told_with_key_type_and_value(arg, told):
+    (line,) = mistakes(arg)
+    assert line.startswith(f"{arg}: {told}")
+
+
+@pytest.mark.parametrize("arg, near", [
+    ("--fp8.recipe=rowwise", "fp8.recipe_name"),
+    ("--recipe_name=rowwise", "fp8.recipe_name"),
+    ("--fp8.enabeld=True", "fp8.enabled"),
+    ("--compile.enabeld=True", "compile.enabled"),
+    ("--fp8.enable_fsdp_fp8_allgather=True", "fp8.enable_fsdp_fp8_all_gather"),
+    ("--lr=1", "optim.lr"),
+    ("--optim.max_steps=1", "max_steps"),
+    ("--max-steps=1", "max_steps"),
+    ("-max_steps=1", "max_steps"),
+    ("--batch_size=1", "micro_batch_size"),
+    ("--print_confg", "print_config"),
+    ("-h", "help"),
+])
+def test_an_unknown_key_names_the_closest_one(arg, near):
+    (line,) = mistakes(arg)
+    assert line.startswith(f"{arg}: unknown key, did you mean --{near}?")
+
+
+def test_a_value_apart_from_its_key_is_one_mistake_and_no_config_file():
+    assert mistakes("--max_steps", "20", "--seed=1") == ["--max_steps: write --max_steps=VALUE"]
+
+
+def test_two_config_files_are_too_many():
+    assert mistakes("config/a.py", "config/b.py") == ["config/a.py config/b.py: one config file at most"]
+
+
+def test_all_mistakes_are_told_at_once_in_their_order(file):
+    path = file("config = Config(fp8=FP8Config(enabeld=True))")
+    lines = mistakes(path, "--max_steps=x", "--recipe_name=rowwise", "--fp8.enabled=1", "--seed", "--model=8b")
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{path}, line 2", "--max_steps=x", "--recipe_name=rowwise", "--fp8.enabled=1", "--seed", "--model=8b"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# mistakes in the file
+
+
+def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    assert mistakes("config/lama_fp8.py") == [
+        "config/lama_fp8.py: no such config file, did you mean config/llama_fp8.py?"]
+    monkeypatch.chdir(tmp_path)
+    suggested = mistakes("llama_fp8")[0].partition("did you mean ")[2].removesuffix("?")
+    assert Path(suggested).resolve() == REPO / "config/llama_fp8.py"
+
+
+@pytest.mark.parametrize("body, told", [
+    ("config = Config(fp8=FP8Config(enabeld=True))",
+     ", line 2: FP8Config has no field 'enabeld', did you mean 'enabled'?"),
+    ("\nconfig = Config(max_step=1)", ", line 3: Config has no field 'max_step', did you mean 'max_steps'?"),
+    ("config = Config(model=model.llama_tiny(n_layers=1))",
+     ", line 2: ModelConfig has no field 'n_layers', did you mean 'n_layer'?"),
+    ("model.RopeScaling(facter=2)", ", line 2: RopeScaling has no field 'facter', did you mean 'factor'?"),
+    ("config = Config(\n", ", line 2: SyntaxError: '(' was never closed"),
+    ("import nowhere_to_be_found", ", line 2: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+    ("config = Config(max_steps=1 // 0)", ", line 2: ZeroDivisionError: integer division or modulo by zero"),
+    ("confg = Config()", " must bind `config` to a configurator.Config, it binds NoneType"),
+    ("config = {'max_steps': 1}", " must bind `config` to a configurator.Config, it binds dict"),
+    ("config = Config(fp8=FP8Config(enabled='yes'))", ": fp8.enabled='yes': expected bool"),
+    ("config = Config(max_steps=1e3)", ": max_steps=1000.0: expected int"),
+    ("config = Config(optim=OptimConfig(betas=[.9, .99]))", ": optim.betas=[0.9, 0.99]: expected tuple[float, float]"),
+    ("config = Config(optim=OptimConfig(lr=float('nan')))", ": optim.lr=nan: expected float"),
+    ("config = Config(fp8=FP8Config(filter_fqns='lm_head'))", ": fp8.filter_fqns='lm_head': expected list[str]"),
+    ("config = Config(fp8=FP8Config(recipe_name='row'))",
+     ": fp8.recipe_name='row': expected 'tensorwise' | 'rowwise' | 'rowwise_with_gw_hp' | None"),
+    ("config = Config(model=model.llama_tiny)", "expected ModelConfig"),
+    ("config = Config(fp8=CompileConfig())", "expected FP8Config"),
+    ("config = Config(model=ModelConfig(rope_scaling=model.RopeScaling(factor='2')))",
+     ": model.rope_scaling.factor='2': expected float"),
+    ("config = Config()\nconfig.max_stepz = 1", ": max_stepz is no field, did you mean max_steps?"),
+    ("config = Config()\nconfig.fp8.recipe = 'rowwise'", ": fp8.recipe is no field, did you mean fp8.recipe_name?"),
+])
+def test_a_mistake_in_the_file_is_one_line_with_its_place(body, told, file):
+    path = file(body)
+    (line,) = mistakes(path)
+    assert line.startswith(path) and told in line
+
+
+def test_a_mistake_in_an_imported_config_is_told_where_it_stands(file, tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    base = file("config = Config(max_stepz=1)", name="config/base_of_this_test.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(configurator, "REPO", tmp_path)
+    path = file("import sys; sys.modules.pop('config', None)\nfrom config.base_of_this_test import config")
+    kept = sys.modules.pop("config", None)
+    try:
+        assert mistakes(path) == [f"{base}, line 2: Config has no field 'max_stepz', did you mean 'max_steps'?"]
+    finally:
+        sys.modules.pop("config", None)
+        if kept:
+            sys.modules["config"] = kept
+
+
+def test_every_wrong_type_of_a_file_is_told(file):
+    path = file("config = Config(seed='a', fp8=FP8Config(enabled=1, emulate=None), optim=OptimConfig(lr='x'))")
+    assert {line.removeprefix(f"{path}: ").partition("=")[0] for line in mistakes(path)} == {
+        "seed", "fp8.enabled", "fp8.emulate", "optim.lr"}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# values that do not go together
+
+
+@pytest.mark.parametrize("name", ["max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas",
+                                  "loss_chunks"])
+def test_zero_is_refused_where_it_makes_no_sense(name):
+    assert mistakes(f"--{name}=0") == [f"{name}=0 must be at least 1"]
+
+
+@pytest.mark.parametrize("name", ["seed", "eval_interval", "eval_sequences", "checkpoint_interval", "keep"])
+def test_zero_has_a_meaning_and_less_has_none(name):
+    assert getattr(load([f"--{name}=0"]), name) == 0
+    assert mistakes(f"--{name}=-1") == [f"{name}=-1 must not be negative"]
+
+
+def test_micro_batches_must_divide_the_global_batch():
+    assert mistakes("--global_batch_size=10", "--micro_batch_size=4") == [
+        "global_batch_size=10 must be a multiple of micro_batch_size=4"]
+
+
+def test_problems_of_every_section_are_told_together(file):
+    path = file("config = Config(max_steps=0, model=ModelConfig(n_head=6, n_kv_head=4))")
+    lines = mistakes(path, "--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
+                     "--optim.lr=-1.0")
+    assert len(lines) == 4
+    for part in ("max_steps=0", "n_head=6", "precompute_float8", "optim.lr=-1.0"):
+        assert any(part in line for line in lines)
+
+
+def test_a_mistyped_flag_draws_no_complaints_about_its_consequences():
+    lines = mistakes("--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
+                     "--fp8.enable_fsdp_float8_all_gather=ture", "--max_steps=0")
+    assert [line.partition("=")[0] for line in lines] == ["--fp8.enable_fsdp_float8_all_gather", "max_steps"]
+
+
+def test_an_unreadable_file_draws_no_complaints_about_its_consequences(file):
+    """micro_batch_size=16 may well divide what the file would have said."""
+    assert len(mistakes(file("config = Config(global_batch_sise=16)"), "--micro_batch_size=16")) == 1
+
+
+def test_read_file_checks_types_and_not_values(file):
+    """sample.py reads the config of a run whose init_from folder may be gone."""
+    path = file("config = Config(init_from='/gone')")
+    assert read_file(path).init_from == "/gone"
+    assert "init_from='/gone'" in mistakes(path)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# showing
+
+
+CUSTOM = Config(
+    model=model.llama3_1_8b(rope_scaling=model.RopeScaling(factor=1 / 3)),
+    fp8=FP8Config(enabled=True, recipe_name="rowwise", filter_fqns=["lm_head", "it's", 'a "b"\n#']),
+    compile=CompileConfig(enabled=True, dynamic=None),
+    optim=OptimConfig(lr=0.1 + 0.2, betas=(1e-300, 0.999), eps=1e-9),
+    out_dir="C:\\out 'run' é", wandb_project="None", max_steps=3)
+
+
+@pytest.mark.parametrize("config", [Config(), FULL, CUSTOM], ids=["default", "llama3_1_8b", "custom"])
+def test_to_python_reads_back_as_the_same_config(config, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(to_python(config), encoding="utf-8")
+    assert read_file(path) == config
+    assert max(map(len, to_python(config).splitlines())) <= 120
+
+
+def test_to_python_imports_what_it_needs_and_nothing_else():
+    assert "RopeScaling" not in to_python(Config()).partition("config = ")[0]
+    names = re.findall(r"\b([A-Z]\w+)\(", to_python(CUSTOM))
+    imported = re.findall(r"^from \w+ import (.*)$", to_python(CUSTOM), re.MULTILINE)
+    assert sorted(names) == sorted(name for line in imported for name in line.split(", "))
+    assert "from model import ModelConfig, RopeScaling" in to_python(CUSTOM)
+
+
+def test_print_config_shows_what_would_run(file, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        load([file("config = Config(seed=5)"), "--max_steps=9", "--print_config"])
+    printed = capsys.readouterr().out
+    assert not done.value.code
+    (tmp_path / "printed.py").write_text(printed)
+    assert load([str(tmp_path / "printed.py")]) == Config(seed=5, max_steps=9)
+    assert mistakes("--print_config", "--max_steps=0") == ["max_steps=0 must be at least 1"]
+
+
+def test_help_lists_every_key_with_type_default_and_meaning(file, capsys):
+    with pytest.raises(SystemExit) as done:
+        load([file("config = Config(model=model.llama3_1_8b(), max_steps=1234)"), "--nonsense", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert not done.value.code
+    for name, (section, key) in KEYS.items():
+        meaning = configurator.comments(type(section))[key.name]
+        if not is_dataclass(value := getattr(section, key.name)):
+            default = "1234" if name == "max_steps" else repr(value)
+            row = f" {name} {configurator.type_name(key.type)} {default} {meaning}"
+            assert row in text.replace("max-autotune-no- cudagraphs", "max-autotune-no-cudagraphs"), name
+    assert all(f"fp8.{alias} = fp8.{name}" in text for alias, name in fp8.ALIASES.items())
+
+
+def test_help_with_an_unreadable_file_tells_the_mistake(file):
+    path = file("config = 1")
+    assert mistakes(path, "--help")[0].startswith(path)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_every_field_has_a_comment(name):
+    section, key = KEYS[name]
+    assert configurator.comments(type(section))[key.name]
+
+
+def test_comments_are_read_from_the_source_not_guessed():
+    @dataclass
+    class Odd:
+        hashed: str = "a  # b"  # the comment
+        long: list[str] = field(
+            default_factory=list)  # at the end
+        none: int = 0
+
+    source = configurator.textwrap.dedent(configurator.inspect.getsource(Odd))
+    getsource, configurator.inspect.getsource = configurator.inspect.getsource, lambda kind: source
+    try:
+        assert configurator.comments(Odd) == {"hashed": "the comment", "long": "at the end", "none": ""}
+    finally:
+        configurator.inspect.getsource = getsource
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# nothing in it is dead
+
+
+class Reads(ast.NodeVisitor):
+    """The attributes that a file reads outside of the config's own dataclasses."""
+
+    def __init__(self, own):
+        self.own, self.names = own, set()
+
+    def visit_ClassDef(self, node):
+        if node.name not in self.own:
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node):
+        if isinstance(node.ctx, ast.Load):
+            self.names.add(node.attr)
+        self.generic_visit(node)
+
+
+@pytest.fixture(scope="module")
+def read_attributes():
+    reads = Reads({type(section).__name__ for section, _ in KEYS.values()})
+    for path in REPO.glob("*.py"):
+        reads.visit(ast.parse(path.read_text()))
+    return reads.names
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_every_field_is_read_somewhere(name, read_attributes):
+    assert name.rpartition(".")[2] in read_attributes, f"nothing reads {name}"
+
+
+@pytest.mark.parametrize("path", sorted(REPO.glob("config/*.py")), ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    assert isinstance(load([str(path), "--init_from=scratch"]), Config)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the entry point
+
+
+def test_a_users_mistake_is_one_message_and_exit_status_2(tmp_path):
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import configurator
+configurator.run(lambda: configurator.load(sys.argv[1:]))
+""")
+    env = {k: v for k, v in os.environ.items() if k != "RANK"}
+    done = subprocess.run([sys.executable, "script.py", "--max_steps=x", "--sede=1"], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["script.py: --max_steps=x: expected int",
+                                        "--sede=1: unknown key, did you mean --seed? See --help"]
+
+
+def test_a_value_error_from_within_a_library_is_a_bug():
+    with pytest.raises(json.JSONDecodeError):  # passes through: Python prints a traceback and exits with 1
+        configurator.run(lambda: json.loads("{"))
+
+
+def test_a_value_error_that_no_raise_of_ours_told_is_a_bug(monkeypatch):
+    monkeypatch.setattr(configurator, "REPO", Path(__file__).resolve().parent)  # this file is one of ours
+    with pytest.raises(ValueError, match="invalid literal"):
+        configurator.run(lambda: int("x"))
+
+
+def test_an_interrupt_ends_quietly(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as done:
+        configurator.run(main)
+    assert (done.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("rank, waits, speaker", [("0", [], ""), ("1", [10], "rank 1: ")])
+def test_other_ranks_leave_the_word_to_rank_0_and_speak_up_if_it_has_none(rank, waits, speaker, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(configurator.time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
+    with pytest.raises(SystemExit) as done:
+        configurator.run(lambda: load(["--max_steps=x"]))
+    assert (done.value.code, waited) == (2, waits)
+    assert capsys.readouterr().err == f"train.py: {speaker}--max_steps=x: expected int\n"
+
+
+def test_a_process_group_is_destroyed_at_the_end_and_left_alone_after_an_error(tmp_path):
+    def main(error=None):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / str(error)}", rank=0, world_size=1)
+        if error:
+            raise error
+
+    configurator.run(main)
+    assert not dist.is_initialized()
+    with pytest.raises(RuntimeError):
+        configurator.run(lambda: main(RuntimeError("lost")))
+    assert dist.is_initialized()
+    dist.destroy_process_group()
