@@ -11,6 +11,7 @@ the noise of stochastic rounding; FP8 scales are functions of the weights.
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from fp8 import plain_local
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what no_dist asks for
 
 
 def latest(out_dir):
@@ -53,22 +56,36 @@ def save(out_dir, step, model, optimizer, run, *, keep):
     aside = folder.with_name(folder.name + ".tmp")
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
-        shutil.rmtree(aside, ignore_errors=True)
+        for incomplete in folder.parent.glob("step_*.tmp"):  # of a run that was killed while it saved
+            shutil.rmtree(incomplete)
     barrier()
     dcp.save(tensors(model, optimizer), checkpoint_id=aside, no_dist=not dist.is_initialized())
     barrier()
     if first:
         aside.joinpath("run.json").write_text(json.dumps({"step": step, **run}, indent=1))
         for path in (*aside.iterdir(), aside):  # on disk before it is called complete
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)
+            flush(path)
         aside.rename(folder)
+        flush(folder.parent)
         complete = sorted(p for p in folder.parent.glob("step_*") if not p.name.endswith(".tmp"))
         for old in complete[:-keep] if keep else []:
             shutil.rmtree(old)
     barrier()
+
+
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def set_aside(out_dir):
+    """Rename the checkpoints of an earlier run in out_dir to checkpoints_before, in place of any older such folder."""
+    folder, before = Path(out_dir, "checkpoints"), Path(out_dir, "checkpoints_before")
+    if folder.is_dir():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
 
 
 def read_run(folder):

@@ -73,8 +73,6 @@ class Config:
 
     def problems(self):
         """What is wrong with these values taken together, one sentence each."""
-        if self.init_from != "scratch" and not Path(self.init_from, "config.json").is_file():
-            yield f"init_from={self.init_from!r} is neither 'scratch' nor a Hugging Face folder with a config.json"
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas", "loss_chunks"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1"

@@ -22,7 +22,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-IGNORE = -100  # the target of a position that has none
+from model import IGNORE
+
 END = "<|endoftext|>"
 SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".cpp", ".h", ".js", ".ts", ".java", ".rs", ".go", ".html", ".jsonl"}
 VAL_EVERY = 20  # every 20th document is for validation, where data.val names none

@@ -32,6 +32,7 @@ any GPU time is spent; `verify_sharded` and `verify_step` look at what is really
 
 import functools
 import importlib.metadata
+import logging
 import math
 import re
 from collections import Counter
@@ -52,6 +53,9 @@ ALIASES = {
     "enable_fsdp_fp8_all_gather": "enable_fsdp_float8_all_gather",
     "precompute_fp8_dynamic_scale_for_fsdp": "precompute_float8_dynamic_scale_for_fsdp",
 }
+# Importing torchao warns of its C++ extensions for other GPUs and of an enum of its own; nothing here uses either.
+for logger in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(logger).setLevel(logging.ERROR)
 MIN_TORCHAO = "0.18"  # patches a Triton miscompile that gave NaN (https://github.com/pytorch/ao/issues/4652)
 
 
@@ -336,14 +340,15 @@ def table(model, cfg, flops_per_token, *, shards):
     rows, covered_params, covered_flops = Counter(), 0, 0
     for fqn, m in model.named_modules():
         if isinstance(m, nn.Linear):
-            how = "bf16: fp8.filter_fqns" if fqn not in found else f"fp8 {recipe}" + (" (emulated)" if cfg.emulate else "")
+            kept = f"{str(m.weight.dtype).removeprefix('torch.')}: fp8.filter_fqns"
+            how = f"fp8 {recipe}" + (" (emulated)" if cfg.emulate else "") if fqn in found else kept
             rows[re.sub(r"\.\d+\.", ".*.", fqn), tuple(m.weight.shape), how] += 1
             if fqn in found:
                 covered_params += m.weight.numel()
                 covered_flops += (4 if recipe == "rowwise_with_gw_hp" else 6) * m.weight.numel()
     lines = [f"  {name:<22} {str(shape):<16} x{n:<4} {how}" for (name, shape, how), n in rows.items()]
     total = sum(p.numel() for p in model.parameters())
-    gather = "bf16" if shards > 1 else "nothing (one rank holds whole weights)"
+    gather = "high precision" if shards > 1 else "nothing (one rank holds whole weights)"
     if shards > 1 and cfg.enable_fsdp_float8_all_gather:
         gather = "fp8" + (", scales precomputed" if cfg.precompute_float8_dynamic_scale_for_fsdp else "")
     elif cfg.enable_fsdp_float8_all_gather:

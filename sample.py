@@ -44,7 +44,7 @@ def load_model(folder, device):
     newest = checkpoint.latest(folder)
     if newest is None or not Path(folder, "config.py").is_file():
         raise ValueError(f"{folder} holds no checkpoint of train.py: give the out_dir of a run that has saved one")
-    config = configurator.load([str(Path(folder, "config.py"))])
+    config = configurator.read_file(Path(folder, "config.py"))
     with torch.device("meta"):
         model = models.Transformer(config.model).to(getattr(torch, config.dtype))
     model.to_empty(device=device)

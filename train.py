@@ -7,6 +7,7 @@ Read it top to bottom: 1) configuration and ranks, 2) data, 3) the model: built 
 sharded, then filled, 4) optimizer and resume, 5) proof that FP8 is on, 6) the loop, 7) what is left behind.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import checkpoint
@@ -94,6 +95,9 @@ def evaluate(model, batches, device, loss_chunks, reduce):
     for x, y in batches:
         totals[0] += model(x.to(device), y.to(device), loss_chunks=loss_chunks)
         totals[1] += (y != models.IGNORE).sum()
+    for module in model.modules():  # FSDP2 keeps what it gathered last for a backward pass, which does not come
+        if isinstance(module, FSDPModule):
+            module.reshard()
     loss, tokens = reduce(totals).tolist()
     return loss / tokens
 
@@ -112,6 +116,11 @@ def main():
     if use_cuda:
         torch.cuda.set_device(device)
     dtype = getattr(torch, config.dtype)
+    if config.init_from != "scratch":
+        raise ValueError(f"init_from={config.init_from!r}: only 'scratch' works so far")
+    for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb_project)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"the config asks for {package}, which is not installed: pip install {package}")
     if world_size % config.replicas:
         raise ValueError(f"replicas={config.replicas} must divide the number of ranks, {world_size}")
     shards = world_size // config.replicas  # ranks that one copy of the weights is cut over
@@ -124,7 +133,8 @@ def main():
     torch.use_deterministic_algorithms(config.deterministic)
     mesh = None
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
         shape, names = ((shards,), ("shard",)) if config.replicas == 1 else (
             (config.replicas, shards), ("replicate", "shard"))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -147,13 +157,16 @@ def main():
     folder = checkpoint.latest(out_dir) if config.resume != "never" else None
     if config.resume == "must" and folder is None:
         raise ValueError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
+    if folder is not None and checkpoint.read_run(folder)["step"] >= config.max_steps:
+        say(f"nothing to do: {folder} is at max_steps={config.max_steps} already. Set resume=never to start over")
+        return
 
     # ------------------------------------------------------------------------------------------------------------
     # 2) data: rank 0 tokenizes, the others wait and then find it done
 
     if not first:
         checkpoint.barrier()
-    train_tokens, val_tokens, encoding = data.prepare(config.data)
+    train_tokens, val_tokens, _ = data.prepare(config.data)
     if first:
         checkpoint.barrier()
     loader = data.Loader(train_tokens, block_size=config.model.block_size, global_batch_size=config.global_batch_size,
@@ -208,7 +221,7 @@ def main():
     fp8.precompute_scales(model, config.fp8, shards=shards)
     gib = models.estimate_memory(config, shards, accumulation)
     say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
-    say(f"data: {train_tokens.description}; tokenizer {encoding.name}")
+    say(f"data: {train_tokens.description}")
     say(f"step: {config.micro_batch_size} sequences x {config.model.block_size} tokens x {world_size} ranks x "
         f"{accumulation} accumulation = {tokens_per_step:,} tokens")
 
@@ -244,6 +257,8 @@ def main():
            "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")}}
     if first:
         out_dir.mkdir(parents=True, exist_ok=True)
+        if folder is None:
+            checkpoint.set_aside(out_dir)
         (out_dir / "config.py").write_text(configurator.to_python(config))
         (out_dir / "run.json").write_text(json.dumps(run, indent=1))
         metrics, trackers = open_metrics(out_dir, start), open_trackers(config)
@@ -317,9 +332,6 @@ def main():
 
     if first:
         metrics.close()
-        if start >= config.max_steps:
-            say(f"nothing to do: {out_dir} holds step {start} of max_steps={config.max_steps}")
-            return
         plot_losses(out_dir)
         say(f"done: {config.max_steps} steps, {config.max_steps * tokens_per_step:,} tokens in {seconds / 60:.1f} min, "
             f"validation loss {val_loss:.4f}; curves in {out_dir / 'loss.png'}, metrics in {out_dir / 'metrics.jsonl'}")

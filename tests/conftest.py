@@ -54,6 +54,14 @@ def run(script, *args, ranks=1, check=True, cwd=REPO):
     return done
 
 
+def run_many(folder, runs, ranks=1):
+    """Runs of train.py, {name: arguments}, in one process group; {name: metrics}, also of out_dir folder/name."""
+    listed = folder / f"runs_{ranks}.json"
+    listed.write_text(json.dumps([[*map(str, args), f"--out_dir={folder / name}"] for name, args in runs.items()]))
+    run("tests/train_many.py", listed, ranks=ranks)
+    return {name: metrics(folder / name) for name in runs}
+
+
 def metrics(out_dir):
     """The rows of out_dir/metrics.jsonl: train rows by step, validation losses by step."""
     rows = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
@@ -71,11 +79,11 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny_run(corpus, tmp_path):
+@pytest.fixture(scope="session")
+def tiny_run(corpus):
     """Arguments for a run of train.py that takes a second: tiny model, local text, float32 on the CPU."""
     sizes = [f"--model.{k}={v}" for k, v in TINY.items()]
-    return [*sizes, f'--data.train=["{corpus}"]', f"--data.cache_dir={tmp_path / 'cache'}", "--device=cpu",
+    return [*sizes, f'--data.train=["{corpus}"]', f"--data.cache_dir={corpus.parent / 'cache'}", "--device=cpu",
             "--dtype=float32", "--max_steps=6", "--log_interval=1", "--eval_interval=3", "--eval_sequences=10",
             "--checkpoint_interval=3", "--optim.warmup_steps=2", "--optim.lr=0.003", "--optim.weights=plain",
             "--global_batch_size=8", "--micro_batch_size=4", "--deterministic=True"]

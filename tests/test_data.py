@@ -1,0 +1,339 @@
+"""data.py: what is stored is what was written, and the loader shows every token once an epoch, to any number of ranks."""
+
+import base64
+import json
+import time
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import data
+from data import DataConfig, Loader, eval_batches, get_tokenizer, prepare
+from model import IGNORE
+
+BYTES = get_tokenizer("bytes")
+
+
+def config(tmp_path, *train, **keys):
+    return DataConfig(train=[str(t) for t in train], cache_dir=str(tmp_path / "cache"), **keys)
+
+
+def everything(tokens):
+    return tokens.slice(0, len(tokens))
+
+
+def text_of(tokens):
+    """The documents that a stream of byte tokens holds."""
+    parts = np.split(t := everything(tokens), np.flatnonzero(t == 256) + 1)
+    return [BYTES.decode(part[part != 256].tolist()) for part in parts if len(part)]
+
+
+def stream(n, tmp_path, name="numbers"):
+    """A Tokens of n tokens, token i is i modulo 65521, so that every window can be told from every other."""
+    folder = tmp_path / name
+    folder.mkdir()
+    encoding = tiktoken.Encoding("wide", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={data.END: 65535})
+    writer = data.ShardWriter(folder, "train", encoding)
+    writer.write(np.arange(n) % 65521)
+    writer.close()
+    shards, headers = zip(*(data.open_shard(p, encoding) for p in sorted(folder.iterdir())), strict=True)
+    return data.Tokens(shards, headers, "")
+
+
+def loader(tokens, **keys):
+    return Loader(tokens, **{**dict(block_size=8, global_batch_size=4, micro_batch_size=1, seed=3, vocab_size=70000), **keys})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+
+@pytest.mark.parametrize("text", ["", "plain", "a\nb\n\n\nc", "\r\n\t  ", "naïve café 北京 🚀", "<|endoftext|>", "\0\x7f"])
+def test_bytes_tokenizer_is_utf8_and_reads_special_text_as_text(text):
+    assert BYTES.encode_ordinary(text) == list(text.encode())
+    assert BYTES.decode(BYTES.encode_ordinary(text)) == text
+
+
+def test_unknown_tokenizer_names_the_known_ones():
+    with pytest.raises(ValueError, match="'gpt5' is neither a file nor one of bytes, .*o200k_base"):
+        get_tokenizer("gpt5")
+
+
+def test_tiktoken_name_without_a_network_says_what_to_do(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="'gpt2'.*could not download.*set TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("gpt2")
+
+
+def rank_file(path, tokens):
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return str(path)
+
+
+def test_rank_file_is_read_and_merges_are_used(tmp_path):
+    encoding = get_tokenizer(rank_file(tmp_path / "mine.tiktoken", [bytes([i]) for i in range(256)] + [b"th", b"the"]))
+    assert encoding.encode_ordinary("the") == [257]
+    assert data.end_token(encoding) == 258
+
+
+def test_llama3_rank_file_gets_its_special_tokens(tmp_path):
+    # 128000 ranks are what tells Llama 3's file from others; the ids are those of the published tokenizer
+    tokens = [bytes([i]) for i in range(256)] + [b"%06d" % i for i in range(128000 - 256)]
+    encoding = get_tokenizer(rank_file(tmp_path / "tokenizer.model", tokens))
+    ids = encoding._special_tokens
+    assert (ids["<|begin_of_text|>"], ids["<|end_of_text|>"], ids["<|eot_id|>"]) == (128000, 128001, 128009)
+    assert encoding.n_vocab == 128256
+    assert data.end_token(encoding) == 128001
+
+
+@pytest.mark.parametrize("content, told", [(b"not base64 at all\n", "no tiktoken rank file"),
+                                           (b"YQ== 0\n", "lacks 255 of the 256 single bytes"),
+                                           (b"YQ==\n", "no tiktoken rank file")])
+def test_a_file_that_is_no_rank_file_is_an_error(tmp_path, content, told):
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        get_tokenizer(str(tmp_path / "x.model"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# from text to tokens
+
+
+def test_every_20th_document_is_for_validation_and_nothing_is_lost(tmp_path, corpus):
+    train, val, _ = prepare(config(tmp_path, corpus))
+    texts = [p.read_text() for p in sorted(corpus.iterdir())]
+    assert text_of(val) == texts[19::20]
+    assert text_of(train) == [t for i, t in enumerate(texts) if i % 20 != 19]
+
+
+def test_own_validation_files_leave_all_of_train_for_training(tmp_path, corpus):
+    files = sorted(corpus.iterdir())
+    train, val, _ = prepare(config(tmp_path, corpus / "0*.py", val=[str(files[40]), str(files[41])]))
+    assert text_of(train) == [p.read_text() for p in files[:10]]
+    assert text_of(val) == [p.read_text() for p in files[40:42]]
+
+
+def test_a_single_document_is_split_at_its_end(tmp_path):
+    (tmp_path / "one.txt").write_text("".join(chr(97 + i % 26) for i in range(1000)))
+    train, val, _ = prepare(config(tmp_path, tmp_path / "one.txt"))
+    assert (len(train), len(val)) == (951, 50)  # 1000 characters and the end-of-text token
+    assert BYTES.decode([*everything(train), *everything(val)][:-1]) == (tmp_path / "one.txt").read_text()
+
+
+def test_jsonl_lines_are_documents(tmp_path):
+    texts = [f"document {i}\nof two lines, ünïcode" for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"id": 1, "body": t}) + "\n" for t in texts))
+    train, val, _ = prepare(config(tmp_path, tmp_path / "d.jsonl", text_key="body"))
+    assert text_of(val) == [texts[19], texts[39]]
+    assert len(text_of(train)) == 38
+
+
+def test_parallel_tokenization_is_the_same_as_serial(tmp_path, corpus):
+    one, many = (prepare(config(tmp_path / str(n), corpus, workers=n))[0] for n in (1, 7))
+    assert one.digest == many.digest
+
+
+def test_text_with_the_name_of_a_special_token_stays_text(tmp_path):
+    (tmp_path / "a.txt").write_text("x <|endoftext|> y" * 30)
+    train, _, _ = prepare(config(tmp_path, tmp_path / "a.txt"))
+    assert not (everything(train) == 256).any()
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
+    encoding = tiktoken.Encoding("large", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={data.END: 100_000})
+    writer = data.ShardWriter(tmp_path, "train", encoding)
+    writer.write(np.array([1, 99_999, 100_000]))
+    writer.close()
+    tokens, header = data.open_shard(tmp_path / "train_00000.bin", encoding)
+    assert tokens.dtype == np.uint32 and tokens.tolist() == [1, 99_999, 100_000] and header["largest"] == 100_000
+
+
+def test_streams_run_across_shard_borders(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 37)
+    tokens = stream(1000, tmp_path)
+    assert len(tokens.shards) == 28
+    assert everything(tokens).tolist() == list(range(1000))
+    for start, stop in ((0, 37), (36, 38), (37, 74), (30, 200), (995, 1010), (1000, 1003)):
+        assert tokens.slice(start, stop).tolist() == list(range(1000))[start:stop]
+
+
+def test_embedded_corpus_is_the_standard_library_in_a_fixed_order():
+    files = data.embedded_files()
+    names = [p.name for p in files]
+    assert files == sorted(files) and {"argparse.py", "_pydecimal.py", "pathlib.py"} & set(names)
+    assert not any("site-packages" in p.parts or "test" in p.parts for p in files)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the cache
+
+
+def test_second_run_reads_the_shards_of_the_first(tmp_path, corpus, monkeypatch):
+    first = prepare(config(tmp_path, corpus))[0]
+    monkeypatch.setattr(data, "build", lambda *args: pytest.fail("tokenized again"))
+    assert prepare(config(tmp_path, corpus))[0].digest == first.digest
+
+
+def test_changed_text_is_tokenized_again(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("first version " * 50)
+    before = prepare(config(tmp_path, path))[0].digest
+    time.sleep(0.02)  # the same size: the time of change is what tells
+    path.write_text("other version " * 50)
+    assert prepare(config(tmp_path, path))[0].digest != before
+
+
+def test_digest_is_of_the_content_not_of_the_path(tmp_path, corpus):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in corpus.iterdir():
+        (copy / path.name).write_text(path.read_text())
+    assert prepare(config(tmp_path, corpus))[0].digest == prepare(config(tmp_path / "other", copy))[0].digest
+
+
+def test_interrupted_tokenization_leaves_nothing(tmp_path, corpus):
+    (tmp_path / "bad.txt").write_bytes(b"ok" * 100 + b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text \(byte 200\)"):
+        prepare(config(tmp_path, corpus, tmp_path / "bad.txt"))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def shard(tmp_path, corpus):
+    prepare(config(tmp_path, corpus))
+    return next((tmp_path / "cache").glob("*/train_00000.bin"))
+
+
+def test_corrupt_shard_is_refused(tmp_path, corpus, shard):
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="is corrupt.*delete its folder"):
+        prepare(config(tmp_path, corpus))
+
+
+def test_truncated_shard_is_refused(tmp_path, corpus, shard):
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="bytes, its header says .*delete its folder"):
+        prepare(config(tmp_path, corpus))
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"nanofp8\x01"])
+def test_foreign_file_is_refused(tmp_path, corpus, shard, content):
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="is no token shard of this version"):
+        prepare(config(tmp_path, corpus))
+
+
+def test_shard_of_another_tokenizer_is_refused(shard, tmp_path):
+    other = get_tokenizer(rank_file(tmp_path / "o.tiktoken", [bytes([255 - i]) for i in range(256)]))
+    with pytest.raises(ValueError, match=r"made with another tokenizer \(bytes\) than o.tiktoken"):
+        data.open_shard(shard, other)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# mistakes in the text
+
+
+def test_a_pattern_without_files_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nothing.txt' matches no file"):
+        prepare(config(tmp_path, tmp_path / "nothing.txt"))
+
+
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_an_empty_corpus_is_an_error(tmp_path, text):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        prepare(config(tmp_path, tmp_path / "empty.txt"))
+
+
+@pytest.mark.parametrize("line, told", [("{broken", "line 2: no JSON object"), ('{"other": "x"}', "data.text_key='text'"),
+                                        ('{"text": 5}', "'text' is not text"), ("[1]", "line 2: no JSON object")])
+def test_a_broken_jsonl_line_is_named(tmp_path, line, told):
+    (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=told):
+        prepare(config(tmp_path, tmp_path / "d.jsonl"))
+
+
+def test_text_shorter_than_a_batch_is_an_error(tmp_path):
+    tokens = stream(4 * 8, tmp_path)
+    with pytest.raises(ValueError, match=r"has 32 tokens, one step needs 4 x 8 \+ 1 = 33"):
+        loader(tokens)
+    loader(stream(33, tmp_path, "enough"))
+
+
+def test_token_id_beyond_the_vocabulary_is_an_error(tmp_path):
+    tokens = stream(500, tmp_path)
+    with pytest.raises(ValueError, match="token id 499, model.vocab_size=499 ends before: set model.vocab_size to at"):
+        loader(tokens, vocab_size=499)
+    loader(tokens, vocab_size=500)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def test_targets_are_the_next_tokens(tmp_path):
+    x, y = loader(stream(500, tmp_path), micro_batch_size=2).batch(5)
+    assert x.shape == y.shape == (2, 2, 8) and x.dtype == torch.int64
+    assert torch.equal(y[y != IGNORE], (x + 1)[y != IGNORE])
+
+
+@pytest.mark.parametrize("n", [33, 40, 41, 1000, 1003])  # whole windows, and ends of 1 to 7 tokens
+def test_an_epoch_has_every_token_as_target_exactly_once(tmp_path, n):
+    one = loader(stream(n, tmp_path), global_batch_size=1, micro_batch_size=1)
+    for epoch in range(2):
+        steps = range(epoch * one.n_windows, (epoch + 1) * one.n_windows)
+        targets = torch.cat([y[y != IGNORE] for _, y in map(one.batch, steps)])
+        assert sorted(targets.tolist()) == list(range(1, n))
+
+
+def test_epochs_are_in_different_orders_and_seeds_too(tmp_path):
+    tokens = stream(4000, tmp_path)
+    order = lambda **keys: [int(x[0, 0, 0]) for x, _ in map(  # noqa: E731
+        loader(tokens, global_batch_size=1, **keys).batch, range(1000))]
+    first = order()
+    assert first[:500] != first[500:] and sorted(first[:500]) == sorted(first[500:])
+    assert order(seed=4) != first and order() == first
+
+
+@pytest.mark.parametrize("world_size, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (8, 1)])
+def test_global_batches_are_the_same_for_any_number_of_ranks(tmp_path, world_size, micro):
+    tokens = stream(1000, tmp_path)
+    whole = loader(tokens, global_batch_size=8, micro_batch_size=8)
+    ranks = [loader(tokens, global_batch_size=8, micro_batch_size=micro, rank=r, world_size=world_size)
+             for r in range(world_size)]
+    for step in (0, 1, 15, 16, 40):  # also across the border of an epoch of 125 windows
+        parts = [r.batch(step)[0] for r in ranks]
+        assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), whole.batch(step)[0][0])
+
+
+def test_any_step_is_reached_without_the_steps_before(tmp_path):
+    tokens = stream(100_000, tmp_path)
+    walked, jumped = loader(tokens), loader(tokens)
+    for step in range(300):
+        x, y = walked.batch(step)
+    assert torch.equal(jumped.batch(299)[0], x) and torch.equal(jumped.batch(299)[1], y)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_window_once_on_any_number_of_ranks(tmp_path, world_size):
+    tokens = stream(1003, tmp_path)
+    parts = [list(eval_batches(tokens, block_size=8, n=0, micro_batch_size=4, rank=r, world_size=world_size))
+             for r in range(world_size)]
+    assert len({len(p) for p in parts}) == 1  # equally many forward passes: each is a collective under FSDP
+    targets = torch.cat([y[y != IGNORE] for part in parts for _, y in part])
+    assert sorted(targets.tolist()) == list(range(1, 1003))
+
+
+def test_evaluation_of_n_windows_spreads_them_over_the_stream(tmp_path):
+    batches = list(eval_batches(stream(1001, tmp_path), block_size=10, n=5, micro_batch_size=2))
+    starts = [int(x[0]) for xs, ys in batches for x, y in zip(xs, ys, strict=True) if (y != IGNORE).any()]
+    assert starts == [0, 200, 400, 600, 800]

@@ -1,0 +1,337 @@
+"""train.py, run as a user runs it: the same training on any number of ranks, exact resume, and what a run leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from conftest import REPO, metrics, run, run_many
+
+import configurator
+
+FP8 = ["--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]']
+GATHER = ["--fp8.enable_fsdp_float8_all_gather=True"]
+PRECOMPUTE = [*GATHER, "--fp8.precompute_float8_dynamic_scale_for_fsdp=True"]
+COMPILE = ["--compile.enabled=True"]
+BF16 = ["--dtype=bfloat16", "--optim.weights=fp32_master"]
+
+
+def losses(m):
+    return [row["loss"] for row in m.train.values()]
+
+
+def largest_gap(a, b):
+    """The largest relative difference between two runs' training losses, gradient norms and validation losses."""
+    assert list(a.train) == list(b.train) and list(a.val) == list(b.val)
+    pairs = [(a.train[s][key], b.train[s][key]) for s in a.train for key in ("loss", "grad_norm")]
+    pairs += [(a.val[s], b.val[s]) for s in a.val]
+    return max(abs(x - y) / abs(y) for x, y in pairs)
+
+
+def exact(m):
+    """All of a run's numbers but those of the clock and the machine."""
+    return [{k: v for k, v in row.items() if k not in ("time_s", "tokens_per_s", "mfu", "peak_gib")} for row in m.rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# FSDP2: the same training on one rank and on two
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_run, tmp_path_factory):
+    """The same configs on 1 and on 2 ranks: ({name: metrics}, {name: metrics})."""
+    folder = tmp_path_factory.mktemp("fleet")
+    both = {
+        "fp32": [],
+        "bf16": BF16,
+        "bf16_rounding": ["--dtype=bfloat16", "--optim.weights=stochastic_rounding"],
+        "accumulation": ["--micro_batch_size=1"],
+        "fp32_compiled": COMPILE,
+        "fp8": FP8,
+        "fp8_gather": [*FP8, *GATHER],
+        "fp8_precompute": [*FP8, *PRECOMPUTE],
+        "fp8_precompute_compiled": [*FP8, *PRECOMPUTE, *COMPILE],
+        "fp8_compiled": [*FP8, *COMPILE],
+        "fp8_bf16": [*FP8, *PRECOMPUTE, *BF16],
+        "rowwise": [*FP8, "--fp8.recipe_name=rowwise"],
+        "gw_hp": [*FP8, "--fp8.recipe_name=rowwise_with_gw_hp"],
+    }
+    two_only = {
+        "hsdp": ["--replicas=2"],
+        "hsdp_fp8": [*FP8, *PRECOMPUTE, "--replicas=2"],
+        "zero2_fp8": [*FP8, *PRECOMPUTE, "--reshard_after_forward=False"],
+        "selective_fp8": [*FP8, *PRECOMPUTE, *COMPILE, "--activation_checkpoint=selective", "--loss_chunks=4"],
+        "full_fp8": [*FP8, *PRECOMPUTE, "--activation_checkpoint=full"],
+        "accumulation_fp8": [*FP8, *PRECOMPUTE, "--micro_batch_size=1"],
+        "tied_fp8": [*FP8, *PRECOMPUTE, "--model.tie_embeddings=True"],
+    }
+    one = {name: [*tiny_run, *args] for name, args in (both | {"tied": ["--model.tie_embeddings=True"]}).items()}
+    two = {name: [*tiny_run, *args] for name, args in (both | two_only).items()}
+    (folder / "one").mkdir()
+    (folder / "two").mkdir()
+    return run_many(folder / "one", one, ranks=1), run_many(folder / "two", two, ranks=2)
+
+
+# float32: sums in another order differ by some 1e-7, which Adam's first steps (update = sign of the gradient) amplify
+# on the few weights whose gradient is near zero.
+FLOAT_NOISE = 1e-4
+# bfloat16 rounds activations to 2^-9 and a matmul over half of the batch rounds its gradient separately.
+BF16_NOISE = 0.02
+# tensorwise FP8: each rank scales its own activations and gradients, so the values on 2 ranks are cast with other
+# scales than on 1: independent rounding errors of 2^-4 (e4m3) and 2^-3 (e5m2), averaged over some thousand values,
+# a percent of the loss and a few of the gradient norm after 6 steps. The weights, whose scale is global, do not differ.
+FP8_NOISE = 0.05
+
+
+@pytest.mark.parametrize("name, bound", [
+    ("fp32", FLOAT_NOISE), ("accumulation", FLOAT_NOISE), ("fp32_compiled", FLOAT_NOISE), ("bf16", BF16_NOISE),
+    ("bf16_rounding", BF16_NOISE), ("fp8", FP8_NOISE), ("fp8_gather", FP8_NOISE), ("fp8_precompute", FP8_NOISE),
+    ("fp8_compiled", FP8_NOISE), ("fp8_precompute_compiled", FP8_NOISE), ("fp8_bf16", FP8_NOISE),
+    ("rowwise", FP8_NOISE), ("gw_hp", FP8_NOISE)])
+def test_two_ranks_train_as_one_does(fleet, name, bound):
+    one, two = fleet
+    assert len(one[name].train) == 6 and one[name].train[6]["loss"] < one[name].train[1]["loss"] - 0.3
+    assert largest_gap(two[name], one[name]) < bound
+
+
+@pytest.mark.parametrize("name, reference, bound", [
+    # the weights' casts and scales are the same, wherever and whenever they are computed: bit for bit
+    ("fp8_gather", "fp8", 0), ("fp8_precompute", "fp8", 0), ("zero2_fp8", "fp8_precompute", 0),
+    ("full_fp8", "fp8_precompute", 0), ("hsdp", "fp32", FLOAT_NOISE), ("hsdp_fp8", "fp8", FP8_NOISE),
+    # compiled kernels keep float32 where eager rounds between ops; chunks of the loss have scales of their own
+    ("fp8_compiled", "fp8", FP8_NOISE), ("fp8_precompute_compiled", "fp8", FP8_NOISE), ("selective_fp8", "fp8", FP8_NOISE),
+    ("accumulation_fp8", "fp8", FP8_NOISE)])
+def test_switches_of_a_sharded_run_do_not_change_the_training(fleet, name, reference, bound):
+    _, two = fleet
+    assert largest_gap(two[name], two[reference]) <= bound
+
+
+def test_fp8_stays_close_to_high_precision(fleet):
+    for runs in fleet:
+        for name in ("fp8", "rowwise", "gw_hp"):
+            gap = largest_gap(runs[name], runs["fp32"])
+            assert 1e-6 < gap < 2 * FP8_NOISE, name  # not zero either: FP8 was on
+
+
+def test_tied_embeddings_stay_tied_under_fsdp(fleet):
+    one, two = fleet
+    assert largest_gap(two["tied_fp8"], one["tied"]) < 2 * FP8_NOISE
+
+
+def test_ranks_with_unequal_numbers_of_targets_weigh_every_token_the_same(tiny_run, tmp_path):
+    # 10 windows in the text, the last one short, 8 a step: step 2 has the short one on one of the ranks
+    text = tmp_path / "short.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(64 * 9 + 10)))
+    args = [*tiny_run, f'--data.train=["{text}"]', f'--data.val=["{text}"]', "--micro_batch_size=1"]
+    one = run_many(tmp_path, {"one": args})["one"]
+    two = run_many(tmp_path, {"two": args}, ranks=2)["two"]
+    assert largest_gap(two, one) < FLOAT_NOISE
+
+
+BREAK = {  # what goes wrong, and what train.py must say about it
+    "gathers_in_high_precision": ("""
+            cls.fsdp_pre_all_gather = lambda self, mesh: ((self._tensor,), ())
+            cls.fsdp_post_all_gather = lambda self, gathered, meta, dtype, *, out=None: None if out is not None else (
+                gathered[0], gathered)""", "fp8 all-gather is on, but these weights were gathered as layers.0.attn.qkv: torch.float32"),
+    "loses_the_wrapper": ("""
+            fp8.nn.Parameter = lambda w, requires_grad: torch.nn.Parameter(w._tensor)""",
+                          "these weights would be gathered in high precision: layers.0.attn.qkv"),
+    "never_precomputes": ("""
+            fp8.precompute_scales = lambda *args, **kwargs: None""", "these weights have none: layers.0.attn.qkv"),
+}
+
+
+@pytest.mark.parametrize("case", BREAK)
+def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, case):
+    breakage, told = BREAK[case]
+    script = tmp_path / "broken.py"
+    script.write_text(textwrap.dedent(f"""
+            import sys
+            sys.path.insert(0, {str(REPO)!r})
+            import torch, fp8, train
+            from types import SimpleNamespace
+            cls = fp8.gather_in_fp8()
+            fp8.nn = SimpleNamespace(**vars(fp8.nn))
+            {breakage.strip()}
+            train.main()
+            """))
+    done = run(script, *tiny_run, *FP8, *PRECOMPUTE, f"--out_dir={tmp_path / 'out'}", ranks=2, check=False)
+    assert done.returncode == 1 and told in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# resume
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory):
+    """A run of 6 steps that nothing interrupted, tensorwise FP8 in bf16, compiled: (arguments, folder, metrics)."""
+    folder = tmp_path_factory.mktemp("finished")
+    args = [*tiny_run, *FP8, "--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--micro_batch_size=4", *COMPILE]
+    return args, folder, run_many(folder, {"whole": args})["whole"]
+
+
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, tmp_path):
+    args, _, whole = finished
+    out = f"--out_dir={tmp_path / 'out'}"
+    # the first process dies at step 5, after the checkpoint of step 3 and two more logged steps
+    script = ("import sys, os, train, optim\nold = optim.AdamW.step\n"
+              "def step(self, *args):\n    old(self, *args)\n    os._exit(9) if self.step_count == 5 else None\n"
+              "train.AdamW.step = step\ntrain.main()\n")
+    dead = subprocess.run([sys.executable, "-c", script, *args, out], cwd=REPO, capture_output=True, text=True)
+    assert dead.returncode == 9, dead.stderr
+    assert list(metrics(tmp_path / "out").train) == [1, 2, 3, 4]
+    again = run("train.py", *args, out)
+    assert "resuming from" in again.stdout and "3 steps done" in again.stdout
+    assert exact(metrics(tmp_path / "out")) == exact(whole)
+
+
+def test_killed_while_saving_leaves_the_checkpoint_before(finished, tmp_path):
+    args, _, whole = finished
+    out = f"--out_dir={tmp_path / 'out'}"
+    script = ("import os, checkpoint, train\n"
+              "old = checkpoint.flush\n"
+              "def flush(path):\n    os._exit(9) if 'step_00000006' in str(path) else old(path)\n"
+              "checkpoint.flush = flush\ntrain.main()\n")
+    dead = subprocess.run([sys.executable, "-c", script, *args, out], cwd=REPO, capture_output=True, text=True)
+    assert dead.returncode == 9, dead.stderr
+    folder = tmp_path / "out" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_00000006.tmp"]
+    assert "3 steps done" in run("train.py", *args, out).stdout
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_00000006"]
+    assert exact(metrics(tmp_path / "out")) == exact(whole)
+
+
+def test_resume_on_two_ranks_and_back_on_one(finished, tiny_run, tmp_path):
+    out = [f"--out_dir={tmp_path / 'out'}"]
+    args = [*tiny_run, *FP8, *PRECOMPUTE, "--checkpoint_interval=2"]
+    # a run's schedule depends on max_steps, so the parts are cut off at the step limit with the same warm-up and no decay
+    flat = ["--optim.min_lr=0.003"]
+    whole = run_many(tmp_path, {"whole": [*args, *flat]})["whole"]
+    run("train.py", *args, *flat, *out, "--max_steps=2")
+    assert "2 steps done" in run("train.py", *args, *flat, *out, "--max_steps=4", ranks=2).stdout
+    assert "4 steps done" in run("train.py", *args, *flat, *out, "--max_steps=6").stdout
+    parts = metrics(tmp_path / "out")
+    assert list(parts.train) == [1, 2, 3, 4, 5, 6]
+    assert all(abs(a - b) < FP8_NOISE * b for a, b in zip(losses(parts), losses(whole), strict=True))
+
+
+@pytest.mark.parametrize("first, then", [(FP8, []), ([], FP8)], ids=["fp8_to_bf16", "bf16_to_fp8"])
+def test_fp8_and_bf16_runs_read_each_others_checkpoints(tiny_run, tmp_path, first, then):
+    out = [f"--out_dir={tmp_path / 'out'}", *BF16, "--optim.min_lr=0.003"]
+    run("train.py", *tiny_run, *first, *out, "--max_steps=3")
+    assert "3 steps done" in run("train.py", *tiny_run, *then, *out, "--max_steps=6").stdout
+    assert losses(metrics(tmp_path / "out"))[-1] < losses(metrics(tmp_path / "out"))[2]
+
+
+def test_keep_and_resume_keys(tiny_run, tmp_path):
+    out = [*tiny_run, f"--out_dir={tmp_path / 'out'}"]
+    folder = tmp_path / "out" / "checkpoints"
+    done = run("train.py", *out, "--resume=must", check=False)
+    assert done.returncode == 2 and "holds no checkpoint" in done.stderr
+    run("train.py", *out, "--checkpoint_interval=1", "--keep=2")
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000006"]
+    assert "nothing to do" in run("train.py", *out).stdout
+    assert "resuming" not in run("train.py", *out, "--resume=never", "--max_steps=2").stdout
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000002"]  # what was there is set aside, not mixed in
+    assert (tmp_path / "out" / "checkpoints_before" / "step_00000006").is_dir()
+    assert list(metrics(tmp_path / "out").train) == [1, 2]
+    done = run("train.py", *out, "--seed=5", check=False)
+    assert done.returncode == 2 and "made with another seed" in done.stderr and "resume=never" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# what a run leaves behind
+
+
+def test_a_run_leaves_everything_that_is_promised(finished):
+    args, folder, m = finished
+    out = folder / "whole"
+    assert set(m.train[1]) == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "peak_gib", "time_s"}
+    assert m.train[6]["tokens"] == 6 * 8 * 64 and sorted(m.val) == [3, 6]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    recorded = json.loads((out / "run.json").read_text())
+    assert set(recorded["versions"]) == {"torch", "torchao", "tiktoken", "numpy"} and recorded["git_commit"]
+    config = configurator.read_file(out / "config.py")
+    assert config.model.n_embd == 64 and config.fp8.filter_fqns == ["lm_head"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+
+
+def test_the_resolved_config_repeats_the_run(finished, tmp_path):
+    args, _, whole = finished
+    (tmp_path / "same.py").write_text(run("train.py", *args, "--print_config").stdout)
+    run("train.py", tmp_path / "same.py", f"--out_dir={tmp_path / 'out'}")
+    assert exact(metrics(tmp_path / "out")) == exact(whole)
+
+
+def test_screen_shows_the_run(tiny_run, tmp_path):
+    text = run("train.py", *tiny_run, *FP8, f"--out_dir={tmp_path / 'out'}").stdout
+    for part in ("fp8: 8 of 9 linear layers converted", "lm_head", "float32: fp8.filter_fqns", "of parameters",
+                 "of matmul FLOPs", "GiB estimated", "training and", "4 sequences x 64 tokens",
+                 "24 emulated fp8 matmuls ran", "step 6/6 | loss", "tok/s", "MFU n/a", "validation loss",
+                 f"python sample.py --from={tmp_path / 'out'}"):
+        assert part in text, part
+
+
+def test_sample_continues_the_prompt_and_repeats_with_the_seed(finished):
+    _, folder, _ = finished
+    args = [f"--from={folder / 'whole'}", "--prompt=def f", "--max_new_tokens=40"]
+    first = run("sample.py", *args, "--seed=1").stdout
+    assert first.startswith("def f") and len(first) > 30
+    assert run("sample.py", *args, "--seed=1").stdout == first != run("sample.py", *args, "--seed=2").stdout
+
+
+def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
+    done = run("sample.py", f"--from={tmp_path}", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no checkpoint" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# mistakes
+
+
+@pytest.mark.parametrize("args, told", [
+    (["--max_stepz=3"], "max_steps"),
+    (["--global_batch_size=6"], "global_batch_size=6 must be a multiple of micro_batch_size=4"),
+    ([*FP8[:1]], "set fp8.emulate=True"),
+    ([*FP8, '--fp8.filter_fqns=["typo"]'], "'typo' matches no linear layer"),
+    (['--data.train=["/nowhere"]'], "matches no file"),
+    (["--model.vocab_size=256", "--fp8.enabled=False"], "model.vocab_size=256 ends before"),
+    (["--device=cuda"], "no GPU"),
+    (["--init_from=/nowhere"], "init_from='/nowhere'"),
+    (["config/llama_fp9.py"], "did you mean config/llama_fp8.py"),
+])
+def test_a_users_mistake_is_one_message_and_no_traceback(tiny_run, tmp_path, args, told):
+    done = run("train.py", *tiny_run, f"--out_dir={tmp_path / 'out'}", *args, check=False)
+    assert done.returncode == 2
+    assert told in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_under_torchrun_the_message_comes_once(tiny_run, tmp_path):
+    done = run("train.py", *tiny_run, "--micro_batch_size=8", f"--out_dir={tmp_path / 'out'}", ranks=2, check=False)
+    assert done.returncode != 0
+    told = "global_batch_size=8 must be a multiple of micro_batch_size x ranks = 8 x 2 = 16"
+    assert done.stderr.count(told) == 1 and "configurator.py" not in done.stderr  # torchrun adds a report of its own
+
+
+def test_diverged_training_stops_and_says_so(tiny_run, tmp_path):
+    done = run("train.py", *tiny_run, "--optim.lr=1e30", "--optim.grad_clip=0", f"--out_dir={tmp_path / 'out'}", check=False)
+    assert done.returncode == 1 and "Lower optim.lr" in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path):
+    process = subprocess.Popen([sys.executable, str(REPO / "train.py"), *tiny_run, "--max_steps=100000",
+                                f"--out_dir={tmp_path / 'out'}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "out" / "checkpoints" / "step_00000003").is_dir():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
