@@ -54,10 +54,10 @@ class Config:
     max_steps: int = 1000  # optimizer steps
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 1  # sequences per rank and forward pass; the rest is gradient accumulation
-    eval_interval: int = 100  # steps between evaluations; 0: only at the end
+    eval_interval: int = 100  # steps between evaluations, one more at the end; 0: none
     eval_sequences: int = 64  # validation sequences per evaluation, over all ranks; 0: all
     log_interval: int = 10  # steps between log lines
-    checkpoint_interval: int = 200  # steps between checkpoints; 0: only at the end
+    checkpoint_interval: int = 200  # steps between checkpoints, one more at the end; 0: none
     keep: int = 2  # checkpoints kept; 0: all
     init_from: str = "scratch"  # "scratch", or a Hugging Face folder
     resume: Literal["auto", "never", "must"] = "auto"  # go on from out_dir's checkpoint: if there is one, never, always

@@ -81,7 +81,8 @@ def plot_losses(out_dir):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, style in (("loss", {"lw": 1, "label": "train"}), ("val_loss", {"marker": "o", "label": "validation"})):
         points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points, strict=True), **style)
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
     axes.set(xlabel="step", ylabel="loss, nats per token", title=out_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -180,13 +181,14 @@ def main():
 
     with torch.device("meta"):
         model = models.Transformer(config.model).to(dtype)
-    flops_per_token = sum(models.matmul_flops_per_token(config.model))
+    flops_per_token, fp8_flops = sum(models.matmul_flops_per_token(config.model)), 0.0  # fp8_flops: their share
     if config.fp8.enabled:
         tokens = config.micro_batch_size * config.model.block_size
         fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards,
                   tokens={tokens, tokens // config.loss_chunks})
         fp8.convert(model, config.fp8, shards=shards)
-        say(fp8.table(model, config.fp8, flops_per_token, shards=shards))
+        fp8_flops = fp8.covered_flops(model, config.fp8) / flops_per_token
+        say(fp8.table(model, config.fp8, fp8_flops, shards=shards))
         converted = list(fp8.float8_linears(model))
     fp8.compile_and_checkpoint(model, config.fp8, config.compile, config.activation_checkpoint)
     if world_size > 1:  # one rank has nothing to shard, and FSDP2's copies would cost it 7 to 17% of the step
@@ -254,7 +256,9 @@ def main():
     # 6) the loop
 
     run = {"command": sys.argv, "hardware": f"{world_size} x {hardware}", "git_commit": git_commit(),
-           "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")}}
+           "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")},
+           "ranks": world_size, "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak,
+           "compile_s": compile_s}
     if first:
         out_dir.mkdir(parents=True, exist_ok=True)
         if folder is None:
@@ -309,8 +313,8 @@ def main():
                 f" | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
                 f" | {row['peak_gib']:.2f} GiB | {minutes:.1f} min left")
             clock, last_logged = now(), step
-        evaluates = last or (config.eval_interval and step % config.eval_interval == 0)
-        saves = last or (config.checkpoint_interval and step % config.checkpoint_interval == 0)
+        evaluates = config.eval_interval and (last or step % config.eval_interval == 0)
+        saves = config.checkpoint_interval and (last or step % config.checkpoint_interval == 0)
         if evaluates or saves:
             pause = now()
             if not grad_norm.isfinite():
@@ -333,9 +337,11 @@ def main():
     if first:
         metrics.close()
         plot_losses(out_dir)
+        result = f"validation loss {val_loss:.4f}" if config.eval_interval else f"training loss {row['loss']:.4f}"
         say(f"done: {config.max_steps} steps, {config.max_steps * tokens_per_step:,} tokens in {seconds / 60:.1f} min, "
-            f"validation loss {val_loss:.4f}; curves in {out_dir / 'loss.png'}, metrics in {out_dir / 'metrics.jsonl'}")
-        say(f"sample from it: python sample.py --from={out_dir}")
+            f"{result}; curves in {out_dir / 'loss.png'}, metrics in {out_dir / 'metrics.jsonl'}")
+        if config.checkpoint_interval:
+            say(f"sample from it: python sample.py --from={out_dir}")
 
 
 if __name__ == "__main__":

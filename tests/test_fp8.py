@@ -169,10 +169,11 @@ def test_both_spellings_set_the_same_field():
 def test_table_shows_what_is_covered_and_what_is_not():
     cfg = emulated(filter_fqns=["lm_head"], enable_fsdp_float8_all_gather=True)
     model = build(cfg)
-    table = fp8.table(model, cfg, sum(models.matmul_flops_per_token(model.cfg)), shards=1)
+    share = fp8.covered_flops(model, cfg) / sum(models.matmul_flops_per_token(model.cfg))
+    table = fp8.table(model, cfg, share, shards=1)
     assert "8 of 9 linear layers converted" in table
     assert "layers.*.attn.qkv      (128, 64)        x2    fp8 tensorwise (emulated)" in table
-    assert "lm_head                (272, 64)        x1    bf16: fp8.filter_fqns" in table
+    assert "lm_head                (272, 64)        x1    float32: fp8.filter_fqns" in table
     converted = 2 * (128 * 64 + 64 * 64 + 256 * 64 + 64 * 128)
     total = sum(p.numel() for p in model.parameters())
     # attention: 12 x layers x width x tokens, half of it causal

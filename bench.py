@@ -1,0 +1,159 @@
+"""How fast is FP8 on this machine: bf16 against every recipe, each trained by train.py in a process of its own.
+
+    [torchrun ...] python bench.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,rowwise,rowwise_with_gw_hp]
+
+A variant is bf16 or a recipe, with keys of its own behind colons: `tensorwise:fp8.filter_fqns=[]:loss_chunks=8`.
+Everything else comes from the config: config/llama_fp8.py if none is given. Writes out_dir/bench.json and bench.png;
+out_dir/VARIANT/ has each variant's metrics and log. Exit status 1 if a variant failed.
+"""
+
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import configurator
+
+REPO = Path(__file__).parent
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+WINDOW = 5  # steps per timing: waiting for the GPU after every one would cost a little of each
+COLUMNS = ("variant", "ms_per_step", "spread_ms", "tokens_per_s", "speedup", "mfu", "peak_gib", "compile_s")
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """What bench.py does."""
+
+    variants: str = "bf16,tensorwise,rowwise,rowwise_with_gw_hp"  # what to compare, the first is what speedup refers to
+    steps: int = 40  # timed steps of each
+    warmup: int = 10  # steps before them
+
+    def problems(self):
+        """What is wrong with these values, one sentence each."""
+        for variant in self.variants.split(","):
+            if variant.split(":")[0] not in ("bf16", *RECIPES):
+                yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
+        if self.steps < 2 * WINDOW or self.steps % WINDOW or self.warmup % WINDOW or self.warmup < 0:
+            yield f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice"
+
+
+def flags(variant):
+    """The keys of train.py that make a variant."""
+    base, *more = variant.split(":")
+    keys = ["--fp8.enabled=False"] if base == "bf16" else ["--fp8.enabled=True", f"--fp8.recipe_name={base}"]
+    if base.startswith("rowwise"):  # these gather in high precision; anything else is an error
+        keys += ["--fp8.enable_fsdp_float8_all_gather=False", "--fp8.precompute_float8_dynamic_scale_for_fsdp=False"]
+    return keys + [f"--{key}" for key in more]
+
+
+def measure(variant, number, base, out_dir, own, rank):
+    """Train a variant in a fresh process; its row of the table, with `error` in it if it failed."""
+    folder = out_dir / re.sub(r"[^\w.=-]+", "_", variant)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, REPO / "train.py", base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0",
+               "--checkpoint_interval=0", f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}",
+               *flags(variant)]
+    # under torchrun the children of all ranks meet under a name of their own, or they would find the last variant's
+    env = {**os.environ, "TORCHELASTIC_RESTART_COUNT": str(1000 + number)}
+    log = folder / f"log_{rank}.txt"
+    with log.open("w") as output:
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
+    if status:
+        lines = [line for line in log.read_text().splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|\.py):? ", line)]
+        return {"variant": variant, "error": lines[-1] if lines else f"exit status {status}, see {log}"}
+    run = json.loads((folder / "run.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = [row for row in rows if row["step"] > own.warmup]
+    per_rank = timed[0]["tokens"] / timed[0]["step"] / run["ranks"]
+    ms = [1000 * per_rank / row["tokens_per_s"] for row in timed]
+    middle = statistics.median(ms)
+    mfu = run["flops_per_token"] * per_rank / middle * 1000 / run["peak_flops"] if run["peak_flops"] else None
+    return {"variant": variant, "ms_per_step": middle, "spread_ms": max(ms) - min(ms),
+            "tokens_per_s": 1000 * per_rank / middle, "speedup": None, "mfu": mfu,
+            "peak_gib": timed[-1]["peak_gib"], "compile_s": run["compile_s"], "loss": timed[-1]["loss"],
+            "fp8_flops": run["fp8_flops"], "ms": ms}
+
+
+def table(rows):
+    """The rows as aligned text."""
+    formats = {"ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_s": ",.0f", "speedup": ".2f", "mfu": ".1%",
+               "peak_gib": ".2f", "compile_s": ".1f"}
+    cells = [COLUMNS]
+    for row in rows:
+        cells.append([row["variant"]] + ([f"failed: {row['error']}"] if "error" in row else
+                     ["n/a" if row[c] is None else format(row[c], formats[c]) for c in COLUMNS[1:]]))
+    widths = [max(len(line[i]) for line in cells if len(line) == len(COLUMNS)) for i in range(len(COLUMNS))]
+    widths[0] = max(len(line[0]) for line in cells)
+    return "\n".join("  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)])
+                     for line in cells)
+
+
+def plot(rows, title, path):
+    """Bars of tokens per second, labelled with the speed-up, and of peak memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "error" not in row][::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1 + 0.5 * len(rows)), sharey=True, layout="constrained")
+    names = [row["variant"] for row in rows]
+    speed = axes[0].barh(names, [row["tokens_per_s"] for row in rows], color="tab:blue")
+    axes[0].bar_label(speed, [f"{r['tokens_per_s']:,.0f} ({r['speedup']:.2f}x)" if r["speedup"] else "" for r in rows], padding=3)
+    axes[0].set(xlabel="tokens per second and GPU")
+    memory = axes[1].barh(names, [row["peak_gib"] for row in rows], color="tab:gray")
+    axes[1].bar_label(memory, fmt="%.1f", padding=3)
+    axes[1].set(xlabel="peak memory, GiB")
+    for ax in axes:
+        ax.margins(x=0.25)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    own, argv = BenchConfig(), sys.argv[1:]
+    if all(arg.startswith("-") for arg in argv):
+        argv = [str(REPO / "config" / "llama_fp8.py"), *argv]
+    config = configurator.load(argv, own)
+    rank = int(os.environ.get("RANK", 0))
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu:
+        config.fp8.emulate = True
+    say = print if rank == 0 else lambda *text: None
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    base = out_dir / f"bench_config_{rank}.py"
+    base.write_text(configurator.to_python(config))
+    rows = []
+    for number, variant in enumerate(own.variants.split(",")):
+        say(f"{variant}: {own.warmup} + {own.steps} steps ...", flush=True)
+        row = measure(variant, number, base, out_dir, own, rank)
+        rows.append(row)
+        if "error" not in row and "error" not in rows[0]:
+            row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        say(table(rows).splitlines()[-1], flush=True)
+    if rank == 0:
+        done = [row["variant"] for row in rows if "error" not in row]
+        run = json.loads((out_dir / re.sub(r"[^\w.=-]+", "_", done[0]) / "run.json").read_text()) if done else {}
+        report = {"hardware": run.get("hardware"), "versions": run.get("versions"),
+                  "date": datetime.date.today().isoformat(), "command": sys.argv, "git_commit": run.get("git_commit"),
+                  "tokens_per_step": config.global_batch_size * config.model.block_size, "rows": rows}
+        (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
+        plot(rows, f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}", out_dir / "bench.png")
+        say("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "
+            f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows), "", sep="\n")
+        if on_cpu:
+            say("On a CPU FP8 is emulated: these speeds say nothing about FP8.")
+        say(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
+    sys.exit(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    configurator.run(main)
