@@ -54,7 +54,7 @@ def flags(variant):
 
 
 def measure(variant, number, base, out_dir, own, rank):
-    """Train a variant in a fresh process; its row of the table, with `error` in it if it failed."""
+    """Train a variant in a fresh process: (its row of the table, its run.json), or (a row with `error`, {})."""
     folder = out_dir / re.sub(r"[^\w.=-]+", "_", variant)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, REPO / "train.py", base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0",
@@ -66,8 +66,11 @@ def measure(variant, number, base, out_dir, own, rank):
     with log.open("w") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
     if status:
-        lines = [line for line in log.read_text().splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|\.py):? ", line)]
-        return {"variant": variant, "error": lines[-1] if lines else f"exit status {status}, see {log}"}
+        reason = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|\.py):? ")
+        lines = [line for line in log.read_text().splitlines() if reason.match(line)]
+        return {"variant": variant, "error": lines[-1] if lines else f"exit status {status}, see {log}"}, {}
+    if rank > 0:  # rank 0 is still writing what there is to read
+        return {"variant": variant}, {}
     run = json.loads((folder / "run.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = [row for row in rows if row["step"] > own.warmup]
@@ -78,7 +81,7 @@ def measure(variant, number, base, out_dir, own, rank):
     return {"variant": variant, "ms_per_step": middle, "spread_ms": max(ms) - min(ms),
             "tokens_per_s": 1000 * per_rank / middle, "speedup": None, "mfu": mfu,
             "peak_gib": timed[-1]["peak_gib"], "compile_s": run["compile_s"], "loss": timed[-1]["loss"],
-            "fp8_flops": run["fp8_flops"], "ms": ms}
+            "fp8_flops": run["fp8_flops"], "ms": ms}, run
 
 
 def table(rows):
@@ -91,8 +94,8 @@ def table(rows):
                      ["n/a" if row[c] is None else format(row[c], formats[c]) for c in COLUMNS[1:]]))
     widths = [max(len(line[i]) for line in cells if len(line) == len(COLUMNS)) for i in range(len(COLUMNS))]
     widths[0] = max(len(line[0]) for line in cells)
-    return "\n".join("  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)])
-                     for line in cells)
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in
+                               enumerate(zip(line, widths, strict=False))) for line in cells)
 
 
 def plot(rows, title, path):
@@ -106,7 +109,8 @@ def plot(rows, title, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 1 + 0.5 * len(rows)), sharey=True, layout="constrained")
     names = [row["variant"] for row in rows]
     speed = axes[0].barh(names, [row["tokens_per_s"] for row in rows], color="tab:blue")
-    axes[0].bar_label(speed, [f"{r['tokens_per_s']:,.0f} ({r['speedup']:.2f}x)" if r["speedup"] else "" for r in rows], padding=3)
+    labels = [f"{row['tokens_per_s']:,.0f} ({row['speedup'] or float('nan'):.2f}x)" for row in rows]
+    axes[0].bar_label(speed, labels, padding=3)
     axes[0].set(xlabel="tokens per second and GPU")
     memory = axes[1].barh(names, [row["peak_gib"] for row in rows], color="tab:gray")
     axes[1].bar_label(memory, fmt="%.1f", padding=3)
@@ -126,27 +130,29 @@ def main():
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
         config.fp8.emulate = True
-    say = print if rank == 0 else lambda *text: None
+    say = print if rank == 0 else lambda *text, **how: None
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     base = out_dir / f"bench_config_{rank}.py"
     base.write_text(configurator.to_python(config))
-    rows = []
+    report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
+              "command": sys.argv, "tokens_per_step": config.global_batch_size * config.model.block_size, "rows": []}
+    rows = report["rows"]
     for number, variant in enumerate(own.variants.split(",")):
-        say(f"{variant}: {own.warmup} + {own.steps} steps ...", flush=True)
-        row = measure(variant, number, base, out_dir, own, rank)
+        say(f"{variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
+        row, run = measure(variant, number, base, out_dir, own, rank)
         rows.append(row)
+        if rank > 0:
+            continue
+        report |= {key: run[key] for key in ("hardware", "versions", "git_commit") if key in run}
         if "error" not in row and "error" not in rows[0]:
             row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        say(table(rows).splitlines()[-1], flush=True)
-    if rank == 0:
-        done = [row["variant"] for row in rows if "error" not in row]
-        run = json.loads((out_dir / re.sub(r"[^\w.=-]+", "_", done[0]) / "run.json").read_text()) if done else {}
-        report = {"hardware": run.get("hardware"), "versions": run.get("versions"),
-                  "date": datetime.date.today().isoformat(), "command": sys.argv, "git_commit": run.get("git_commit"),
-                  "tokens_per_step": config.global_batch_size * config.model.block_size, "rows": rows}
+        say("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
+        # after every variant: who interrupts a bench keeps what it has measured
         (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
-        plot(rows, f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}", out_dir / "bench.png")
+    if rank == 0:
+        title = f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}"
+        plot(rows, title, out_dir / "bench.png")
         say("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "
             f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows), "", sep="\n")
         if on_cpu:

@@ -48,8 +48,8 @@ class DataConfig:
 # Split pattern and special tokens of Llama 3. Source: llama-models, llama3/tokenizer.py
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                 r"|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                  "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                  "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
                   "<|eot_id|>", "<|python_tag|>", "<|image|>"]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(LLAMA3_SPECIAL))]
 
@@ -61,8 +61,8 @@ def get_tokenizer(name):
     """
     if name == "bytes":
         # no merges, so cutting into long pieces is as right as into words, and quicker
-        return tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={END: 256})
+        return tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", special_tokens={END: 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
     if Path(name).is_file():
         try:
             lines = [line.split() for line in Path(name).read_bytes().splitlines() if line]
@@ -81,9 +81,9 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:  # requests' errors are OSErrors
-        raise ValueError(f"data.tokenizer={name!r}: tiktoken could not download its vocabulary ({type(error).__name__}). "
-                         "Without a network, set TIKTOKEN_CACHE_DIR to a folder that holds it, give a rank file, or use "
-                         "data.tokenizer=bytes") from error
+        raise ValueError(f"data.tokenizer={name!r}: tiktoken could not download its vocabulary "
+                         f"({type(error).__name__}). Without a network, set TIKTOKEN_CACHE_DIR to a folder that holds "
+                         "it, give a rank file, or use data.tokenizer=bytes") from error
 
 
 def fingerprint(encoding):
@@ -268,12 +268,14 @@ def build(folder, train, val, cfg, encoding):
     aside.mkdir(parents=True)
     workers, end = cfg.workers or os.cpu_count(), np.array([end_token(encoding)])
     try:
-        with ThreadPoolExecutor(workers) as pool, tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        bar = tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None)  # None: only on a terminal
+        with ThreadPoolExecutor(workers) as pool, bar:
 
             def encode(text):  # threads are enough: tiktoken lets go of the interpreter lock
                 return np.append(encoding.encode_to_numpy(text, disallowed_special=()), end)
 
-            for files, splits in ((train, ["train"] * (VAL_EVERY - 1) + (["train"] if val else ["val"])), (val, ["val"])):
+            last = "train" if val else "val"  # of every VAL_EVERY documents
+            for files, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):
                 writers = {split: ShardWriter(aside, split, encoding) for split in set(splits)}
                 batches = batched(documents(files, cfg.text_key), 2**24)  # 16 MB of text in memory at a time
                 for i, (text, tokens) in enumerate(pair for batch in batches
@@ -326,7 +328,8 @@ class Loader:
     if the text is shorter than one global batch or has token ids that the model lacks.
     """
 
-    def __init__(self, tokens, *, block_size, global_batch_size, micro_batch_size, seed, vocab_size, rank=0, world_size=1):
+    def __init__(self, tokens, *, block_size, global_batch_size, micro_batch_size, seed, vocab_size,
+                 rank=0, world_size=1):
         self.tokens, self.block_size, self.global_batch_size = tokens, block_size, global_batch_size
         self.micro_batch_size, self.seed, self.rank, self.world_size = micro_batch_size, seed, rank, world_size
         self.epoch, self.n_windows = (None, None), windows(tokens, block_size)
@@ -346,7 +349,7 @@ class Loader:
         return window(self.tokens, int(self.epoch[1][i]), self.block_size)
 
     def batch(self, step):
-        """This rank's part of the global batch of a step: x, y of shape (accumulation, micro_batch_size, block_size)."""
+        """This rank's part of a step's global batch: x, y of shape (accumulation, micro_batch_size, block_size)."""
         first, per_pass = step * self.global_batch_size, self.micro_batch_size * self.world_size
         samples = [self.sample(first + a * per_pass + self.rank * self.micro_batch_size + i)
                    for a in range(self.global_batch_size // per_pass) for i in range(self.micro_batch_size)]

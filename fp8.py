@@ -54,7 +54,8 @@ ALIASES = {
     "precompute_fp8_dynamic_scale_for_fsdp": "precompute_float8_dynamic_scale_for_fsdp",
 }
 # Importing torchao warns of its C++ extensions for other GPUs and of an enum of its own; nothing here uses either.
-for logger in ("torchao", "torch.utils._pytree"):
+# Compiling selective recompute warns that the region must not hold in-place ops; a block holds none.
+for logger in ("torchao", "torch.utils._pytree", "torch._higher_order_ops.wrap"):
     logging.getLogger(logger).setLevel(logging.ERROR)
 MIN_TORCHAO = "0.18"  # patches a Triton miscompile that gave NaN (https://github.com/pytorch/ao/issues/4652)
 
@@ -415,7 +416,7 @@ class CountFloat8Matmuls(TorchDispatchMode):
 
 
 def verify_step(model, cfg, run, *, shards, loss_chunks):
-    """Call `run` (a forward and backward pass) twice and look at what ran: FP8 matmuls and gathered dtypes.
+    """Call `run` (a forward and backward pass that leaves no gradients) twice and look at what ran.
 
     The first call compiles. The second is counted: by the profiler, or emulated FP8 by a dispatch mode in eager, since
     a compiled emulated matmul looks like any other. Returns the number of FP8 matmuls. Raises RuntimeError if they
@@ -428,7 +429,7 @@ def verify_step(model, cfg, run, *, shards, loss_chunks):
         ran = counter.count
     else:
         cuda = torch.profiler.ProfilerActivity.CUDA
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda], acc_events=True) as profile:
             run()
             torch.cuda.synchronize()
         # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_..., pointwise kernels

@@ -141,7 +141,7 @@ class AdamW:
         grads = list(self.grads.values())
         squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
         sharded = next((p for p in self.params.values() if isinstance(p, DTensor)), None)
-        if sharded is not None:  # each rank has its rows; replicas (HSDP) have the same ones, so do not count them twice
+        if sharded is not None:  # each rank has its rows; replicas (HSDP) have the same ones: do not count them twice
             dist.all_reduce(squares, group=sharded.device_mesh.get_group(sharded.device_mesh.ndim - 1))
         return squares.sqrt()
 

@@ -46,6 +46,13 @@ def git_commit():
     return commit.stdout.strip() + ("+changes" if changed else "")
 
 
+def peak_memory(use_cuda):
+    """The largest GiB that this process has held so far: on the GPU, or without one in the machine's memory."""
+    if use_cuda:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)  # KiB, B
+
+
 def open_metrics(out_dir, start):
     """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`."""
     path = out_dir / "metrics.jsonl"
@@ -238,17 +245,19 @@ def main():
     def to_device(batch):
         return [t.pin_memory().to(device, non_blocking=True) if use_cuda else t for t in batch]
 
+    def first_pass():
+        micro_step(x[0], y[0], y[0].numel())
+        for p in model.parameters():
+            p.grad = None
+
     clock = time.perf_counter()
     x, y = to_device(loader.batch(start))
     if config.fp8.enabled:
         fp8.verify_sharded(model, config.fp8, converted, shards=shards)
-        ran = fp8.verify_step(model, config.fp8, lambda: micro_step(x[0], y[0], y[0].numel()), shards=shards,
-                              loss_chunks=config.loss_chunks)
+        ran = fp8.verify_step(model, config.fp8, first_pass, shards=shards, loss_chunks=config.loss_chunks)
         say(f"fp8: verified, {ran} {'emulated ' if config.fp8.emulate else ''}fp8 matmuls ran in one pass")
     else:
-        micro_step(x[0], y[0], y[0].numel())
-    for p in model.parameters():
-        p.grad = None
+        first_pass()
     compile_s = time.perf_counter() - clock
     say(f"first pass: {compile_s:.1f} s")
 
@@ -303,14 +312,13 @@ def main():
             seconds += elapsed
             rate = tokens_per_step * (step - last_logged) / elapsed / world_size
             mfu = rate * flops_per_token / peak if peak else None
-            memory = torch.cuda.max_memory_allocated() if use_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             row = {"step": step, "loss": (reduce(loss) / n_tokens).item(), "lr": lr, "grad_norm": grad_norm.item(),
-                   "tokens": step * tokens_per_step, "tokens_per_s": rate, "mfu": mfu, "peak_gib": memory / 2**30,
+                   "tokens": step * tokens_per_step, "tokens_per_s": rate, "mfu": mfu, "peak_gib": peak_memory(use_cuda),
                    "time_s": seconds}
             log(row)
             minutes = (config.max_steps - step) * elapsed / (step - last_logged) / 60
-            say(f"step {step}/{config.max_steps} | loss {row['loss']:.4f} | lr {lr:.2e} | grad norm {row['grad_norm']:.3f}"
-                f" | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
+            say(f"step {step}/{config.max_steps} | loss {row['loss']:.4f} | lr {lr:.2e}"
+                f" | grad norm {row['grad_norm']:.3f} | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
                 f" | {row['peak_gib']:.2f} GiB | {minutes:.1f} min left")
             clock, last_logged = now(), step
         evaluates = config.eval_interval and (last or step % config.eval_interval == 0)
@@ -327,7 +335,8 @@ def main():
                 log({"step": step, "val_loss": val_loss})
                 say(f"step {step}/{config.max_steps} | validation loss {val_loss:.4f} nats per token")
             if saves:
-                checkpoint.save(out_dir, step, model, optimizer, {**identity, **run, "time_s": seconds}, keep=config.keep)
+                kept = {**identity, **run, "time_s": seconds}
+                checkpoint.save(out_dir, step, model, optimizer, kept, keep=config.keep)
             clock += now() - pause  # not training time
     progress.close()
 

@@ -10,7 +10,8 @@ from configurator import CompileConfig, Config, FP8Config, OptimConfig
 
 config = Config(
     model=model.llama_100m(),
-    fp8=FP8Config(enabled=True, recipe_name="tensorwise", filter_fqns=["lm_head"], emulate=not torch.cuda.is_available()),
+    fp8=FP8Config(enabled=True, recipe_name="tensorwise", filter_fqns=["lm_head"],
+                  emulate=not torch.cuda.is_available()),
     compile=CompileConfig(enabled=True),
     optim=OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=20, weights="fp32_master"),
     # 16 sequences x 1024 bytes = 16,384 bytes per step; 200 steps see 3.3 of the 10 MB of the embedded corpus

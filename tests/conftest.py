@@ -44,8 +44,7 @@ def run(script, *args, ranks=1, check=True, cwd=REPO):
     """Run a script of this repository, under torchrun where ranks > 1; the CompletedProcess with its output."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--rdzv-backend=c10d",
-                     "--rdzv-endpoint=localhost:0"]
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run([*launcher, str(REPO / script), *map(str, args)], capture_output=True, text=True, cwd=cwd,
                           env={**env, "OMP_NUM_THREADS": "1" if ranks > 1 else "2"})

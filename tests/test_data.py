@@ -1,4 +1,4 @@
-"""data.py: what is stored is what was written, and the loader shows every token once an epoch, to any number of ranks."""
+"""data.py: what is stored is what was written, and the loader shows each token once an epoch, on any number of ranks."""
 
 import base64
 import json
@@ -44,14 +44,15 @@ def stream(n, tmp_path, name="numbers"):
 
 
 def loader(tokens, **keys):
-    return Loader(tokens, **{**dict(block_size=8, global_batch_size=4, micro_batch_size=1, seed=3, vocab_size=70000), **keys})
+    sizes = dict(block_size=8, global_batch_size=4, micro_batch_size=1, seed=3, vocab_size=70000)
+    return Loader(tokens, **{**sizes, **keys})
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # tokenizers
 
 
-@pytest.mark.parametrize("text", ["", "plain", "a\nb\n\n\nc", "\r\n\t  ", "naïve café 北京 🚀", "<|endoftext|>", "\0\x7f"])
+@pytest.mark.parametrize("text", ["", "a", "a\nb\n\n\nc", "\r\n\t  ", "naïve café 北京 🚀", "<|endoftext|>", "\0\x7f"])
 def test_bytes_tokenizer_is_utf8_and_reads_special_text_as_text(text):
     assert BYTES.encode_ordinary(text) == list(text.encode())
     assert BYTES.decode(BYTES.encode_ordinary(text)) == text
@@ -254,8 +255,9 @@ def test_an_empty_corpus_is_an_error(tmp_path, text):
         prepare(config(tmp_path, tmp_path / "empty.txt"))
 
 
-@pytest.mark.parametrize("line, told", [("{broken", "line 2: no JSON object"), ('{"other": "x"}', "data.text_key='text'"),
-                                        ('{"text": 5}', "'text' is not text"), ("[1]", "line 2: no JSON object")])
+@pytest.mark.parametrize("line, told", [
+    ("{broken", "line 2: no JSON object"), ('{"other": "x"}', "data.text_key='text'"),
+    ('{"text": 5}', "'text' is not text"), ("[1]", "line 2: no JSON object")])
 def test_a_broken_jsonl_line_is_named(tmp_path, line, told):
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=told):

@@ -242,7 +242,7 @@ def test_real_fp8_agrees_with_emulated_and_with_float64(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_fp8_copy_of_a_weight_is_kept_for_backward(recipe):
-    """force_recompute_fp8_weight_in_bwd=True, by the tensors that the compiled forward saves; and False, as a report."""
+    """force_recompute_fp8_weight_in_bwd=True, by the tensors that the compiled forward saves; False as a report."""
     kept = {}
     for force in (True, False):
         torch._dynamo.reset()
@@ -333,4 +333,5 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
         x = torch.randint(0, 256, (2, 64), device="cuda")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert fp8.verify_step(model, cfg, lambda m=model: m(x, x).backward(), shards=1, loss_chunks=1) == per_layer * 8
+            run = lambda model=model, x=x: model(x, x).backward()  # noqa: E731
+            assert fp8.verify_step(model, cfg, run, shards=1, loss_chunks=1) == per_layer * 8

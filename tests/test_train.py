@@ -102,8 +102,8 @@ def test_two_ranks_train_as_one_does(fleet, name, bound):
     ("fp8_gather", "fp8", 0), ("fp8_precompute", "fp8", 0), ("zero2_fp8", "fp8_precompute", 0),
     ("full_fp8", "fp8_precompute", 0), ("hsdp", "fp32", FLOAT_NOISE), ("hsdp_fp8", "fp8", FP8_NOISE),
     # compiled kernels keep float32 where eager rounds between ops; chunks of the loss have scales of their own
-    ("fp8_compiled", "fp8", FP8_NOISE), ("fp8_precompute_compiled", "fp8", FP8_NOISE), ("selective_fp8", "fp8", FP8_NOISE),
-    ("accumulation_fp8", "fp8", FP8_NOISE)])
+    ("fp8_compiled", "fp8", FP8_NOISE), ("fp8_precompute_compiled", "fp8", FP8_NOISE),
+    ("selective_fp8", "fp8", FP8_NOISE), ("accumulation_fp8", "fp8", FP8_NOISE)])
 def test_switches_of_a_sharded_run_do_not_change_the_training(fleet, name, reference, bound):
     _, two = fleet
     assert largest_gap(two[name], two[reference]) <= bound
@@ -135,7 +135,8 @@ BREAK = {  # what goes wrong, and what train.py must say about it
     "gathers_in_high_precision": ("""
             cls.fsdp_pre_all_gather = lambda self, mesh: ((self._tensor,), ())
             cls.fsdp_post_all_gather = lambda self, gathered, meta, dtype, *, out=None: None if out is not None else (
-                gathered[0], gathered)""", "fp8 all-gather is on, but these weights were gathered as layers.0.attn.qkv: torch.float32"),
+                gathered[0], gathered)""",
+                                  "is on, but these weights were gathered as layers.0.attn.qkv: torch.float32"),
     "loses_the_wrapper": ("""
             fp8.nn.Parameter = lambda w, requires_grad: torch.nn.Parameter(w._tensor)""",
                           "these weights would be gathered in high precision: layers.0.attn.qkv"),
@@ -171,7 +172,7 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, case):
 def finished(tiny_run, tmp_path_factory):
     """A run of 6 steps that nothing interrupted, tensorwise FP8 in bf16, compiled: (arguments, folder, metrics)."""
     folder = tmp_path_factory.mktemp("finished")
-    args = [*tiny_run, *FP8, "--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--micro_batch_size=4", *COMPILE]
+    args = [*tiny_run, *FP8, "--dtype=bfloat16", "--optim.weights=stochastic_rounding", *COMPILE]
     return args, folder, run_many(folder, {"whole": args})["whole"]
 
 
@@ -209,7 +210,7 @@ def test_killed_while_saving_leaves_the_checkpoint_before(finished, tmp_path):
 def test_resume_on_two_ranks_and_back_on_one(finished, tiny_run, tmp_path):
     out = [f"--out_dir={tmp_path / 'out'}"]
     args = [*tiny_run, *FP8, *PRECOMPUTE, "--checkpoint_interval=2"]
-    # a run's schedule depends on max_steps, so the parts are cut off at the step limit with the same warm-up and no decay
+    # the learning rate depends on max_steps, here the number of steps of each part: hence none of it decays
     flat = ["--optim.min_lr=0.003"]
     whole = run_many(tmp_path, {"whole": [*args, *flat]})["whole"]
     run("train.py", *args, *flat, *out, "--max_steps=2")
@@ -320,14 +321,15 @@ def test_under_torchrun_the_message_comes_once(tiny_run, tmp_path):
 
 
 def test_diverged_training_stops_and_says_so(tiny_run, tmp_path):
-    done = run("train.py", *tiny_run, "--optim.lr=1e30", "--optim.grad_clip=0", f"--out_dir={tmp_path / 'out'}", check=False)
+    out = f"--out_dir={tmp_path / 'out'}"
+    done = run("train.py", *tiny_run, "--optim.lr=1e30", "--optim.grad_clip=0", out, check=False)
     assert done.returncode == 1 and "Lower optim.lr" in done.stderr
     assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
 def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path):
-    process = subprocess.Popen([sys.executable, str(REPO / "train.py"), *tiny_run, "--max_steps=100000",
-                                f"--out_dir={tmp_path / 'out'}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    command = [sys.executable, str(REPO / "train.py"), *tiny_run, "--max_steps=100000", f"--out_dir={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.time() + 120
     while not (tmp_path / "out" / "checkpoints" / "step_00000003").is_dir():
         assert process.poll() is None and time.time() < deadline

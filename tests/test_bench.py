@@ -1,0 +1,57 @@
+"""bench.py: one row a variant, measured by train.py, and a failed variant is told."""
+
+import json
+
+import pytest
+from conftest import run
+
+from bench import BenchConfig, flags
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    variants = "bf16,tensorwise:fp8.filter_fqns=[],rowwise:fp8.filter_fqns=['typo']"
+    done = run("bench.py", "config/llama_fp8.py", *tiny_run, f"--out_dir={out}", "--compile.enabled=False", "--steps=10",
+               "--warmup=5", f"--variants={variants}", check=False)
+    return done, out, json.loads((out / "bench.json").read_text())
+
+
+def test_rows_have_the_promised_keys_and_add_up(bench):
+    _, _, report = bench
+    assert {"hardware", "versions", "date", "command", "rows"} <= set(report)
+    assert [row["variant"] for row in report["rows"]][:2] == ["bf16", "tensorwise:fp8.filter_fqns=[]"]
+    for row in report["rows"][:2]:
+        assert {"variant", "ms_per_step", "spread_ms", "tokens_per_s", "speedup", "mfu", "peak_gib",
+                "compile_s"} <= set(row)
+        assert row["tokens_per_s"] * row["ms_per_step"] == pytest.approx(1000 * 8 * 64)
+        assert len(row["ms"]) == 2 and row["spread_ms"] == pytest.approx(max(row["ms"]) - min(row["ms"]))
+        assert row["loss"] < 5.0  # it did train
+    bf16, fp8 = report["rows"][:2]
+    assert fp8["speedup"] == pytest.approx(fp8["tokens_per_s"] / bf16["tokens_per_s"])
+    assert (bf16["fp8_flops"], fp8["fp8_flops"] > 0.5) == (0, True)
+
+
+def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
+    done, out, report = bench
+    assert done.returncode == 1
+    assert "'typo' matches no linear layer" in report["rows"][2]["error"] and "'typo'" in done.stdout
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "say nothing about FP8" in done.stdout
+
+
+def test_two_ranks(tiny_run, tmp_path):
+    run("bench.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False", "--steps=10", "--warmup=0",
+        "--variants=bf16,tensorwise", ranks=2)
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["tokens_per_s"] * row["ms_per_step"] for row in rows] == pytest.approx([1000 * 4 * 64] * 2)  # per rank
+
+
+def test_rowwise_variants_do_not_gather_in_fp8():
+    assert "--fp8.enable_fsdp_float8_all_gather=False" in flags("rowwise_with_gw_hp")
+    assert flags("tensorwise:loss_chunks=2")[1:] == ["--fp8.recipe_name=tensorwise", "--loss_chunks=2"]
+
+
+@pytest.mark.parametrize("keys, told", [({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7")])
+def test_mistakes_are_told(keys, told):
+    assert told in "".join(BenchConfig(**keys).problems())
