@@ -60,8 +60,10 @@ def measure(variant, number, base, out_dir, own, rank):
     command = [sys.executable, REPO / "train.py", base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0",
                "--checkpoint_interval=0", f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}",
                *flags(variant)]
-    # under torchrun the children of all ranks meet under a name of their own, or they would find the last variant's
-    env = {**os.environ, "TORCHELASTIC_RESTART_COUNT": str(1000 + number)}
+    env = dict(os.environ)
+    if "MASTER_PORT" in env:  # under torchrun: its store still holds the last variant's addresses, so meet elsewhere
+        port = 1024 + (int(env["MASTER_PORT"]) + 1 + number) % 64000
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     log = folder / f"log_{rank}.txt"
     with log.open("w") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
@@ -73,7 +75,7 @@ def measure(variant, number, base, out_dir, own, rank):
         return {"variant": variant}, {}
     run = json.loads((folder / "run.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = [row for row in rows if row["step"] > own.warmup]
+    timed = [row for row in rows if row["step"] > own.warmup and row["step"] % WINDOW == 0]
     per_rank = timed[0]["tokens"] / timed[0]["step"] / run["ranks"]
     ms = [1000 * per_rank / row["tokens_per_s"] for row in timed]
     middle = statistics.median(ms)

@@ -313,12 +313,13 @@ def main():
             rate = tokens_per_step * (step - last_logged) / elapsed / world_size
             mfu = rate * flops_per_token / peak if peak else None
             row = {"step": step, "loss": (reduce(loss) / n_tokens).item(), "lr": lr, "grad_norm": grad_norm.item(),
-                   "tokens": step * tokens_per_step, "tokens_per_s": rate, "mfu": mfu, "peak_gib": peak_memory(use_cuda),
-                   "time_s": seconds}
+                   "tokens": step * tokens_per_step, "tokens_per_s": rate, "mfu": mfu, "time_s": seconds,
+                   "peak_gib": peak_memory(use_cuda)}
             log(row)
+            shown = f"{mfu:.1%} of bf16 peak" if mfu else "n/a"
             minutes = (config.max_steps - step) * elapsed / (step - last_logged) / 60
             say(f"step {step}/{config.max_steps} | loss {row['loss']:.4f} | lr {lr:.2e}"
-                f" | grad norm {row['grad_norm']:.3f} | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
+                f" | grad norm {row['grad_norm']:.3f} | {rate:,.0f} tok/s per GPU | MFU {shown}"
                 f" | {row['peak_gib']:.2f} GiB | {minutes:.1f} min left")
             clock, last_logged = now(), step
         evaluates = config.eval_interval and (last or step % config.eval_interval == 0)

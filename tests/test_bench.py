@@ -12,8 +12,8 @@ from bench import BenchConfig, flags
 def bench(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     variants = "bf16,tensorwise:fp8.filter_fqns=[],rowwise:fp8.filter_fqns=['typo']"
-    done = run("bench.py", "config/llama_fp8.py", *tiny_run, f"--out_dir={out}", "--compile.enabled=False", "--steps=10",
-               "--warmup=5", f"--variants={variants}", check=False)
+    done = run("bench.py", "config/llama_fp8.py", *tiny_run, f"--out_dir={out}", "--compile.enabled=False",
+               "--steps=10", "--warmup=5", f"--variants={variants}", check=False)
     return done, out, json.loads((out / "bench.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""data.py: what is stored is what was written, and the loader shows each token once an epoch, on any number of ranks."""
+"""data.py: what is stored is what was written, and the loader shows each token once an epoch on any number of ranks."""
 
 import base64
 import json
