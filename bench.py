@@ -118,7 +118,7 @@ def plot(rows, title, path):
     axes[1].bar_label(memory, fmt="%.1f", padding=3)
     axes[1].set(xlabel="peak memory, GiB")
     for ax in axes:
-        ax.margins(x=0.25)
+        ax.margins(x=0.5)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
