@@ -41,10 +41,12 @@ def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
 
 
 def test_two_ranks(tiny_run, tmp_path):
-    run("bench.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False", "--steps=10", "--warmup=0",
-        "--variants=bf16,tensorwise", ranks=2)
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    done = run("bench.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False", "--steps=10", "--warmup=0",
+               "--variants=bf16,tensorwise,bf16:replicas=3", ranks=2, check=False)
+    *rows, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["tokens_per_s"] * row["ms_per_step"] for row in rows] == pytest.approx([1000 * 4 * 64] * 2)  # per rank
+    assert "replicas=3 must divide the number of ranks, 2" in failed["error"]
+    assert done.returncode == 1 and done.stdout.count("bf16: 0 + 10 steps") == 1  # one rank speaks
 
 
 def test_rowwise_variants_do_not_gather_in_fp8():
