@@ -9,6 +9,7 @@ sharded, then filled, 4) optimizer and resume, 5) proof that FP8 is on, 6) the l
 
 import importlib.util
 import json
+import math
 import os
 import resource
 import subprocess
@@ -27,13 +28,10 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 import data
+import estimate
 import fp8
 import model as models
 from optim import AdamW, get_lr
-
-# Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: what MFU is measured against, in FP8 runs too.
-BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-             "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 6000 Ada": 364e12}
 
 
 def git_commit():
@@ -159,7 +157,7 @@ def main():
             sys.stdout.flush()
 
     hardware = torch.cuda.get_device_name(device) if use_cuda else f"CPU with {torch.get_num_threads()} threads"
-    peak = next((flops for name, flops in BF16_PEAK.items() if name in hardware), None)
+    peak = estimate.bf16_peak(hardware)
     say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
     out_dir = Path(config.out_dir)
     folder = checkpoint.latest(out_dir) if config.resume != "never" else None
@@ -188,7 +186,7 @@ def main():
 
     with torch.device("meta"):
         model = models.Transformer(config.model).to(dtype)
-    flops_per_token, fp8_flops = sum(models.matmul_flops_per_token(config.model)), 0.0  # fp8_flops: their share
+    flops_per_token, fp8_flops = sum(estimate.matmul_flops_per_token(config.model)), 0.0  # fp8_flops: their share
     if config.fp8.enabled:
         tokens = config.micro_batch_size * config.model.block_size
         fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards,
@@ -197,6 +195,8 @@ def main():
         fp8_flops = fp8.covered_flops(model, config.fp8) / flops_per_token
         say(fp8.table(model, config.fp8, fp8_flops, shards=shards))
         converted = list(fp8.float8_linears(model))
+    capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if use_cuda else math.inf
+    gib = estimate.check_memory(config, shards, accumulation, capacity)
     fp8.compile_and_checkpoint(model, config.fp8, config.compile, config.activation_checkpoint)
     if world_size > 1:  # one rank has nothing to shard, and FSDP2's copies would cost it 7 to 17% of the step
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -228,7 +228,6 @@ def main():
     unfilled = [name for name, p in model.named_parameters() if fp8.plain_local(p).isnan().any()]
     assert not unfilled, f"weights that nothing filled: {unfilled}"
     fp8.precompute_scales(model, config.fp8, shards=shards)
-    gib = models.estimate_memory(config, shards, accumulation)
     say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
     say(f"data: {train_tokens.description}")
     say(f"step: {config.micro_batch_size} sequences x {config.model.block_size} tokens x {world_size} ranks x "
@@ -265,7 +264,8 @@ def main():
     # 6) the loop
 
     run = {"command": sys.argv, "hardware": f"{world_size} x {hardware}", "git_commit": git_commit(),
-           "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")},
+           "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")
+                        if importlib.util.find_spec(package)},
            "ranks": world_size, "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak,
            "compile_s": compile_s}
     if first:

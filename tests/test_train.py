@@ -276,6 +276,26 @@ def test_screen_shows_the_run(tiny_run, tmp_path):
         assert part in text, part
 
 
+def test_bf16_trains_where_torchao_is_not_installed(tiny_run, tmp_path):
+    script = tmp_path / "without.py"
+    script.write_text(textwrap.dedent(f"""
+            import sys
+            sys.path.insert(0, {str(REPO)!r})
+            class NoTorchao:
+                def find_spec(self, name, path=None, target=None):
+                    if name.split(".")[0] == "torchao":
+                        raise ModuleNotFoundError(name)
+            import importlib.metadata, importlib.util
+            sys.meta_path.insert(0, NoTorchao())
+            find = importlib.util.find_spec
+            importlib.util.find_spec = lambda name, *rest: None if name == "torchao" else find(name, *rest)
+            import train
+            train.main()
+            """))
+    run(script, *tiny_run, f"--out_dir={tmp_path / 'out'}", "--max_steps=2")
+    assert "torchao" not in json.loads((tmp_path / "out" / "run.json").read_text())["versions"]
+
+
 def test_sample_continues_the_prompt_and_repeats_with_the_seed(finished):
     _, folder, _ = finished
     args = [f"--from={folder / 'whole'}", "--prompt=def f", "--max_new_tokens=40"]
