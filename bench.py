@@ -1,10 +1,14 @@
 """How fast is FP8 on this machine: bf16 against every recipe, each trained by train.py in a process of its own.
 
-    [torchrun ...] python bench.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,rowwise,rowwise_with_gw_hp]
+    [torchrun ...] bench.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,rowwise,rowwise_with_gw_hp]
+    python bench.py [CONFIG.py] [--key=value ...] --gemms
 
 A variant is bf16 or a recipe, with keys of its own behind colons: `tensorwise:fp8.filter_fqns=[]:loss_chunks=8`.
 Everything else comes from the config: config/llama_fp8.py if none is given. Writes out_dir/bench.json and bench.png;
 out_dir/VARIANT/ has each variant's metrics and log. Exit status 1 if a variant failed.
+
+--gemms times every kind of linear layer alone, in bf16 and in FP8 with its casts, and from one bf16 run predicts the
+step with all of them in FP8 and with those that pay. In the model the casts fuse with their neighbours and cost less.
 """
 
 import datetime
@@ -20,6 +24,7 @@ from pathlib import Path
 import torch
 
 import configurator
+import gemms
 
 REPO = Path(__file__).parent
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -34,10 +39,15 @@ class BenchConfig:
     variants: str = "bf16,tensorwise,rowwise,rowwise_with_gw_hp"  # what to compare, the first is what speedup refers to
     steps: int = 40  # timed steps of each
     warmup: int = 10  # steps before them
+    gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 pay for
+
+    def split(self):
+        """The variants one by one; a comma inside of a variant's keys does not end it."""
+        return re.split(r",(?=bf16|tensorwise|rowwise)", self.variants)
 
     def problems(self):
         """What is wrong with these values, one sentence each."""
-        for variant in self.variants.split(","):
+        for variant in self.split():
             if variant.split(":")[0] not in ("bf16", *RECIPES):
                 yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
         if self.steps < 2 * WINDOW or self.steps % WINDOW or self.warmup % WINDOW or self.warmup < 0:
@@ -146,7 +156,9 @@ def main():
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
               "command": sys.argv, "tokens_per_step": config.global_batch_size * config.model.block_size, "rows": []}
     rows = report["rows"]
-    for variant in own.variants.split(","):
+    if own.gemms:
+        own.variants = "bf16"
+    for variant in own.split():
         print(f"{variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
         folder = out_dir / re.sub(r"[^\w.=-]+", "_", variant)
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,8 +168,18 @@ def main():
         if "error" not in row and "error" not in rows[0]:
             row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         print("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
-        # after every variant: who interrupts a bench keeps what it has measured
-        (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
+        if not own.gemms:  # after every variant: who interrupts a bench keeps what it has measured
+            (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
+    if own.gemms:
+        if "error" in rows[0]:
+            raise RuntimeError(f"the bf16 run failed: {rows[0]['error']}")
+        device = torch.device("cpu" if on_cpu else "cuda")
+        passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
+        report["gemms"] = gemms.time_linears(config, device, passes)
+        (out_dir / "gemms.json").write_text(json.dumps(report, indent=1))
+        print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
+        print(f"written: {out_dir / 'gemms.json'}")
+        return
     title = f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}"
     plot(rows, title, out_dir / "bench.png")
     print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "

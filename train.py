@@ -30,6 +30,7 @@ import configurator
 import data
 import estimate
 import fp8
+import gemms
 import model as models
 from optim import AdamW, get_lr
 
@@ -187,8 +188,15 @@ def main():
     with torch.device("meta"):
         model = models.Transformer(config.model).to(dtype)
     flops_per_token, fp8_flops = sum(estimate.matmul_flops_per_token(config.model)), 0.0  # fp8_flops: their share
+    auto_filtered = None
     if config.fp8.enabled:
         tokens = config.micro_batch_size * config.model.block_size
+        if config.fp8.auto_filter:  # a resumed run keeps what it chose, whatever a new timing would say
+            auto_filtered = checkpoint.read_run(folder)["auto_filtered"] if folder else None
+            if auto_filtered is None:
+                auto_filtered = gemms.choose(config, device, accumulation)
+            say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
+            config.fp8.filter_fqns += auto_filtered
         fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards,
                   tokens={tokens, tokens // config.loss_chunks})
         fp8.convert(model, config.fp8, shards=shards)
@@ -267,7 +275,7 @@ def main():
            "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")
                         if importlib.util.find_spec(package)},
            "ranks": world_size, "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak,
-           "compile_s": compile_s}
+           "compile_s": compile_s, "auto_filtered": auto_filtered}
     if first:
         out_dir.mkdir(parents=True, exist_ok=True)
         if folder is None:
