@@ -1,12 +1,11 @@
-"""Tokens: where text comes from, how it becomes memory-mapped shards, and which tokens a step sees.
+"""Tokens: where text comes from, how it becomes rows of one length, and which rows a step sees.
 
     documents -> tokenizer -> shards on disk -> one long stream of tokens -> windows of block_size, shuffled by epoch
 
 Text is tokenized once. The loader is a function of the step number: nothing to save, nothing to fast-forward, and the
-same global batches on any number of ranks.
+same global batches on any number of ranks. It takes rows from `Tokens` here, or from `Samples` in hellaswag.py.
 """
 
-import base64
 import glob
 import hashlib
 import json
@@ -16,15 +15,15 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
 from model import IGNORE
+from tokenizer import fingerprint, get_tokenizer
 
-END = "<|endoftext|>"
 SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".cpp", ".h", ".js", ".ts", ".java", ".rs", ".go", ".html", ".jsonl"}
 VAL_EVERY = 20  # every 20th document is for validation, where data.val names none
 MAGIC, HEADER_BYTES, SHARD_TOKENS = b"nanofp8\x01", 4096, 100_000_000
@@ -34,74 +33,22 @@ MAGIC, HEADER_BYTES, SHARD_TOKENS = b"nanofp8\x01", 4096, 100_000_000
 class DataConfig:
     """Where tokens come from."""
 
-    train: list[str] = field(default_factory=list)  # files, folders, globs (text or .jsonl); []: the embedded corpus
+    format: Literal["text", "hellaswag"] = "text"  # hellaswag: JSONL as published, loss on the right ending only
+    train: list[str] = field(default_factory=list)  # files, folders, globs; []: the embedded corpus or HellaSwag's own
     val: list[str] = field(default_factory=list)  # the same for validation; []: every 20th document of train
-    tokenizer: str = "bytes"  # "bytes", a tiktoken name ("gpt2", "o200k_base"), or a rank file (.tiktoken, .model)
+    packed_sequence_size: int = 0  # hellaswag: tokens of a row that samples are packed into; 0: one sample a row
+    tokenizer: str = "auto"  # "bytes", a tiktoken name, a tokenizer file or folder; auto: init_from's, else bytes
     text_key: str = "text"  # the field of a JSONL line that holds the text
     cache_dir: str = "data_cache"  # tokenized shards are kept here
     workers: int = 0  # threads that tokenize; 0: one per core
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# tokenizers: all become a tiktoken.Encoding
-
-# Split pattern and special tokens of Llama 3. Source: llama-models, llama3/tokenizer.py
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-                  "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
-                  "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
-                  "<|image|>"]
-LLAMA3_SPECIAL += [f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(LLAMA3_SPECIAL))]
-
-
-def get_tokenizer(name):
-    """The tiktoken.Encoding of "bytes", of a tiktoken name, or of a rank file (Llama 3's tokenizer.model is one).
-
-    Raises ValueError for an unknown name, a vocabulary that cannot be downloaded, and a file that is no rank file.
-    """
-    if name == "bytes":
-        # no merges, so cutting into long pieces is as right as into words, and quicker
-        return tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", special_tokens={END: 256},
-                                 mergeable_ranks={bytes([i]): i for i in range(256)})
-    if Path(name).is_file():
-        try:
-            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line]
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        except ValueError as error:
-            raise ValueError(f"{name} is no tiktoken rank file (lines of base64 token and rank): {error}") from error
-        if missing := [i for i in range(256) if bytes([i]) not in ranks]:
-            raise ValueError(f"{name} lacks {len(missing)} of the 256 single bytes, which tiktoken needs")
-        llama3 = len(ranks) == 128000 or Path(name).name == "tokenizer.model"
-        special = LLAMA3_SPECIAL if llama3 else [END]
-        return tiktoken.Encoding(Path(name).name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
-                                 special_tokens={token: len(ranks) + i for i, token in enumerate(special)})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"data.tokenizer={name!r} is neither a file nor one of bytes, "
-                         + ", ".join(tiktoken.list_encoding_names()))
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are OSErrors
-        raise ValueError(f"data.tokenizer={name!r}: tiktoken could not download its vocabulary "
-                         f"({type(error).__name__}). Without a network, set TIKTOKEN_CACHE_DIR to a folder that holds "
-                         "it, give a rank file, or use data.tokenizer=bytes") from error
-
-
-def fingerprint(encoding):
-    """A hash of what ids mean in this encoding: its ranks, split pattern and special tokens."""
-    h = hashlib.blake2b(digest_size=16)
-    h.update(repr((encoding._pat_str, sorted(encoding._special_tokens.items()))).encode())
-    for token, rank in sorted(encoding._mergeable_ranks.items()):
-        h.update(token + rank.to_bytes(4, "little"))
-    return h.hexdigest()
-
-
-def end_token(encoding):
-    """The id that closes each document."""
-    for name in (END, "<|end_of_text|>"):
-        if name in encoding._special_tokens:
-            return encoding._special_tokens[name]
-    raise ValueError(f"tokenizer {encoding.name} has no end-of-text token")
+    def problems(self):
+        """What is wrong with these values taken together, one sentence each."""
+        if self.packed_sequence_size < 0:
+            yield f"data.packed_sequence_size={self.packed_sequence_size} must not be negative"
+        if self.packed_sequence_size and self.format == "text":
+            yield ("data.packed_sequence_size packs HellaSwag samples, text has no padding to save: set "
+                   "data.format=hellaswag, or model.block_size for the length of text")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -210,15 +157,21 @@ def open_shard(path, encoding):
 
 
 class Tokens:
-    """A stream of tokens over several shards, or a part of one. len(); slice(start, stop) gives int64 numpy."""
+    """A stream of tokens over several shards, or a part of one, as rows: windows of block_size, in order.
 
-    def __init__(self, shards, headers, description, start=0, stop=None):
-        self.shards, self.description, self.start = shards, description, start
+    len(); slice(start, stop) gives int64 numpy. Every token but the first is a target in exactly one row.
+    """
+
+    padding = 0.0  # share of a row that is not text
+
+    def __init__(self, shards, headers, block_size, start=0, stop=None):
+        self.shards, self.block_size, self.start = shards, block_size, start
         self.ends = np.cumsum([len(s) for s in shards])
         self.stop = int(self.ends[-1]) if stop is None else stop
         self.largest = max(h["largest"] for h in headers)
         whole = repr([(h["hash"], h["fingerprint"]) for h in headers] + [self.start, self.stop])
         self.digest = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()  # of the content
+        self.n_rows = -(-(len(self) - 1) // block_size)
 
     def __len__(self):
         return self.stop - self.start
@@ -233,9 +186,16 @@ class Tokens:
             start, i = int(self.ends[i]), i + 1
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
+    def row(self, i):
+        """(x, y, None) of window i, int64 (block_size,): y is the next token of each; a short end is masked."""
+        part = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
+        x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
+        x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
+        return x, y, None
 
-def prepare(cfg):
-    """(train Tokens, validation Tokens, encoding) of a DataConfig; tokenizes what cfg.cache_dir does not hold yet.
+
+def prepare(cfg, block_size):
+    """(training rows, validation rows, encoding) of a DataConfig; tokenizes what cfg.cache_dir does not hold yet.
 
     With several ranks call it on rank 0 first. Raises ValueError for text that cannot be found, read or used.
     """
@@ -252,10 +212,10 @@ def prepare(cfg):
         opened = [open_shard(p, encoding) for p in sorted(folder.glob(f"{split}_*.bin"))]
         if opened:
             shards, headers = zip(*opened, strict=True)
-            streams.append(Tokens(shards, headers, ""))
+            streams.append(Tokens(shards, headers, block_size))
     if len(streams) == 1:  # too few documents to set some aside: the end of the text is for validation
         whole, cut = streams[0], len(streams[0]) - len(streams[0]) // VAL_EVERY
-        streams = [Tokens(whole.shards, headers, "", *part) for part in ((0, cut), (cut, len(whole)))]
+        streams = [Tokens(whole.shards, headers, block_size, *part) for part in ((0, cut), (cut, len(whole)))]
     source = f"{len(train)} files" + (f" of {', '.join(cfg.train)}" if cfg.train else " of Python's standard library")
     for stream in streams:
         stream.description = (f"{source}, {len(streams[0]):,} training and {len(streams[1]):,} validation tokens in "
@@ -265,15 +225,20 @@ def prepare(cfg):
 
 def build(folder, train, val, cfg, encoding):
     """Tokenize files into shards in `folder`, which appears when it is complete and not before."""
+    if encoding.eos is None:
+        raise ValueError(f"tokenizer {encoding.name} has no end-of-text token to close documents with")
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
-    workers, end = cfg.workers or os.cpu_count(), np.array([end_token(encoding)])
+    workers, end = cfg.workers or os.cpu_count(), np.array([encoding.eos])
     try:
         bar = tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None)  # None: only on a terminal
         with ThreadPoolExecutor(workers) as pool, bar:
 
             def encode(text):  # threads are enough: tiktoken lets go of the interpreter lock
-                return np.append(encoding.encode_to_numpy(text, disallowed_special=()), end)
+                try:
+                    return np.append(encoding.encode_to_numpy(text, disallowed_special=()), end)
+                except UnicodeEncodeError:  # JSON can hold half of a character (a lone surrogate): U+FFFD instead
+                    return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
             last = "train" if val else "val"  # of every VAL_EVERY documents
             for files, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):
@@ -309,64 +274,56 @@ def batched(texts, size):
 # batches
 
 
-def window(tokens, i, block_size):
-    """(x, y) of window i of the stream, int64 (block_size,): y is the next token of each; a short end is masked."""
-    part = tokens.slice(i * block_size, (i + 1) * block_size + 1)
-    x, y = np.zeros(block_size, np.int64), np.full(block_size, IGNORE, np.int64)
-    x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
-    return x, y
-
-
-def windows(tokens, block_size):
-    """How many windows cover the stream: every token but the first is a target in exactly one of them."""
-    return -(-(len(tokens) - 1) // block_size)
+def stack(rows, *shape):
+    """(x, y, positions) of rows as tensors of shape (*shape, block_size); positions None where the rows have none."""
+    return tuple(None if column[0] is None else torch.from_numpy(np.stack(column)).view(*shape, -1)
+                 for column in zip(*rows, strict=True))
 
 
 class Loader:
     """Training batches as a function of the step: the same global batch for any number of ranks.
 
-    An epoch is all windows in an order shuffled by (seed, epoch); batches run over epoch borders. Raises ValueError
-    if the text is shorter than one global batch or has token ids that the model lacks.
+    rows: Tokens or Samples. An epoch is all of them in an order shuffled by (seed, epoch); batches run over epoch
+    borders. Raises ValueError if there is less than one global batch, or token ids that the model lacks.
     """
 
-    def __init__(self, tokens, *, block_size, global_batch_size, micro_batch_size, seed, vocab_size,
-                 rank=0, world_size=1):
-        self.tokens, self.block_size, self.global_batch_size = tokens, block_size, global_batch_size
-        self.micro_batch_size, self.seed, self.rank, self.world_size = micro_batch_size, seed, rank, world_size
-        self.epoch, self.n_windows = (None, None), windows(tokens, block_size)
-        if len(tokens) <= global_batch_size * block_size:
-            raise ValueError(f"the training text has {len(tokens):,} tokens, one step needs {global_batch_size} x "
-                             f"{block_size} + 1 = {global_batch_size * block_size + 1:,}: give more text, or lower "
-                             "global_batch_size or model.block_size")
-        if tokens.largest >= vocab_size:
-            raise ValueError(f"the text has token id {tokens.largest}, model.vocab_size={vocab_size} ends before: set "
-                             f"model.vocab_size to at least {tokens.largest + 1}, or another data.tokenizer")
+    def __init__(self, rows, *, global_batch_size, micro_batch_size, seed, vocab_size, rank=0, world_size=1):
+        self.rows, self.global_batch_size, self.micro_batch_size = rows, global_batch_size, micro_batch_size
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, (None, None)
+        if rows.n_rows < global_batch_size:
+            raise ValueError(f"the training data fills {rows.n_rows} rows of {rows.block_size} tokens, one step needs "
+                             f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size or "
+                             "model.block_size")
+        if rows.largest >= vocab_size:
+            raise ValueError(f"the text has token id {rows.largest}, model.vocab_size={vocab_size} ends before: set "
+                             f"model.vocab_size to at least {rows.largest + 1}, or another data.tokenizer")
 
     def sample(self, k):
-        """(x, y) of sample k, counted from the start of training."""
-        epoch, i = divmod(k, self.n_windows)
+        """Row k, counted from the start of training."""
+        epoch, i = divmod(k, self.rows.n_rows)
         if epoch != self.epoch[0]:
-            self.epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
-        return window(self.tokens, int(self.epoch[1][i]), self.block_size)
+            self.epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows.n_rows)
+        return self.rows.row(int(self.epoch[1][i]))
 
     def batch(self, step):
-        """This rank's part of a step's global batch: x, y of shape (accumulation, micro_batch_size, block_size)."""
+        """This rank's part of a step's global batch: (x, y, positions), (accumulation, micro_batch_size, block_size).
+
+        positions: int64, 0 at the first token of each document; None where attention is to run over whole rows.
+        """
         first, per_pass = step * self.global_batch_size, self.micro_batch_size * self.world_size
-        samples = [self.sample(first + a * per_pass + self.rank * self.micro_batch_size + i)
-                   for a in range(self.global_batch_size // per_pass) for i in range(self.micro_batch_size)]
-        shape = (-1, self.micro_batch_size, self.block_size)
-        return tuple(torch.from_numpy(np.stack(column)).view(shape) for column in zip(*samples, strict=True))
+        rows = [self.sample(first + a * per_pass + self.rank * self.micro_batch_size + i)
+                for a in range(self.global_batch_size // per_pass) for i in range(self.micro_batch_size)]
+        return stack(rows, -1, self.micro_batch_size)
 
 
-def eval_batches(tokens, *, block_size, n, micro_batch_size, rank=0, world_size=1):
-    """Yield (x, y) of shape (micro_batch_size, block_size): n windows spread over the stream (0: all) over all ranks.
+def eval_batches(rows, *, n, micro_batch_size, rank=0, world_size=1):
+    """Yield (x, y, positions) of shape (micro_batch_size, block_size): n rows spread over all (0: all) over all ranks.
 
     Every rank gets equally many batches, since each is a collective under FSDP; rows past the end are masked.
     """
-    total = windows(tokens, block_size)
-    n = min(n or total, total)
+    n = min(n or rows.n_rows, rows.n_rows)
+    x, y, positions = rows.row(0)
+    empty = np.zeros_like(x), np.full_like(y, IGNORE), positions
     for first in range(0, n, micro_batch_size * world_size):
-        rows = range(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
-        empty = np.zeros(block_size, np.int64), np.full(block_size, IGNORE, np.int64)
-        samples = [window(tokens, i * total // n, block_size) if i < n else empty for i in rows]
-        yield tuple(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True))
+        part = range(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
+        yield stack([rows.row(i * rows.n_rows // n) if i < n else empty for i in part], micro_batch_size)
