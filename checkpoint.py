@@ -1,4 +1,6 @@
-"""Save and resume. A checkpoint is complete or it is not there.
+"""Save, resume, export. A checkpoint is complete or it is not there.
+
+    python checkpoint.py export OUT_DIR HF_DIR     # a run's newest checkpoint as a folder for transformers
 
 `out_dir/checkpoints/step_00000200/` holds a torch.distributed.checkpoint of plain tensors (weights, moments, master
 weights) without any FP8 wrapper, so that FP8 and bf16 runs read each other's, on any number of ranks; and `run.json`
@@ -8,17 +10,28 @@ The rest of a run's state needs no saving, because it is a function of the step:
 the noise of stochastic rounding; FP8 scales are functions of the weights.
 """
 
+import argparse
 import json
+import math
 import os
 import shutil
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+import configurator
+import hf
 from fp8 import plain_local
+
+SHARD_BYTES = 2**31  # of an exported file, and about what exporting needs of memory
+# what an export takes along from the folder that training began with
+CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*",
+           "generation_config.json")
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what no_dist asks for
 
@@ -27,6 +40,14 @@ def latest(out_dir):
     """The newest complete checkpoint folder below out_dir, or None."""
     found = sorted(p for p in Path(out_dir, "checkpoints").glob("step_*") if not p.name.endswith(".tmp"))
     return found[-1] if found else None
+
+
+def open_run(out_dir):
+    """(newest checkpoint folder, Config) of a run of train.py. Raises ValueError if there is none."""
+    newest = latest(out_dir)
+    if newest is None or not Path(out_dir, "config.py").is_file():
+        raise ValueError(f"{out_dir} holds no checkpoint of train.py: give the out_dir of a run that has saved one")
+    return newest, configurator.read_file(Path(out_dir, "config.py"))
 
 
 def tensors(model, optimizer=None):
@@ -123,3 +144,77 @@ def load(folder, model, optimizer=None):
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# export
+
+
+def export(out_dir, folder):
+    """Write the newest checkpoint of a run as a Hugging Face model folder, in the layout of the run's init_from.
+
+    One process, whatever the run had, and as much memory as one file of it takes. Raises ValueError if there is no
+    checkpoint, if `folder` is there already, or if init_from's folder, whose tokenizer belongs to the model, is gone.
+    """
+    folder = Path(folder)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not empty: give a new folder")
+    newest, config = open_run(out_dir)
+    saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+    dtype = saved["model.embed.weight"].properties.dtype
+    if config.init_from == "scratch":
+        scaling = config.model.rope_scaling
+        longest = round(scaling.original_max_position * scaling.factor) if scaling else config.model.block_size
+        source = {"max_position_embeddings": longest, **dict.fromkeys(f"{x}_token_id" for x in ("bos", "eos", "pad"))}
+        written = hf.config_json(config.model, dtype)
+    else:
+        source, architecture = hf.read_config(config.init_from)
+        written = hf.config_json(config.model, dtype, architecture)
+    layout = hf.layout(config.model, written["architectures"][0])
+    files, room = [[]], SHARD_BYTES
+    for name, (_, _, shape) in layout.items():
+        size = math.prod(shape) * dtype.itemsize
+        if size > room and files[-1]:
+            files.append([])
+            room = SHARD_BYTES
+        files[-1].append(name)
+        room -= size
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    where, whole = {}, {}
+    for i, names in enumerate(files, 1):
+        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        pieces = {}
+        for name in names:
+            ours, first, shape = layout[name]
+            if ours not in whole:
+                whole = {ours: torch.empty(saved[f"model.{ours}"].size, dtype=dtype)}
+                dcp.load({f"model.{ours}": whole[ours]}, checkpoint_id=newest, no_dist=True)
+            pieces[name] = whole[ours][first : first + shape[0]].clone()  # one storage each, as the format wants
+        save_file(pieces, aside / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    total = sum(math.prod(shape) for _, _, shape in layout.values()) * dtype.itemsize
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        aside.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    aside.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
+    if config.init_from != "scratch":
+        for path in {p for pattern in CARRIED for p in Path(config.init_from).glob(pattern) if p.is_file()}:
+            shutil.copy(path, aside)
+    if folder.is_dir():
+        folder.rmdir()
+    aside.rename(folder)
+    print(f"{newest} as {written['architectures'][0]} in {folder}: {len(where)} tensors, {total / 1e9:.2f} GB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a run's newest checkpoint as a Hugging Face model folder.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("out_dir", help="out_dir of a run of train.py")
+    parser.add_argument("hf_dir", help="new folder to write")
+    args = parser.parse_args()
+    export(args.out_dir, args.hf_dir)
+
+
+if __name__ == "__main__":
+    configurator.run(main)

@@ -60,7 +60,7 @@ class Config:
     log_interval: int = 10  # steps between log lines
     checkpoint_interval: int = 200  # steps between checkpoints, one more at the end; 0: none
     keep: int = 2  # checkpoints kept; 0: all
-    init_from: str = "scratch"  # "scratch", or a Hugging Face folder
+    init_from: str = "scratch"  # "scratch", or a Hugging Face folder: weights and all of model but block_size
     resume: Literal["auto", "never", "must"] = "auto"  # go on from out_dir's checkpoint: if there is one, never, always
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, activations and gradients

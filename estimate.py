@@ -14,15 +14,20 @@ def bf16_peak(hardware):
     return next((flops for name, flops in BF16_PEAK.items() if name in hardware), None)
 
 
-def matmul_flops_per_token(cfg):
+def matmul_flops_per_token(cfg, document=None):
     """Forward and backward matmul FLOPs per token of a ModelConfig: (linear layers, attention scores).
 
     2 per multiply-add, x3 for forward and both gradients. Attention counts the causal half only (what a fused kernel
-    computes); tables that count the full square (PaLM's and torchtitan's MFU) come out higher.
+    computes), within the sliding window; tables that count the full square (PaLM's and torchtitan's MFU) come out
+    higher. document: the length that attention sees, by default block_size; of packed documents the mean over tokens,
+    sum(length^2) / sum(length).
     """
+    length = document or cfg.block_size
+    window = min(cfg.sliding_window or length, length)
     attn = cfg.n_embd * (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + cfg.n_head * cfg.head_dim * cfg.n_embd
     weights = cfg.n_layer * (attn + 3 * cfg.n_embd * cfg.ffn_dim) + cfg.vocab_size * cfg.n_embd
-    scores = 2 * cfg.n_layer * cfg.n_head * cfg.head_dim * cfg.block_size / 2
+    seen = window - window**2 / (2 * length)  # keys per query, on average
+    scores = 2 * cfg.n_layer * cfg.n_head * cfg.head_dim * seen
     return 6 * weights, 6 * scores
 
 
@@ -35,7 +40,7 @@ def memory(config, shards, accumulation):
     """
     m, size = config.model, getattr(torch, config.dtype).itemsize
     qkv, heads = (m.n_head + 2 * m.n_kv_head) * m.head_dim, m.n_head * m.head_dim
-    block = m.n_embd * (qkv + heads + 3 * m.ffn_dim) + 2 * m.n_embd
+    block = m.n_embd * (qkv + heads + 3 * m.ffn_dim) + 2 * m.n_embd + (qkv if m.qkv_bias else 0)
     table = m.vocab_size * m.n_embd
     n_params = m.n_layer * block + table * (1 if m.tie_embeddings else 2) + m.n_embd
     master = config.optim.weights == "fp32_master" and config.dtype != "float32"

@@ -1,20 +1,26 @@
-"""The decoder: one `Transformer` whose sizes and switches make it Llama 3.1, SmolLM2, or your own.
+"""The decoder: one `Transformer` whose sizes and switches make it Llama, Mistral, Qwen 2.5, Phi-4, or your own.
 
-Pre-norm blocks of attention (rotary positions, grouped queries) and SwiGLU, without biases and without dropout.
+Pre-norm blocks of attention (rotary positions, grouped queries) and SwiGLU, without dropout.
 Query, key and value are one matrix (`qkv`), gate and up are one matrix (`gate_up`): fewer and larger matmuls, and
 in FP8 one cast of the input where there would be three. Shapes in comments: B batch, T time, C width (n_embd),
 H query heads, K key/value heads, D head_dim, F ffn_dim, V vocabulary.
 """
 
+import copy
+import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a target with this value is no part of the loss
+# torch 2.11 takes fewer key/value heads than query heads as they come, later ones want to be told
+VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclass(kw_only=True)
@@ -29,7 +35,7 @@ class RopeScaling:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Sizes and switches of one decoder. The functions below (`llama3_1_8b()`, ...) fill it in."""
+    """Sizes and switches of one decoder. `llama3_1_8b()` and others below fill it in."""
 
     vocab_size: int = 272  # rows of the embedding and of lm_head; more than the largest token id
     block_size: int = 256  # tokens per training sequence, and the longest context that sample.py uses
@@ -41,8 +47,14 @@ class ModelConfig:
     ffn_dim: int = 512  # hidden width of the SwiGLU MLP
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # Llama 3.1's long-context frequencies
+    rope_fraction: float = 1.0  # part of each head that rotary positions turn; the rest stays as it is
+    sliding_window: int | None = None  # tokens that attention sees, the token itself included; None: all before it
+    qkv_bias: bool = False  # queries, keys and values have a bias
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     tie_embeddings: bool = False  # lm_head uses the embedding matrix
+
+    def __post_init__(self):
+        self.rope_scaling = copy.copy(self.rope_scaling)  # nobody else's: models made below would share one
 
     def problems(self):
         """What is wrong with these values taken together, one sentence each."""
@@ -54,32 +66,33 @@ class ModelConfig:
             yield f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}"
         if self.head_dim % 2:
             yield f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs"
+        if not 0 < self.rope_fraction <= 1 or int(self.head_dim * self.rope_fraction) % 2:
+            yield (f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of "
+                   f"model.head_dim={self.head_dim}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            yield f"model.sliding_window={self.sliding_window} must be at least 1, or None"
 
 
-def llama3_1_8b(**changes):
-    """Llama 3.1 8B (8,030,261,248 parameters). Source: its published config.json."""
-    sizes = ModelConfig(vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
-                        head_dim=128, ffn_dim=14336, rope_theta=500000.0, rope_scaling=RopeScaling())
-    return replace(sizes, **changes)
-
-
-def smollm2_135m(**changes):
-    """SmolLM2 135M (134,515,008 parameters), tied embeddings. Source: its published config.json."""
-    sizes = ModelConfig(vocab_size=49152, block_size=2048, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
-                        head_dim=64, ffn_dim=1536, rope_theta=100000.0, tie_embeddings=True)
-    return replace(sizes, **changes)
-
-
-def llama_100m(**changes):
-    """A Llama of about 100M parameters, wide enough for FP8 to be worth trying: for experiments, not published."""
-    sizes = ModelConfig(vocab_size=512, block_size=1024, n_layer=12, n_head=12, n_kv_head=4, n_embd=768,
-                        head_dim=64, ffn_dim=3072)
-    return replace(sizes, **changes)
-
-
-def llama_tiny(**changes):
-    """1.8M parameters: learns to write bytes that look like Python in three minutes on two CPU cores."""
-    return replace(ModelConfig(), **changes)
+# Published models by their config.json, and two of our own. Each is called: llama3_1_8b(block_size=2048). block_size is
+# what one trains at, not the longest that they can.
+llama3_1_8b = partial(ModelConfig, vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                      head_dim=128, ffn_dim=14336, rope_theta=5e5, rope_scaling=RopeScaling())  # 8,030,261,248 weights
+llama3_2_1b = partial(ModelConfig, vocab_size=128256, block_size=8192, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048,
+                      head_dim=64, ffn_dim=8192, rope_theta=5e5, rope_scaling=RopeScaling(factor=32.0),
+                      tie_embeddings=True)  # 1,235,814,400
+mistral_7b = partial(ModelConfig, vocab_size=32000, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                     head_dim=128, ffn_dim=14336, sliding_window=4096)  # v0.1; 7,241,732,096
+mistral_nemo = partial(ModelConfig, vocab_size=131072, block_size=8192, n_layer=40, n_head=32, n_kv_head=8, n_embd=5120,
+                       head_dim=128, ffn_dim=14336, rope_theta=1e6)  # 2407; 12,247,782,400
+qwen2_5_7b = partial(ModelConfig, vocab_size=152064, block_size=8192, n_layer=28, n_head=28, n_kv_head=4, n_embd=3584,
+                     head_dim=128, ffn_dim=18944, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)  # 7,615,616,512
+phi_4 = partial(ModelConfig, vocab_size=100352, block_size=8192, n_layer=40, n_head=40, n_kv_head=10, n_embd=5120,
+                head_dim=128, ffn_dim=17920, rope_theta=250000.0)  # 14,659,507,200
+smollm2_135m = partial(ModelConfig, vocab_size=49152, block_size=2048, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
+                       head_dim=64, ffn_dim=1536, rope_theta=1e5, tie_embeddings=True)  # 134,515,008
+llama_100m = partial(ModelConfig, vocab_size=512, block_size=1024, n_layer=12, n_head=12, n_kv_head=4, n_embd=768,
+                     head_dim=64, ffn_dim=3072)  # wide enough for FP8 to be worth trying; for experiments
+llama_tiny = partial(ModelConfig)  # 1.8M: learns to write bytes that look like Python in minutes on two CPU cores
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -87,8 +100,9 @@ def llama_tiny(**changes):
 
 
 def rope_tables(cfg, device):
-    """cos and sin of each position's rotary angles: two (block_size, head_dim / 2) float32 tensors."""
-    freqs = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim)
+    """cos and sin of each position's rotary angles: two (block_size, turned dims / 2) float32 tensors."""
+    dims = int(cfg.head_dim * cfg.rope_fraction)
+    freqs = cfg.rope_theta ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     if (s := cfg.rope_scaling) is not None:
         # between the two wavelength bounds the stretch fades in linearly (Llama 3.1 reference code, apply_scaling)
         turns = s.original_max_position * freqs / (2 * math.pi)  # full turns within the original context
@@ -99,34 +113,72 @@ def rope_tables(cfg, device):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + D/2]) of x (B, T, heads, D) by position; the Hugging Face pairing."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, D/2): the same for every head
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    """Rotate the pairs (x[i], x[i + n]) of x (B, T, heads, D) by position, n = cos.shape[-1]; Hugging Face pairs so."""
+    x1, x2, *rest = x.float().split(cos.shape[-1], dim=-1)  # rest: what a rope_fraction below 1 leaves out
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, n) or (B, T, 1, n): the same for every head
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, *rest), dim=-1).to(x.dtype)
+
+
+def document_starts(positions):
+    """(B, T) bool: whether a document begins here. positions: of each token within its own document."""
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    return starts
+
+
+def document_bounds(positions):
+    """(edges, longest) of the documents of a micro-batch of positions (B, T), laid out as one row of B * T tokens.
+
+    edges: int32, where each document starts, then B * T; longest: an int that no document is longer than. Both are
+    rounded up (edges by empty documents at the end) so that torch.compile sees few shapes. Call it before positions
+    go to the GPU: their number depends on the values, and asking a GPU for that stalls it.
+    """
+    edges = document_starts(positions).flatten().nonzero().flatten()
+    edges = F.pad(edges, (0, 1), value=positions.numel())
+    longest = max(128, 1 << (int(edges.diff().max()) - 1).bit_length())  # 128: rows that a CUDA block takes at once
+    n = max(16, 1 << (len(edges) - 1).bit_length())
+    return F.pad(edges, (0, n - len(edges)), value=positions.numel()).int(), longest
+
+
+def document_mask(positions, T, window, device):
+    """(B or 1, 1, T, T) bool: which keys a query sees, where that is not all before it."""
+    i = torch.arange(T, device=device)
+    distance = i[:, None] - i  # of a query to a key
+    mask = ((distance >= 0) & (distance < (window or T)))[None]
+    if positions is not None:
+        document = document_starts(positions).cumsum(1)  # (B, T)
+        mask = mask & (document[:, :, None] == document[:, None, :])
+    return mask[:, None]
 
 
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
-        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=False)
+        self.window = (cfg.sliding_window - 1 if cfg.sliding_window else -1, 0)  # tokens seen to the left and right
+        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.qkv_bias)
         self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, mask=None):
         B, T, _ = x.shape  # (B, T, C)
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if isinstance(mask, tuple):
+            edges, longest = mask
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B*T, heads, D)
+            y = varlen_attn(q, k, v, edges, edges, longest, longest, window_size=self.window, **VARLEN_GQA)
+            return self.out(y.reshape(B, T, -1))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
-        gqa = self.n_kv_head < self.n_head
+        how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.n_kv_head < self.n_head}
         if x.is_cuda:
             # cuDNN is 1.7x flash on an H100 (docs/performance.md). The choice stands inside the traced region because
             # the compile cache does not key on an outer sdpa_kernel (FACTS: a cached flash graph would be reused).
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                               SDPBackend.MATH], set_priority=True):
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+                y = F.scaled_dot_product_attention(q, k, v, **how)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+            y = F.scaled_dot_product_attention(q, k, v, **how)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -149,8 +201,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(self.attn_norm(x), cos, sin)
+    def forward(self, x, cos, sin, mask=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -167,26 +219,30 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie_weights()
-        # not in checkpoints, rebuilt from the config by init_weights
-        self.register_buffer("cos", torch.empty(cfg.block_size, cfg.head_dim // 2), persistent=False)
-        self.register_buffer("sin", torch.empty(cfg.block_size, cfg.head_dim // 2), persistent=False)
+        # not in checkpoints, rebuilt from the config by init_buffers
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
 
     def tie_weights(self):
         """Make lm_head use the embedding matrix if the config says so; again after to_empty, which unties them."""
         if self.cfg.tie_embeddings:
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, tokens, targets=None, loss_chunks=1):
+    def forward(self, tokens, targets=None, loss_chunks=1, positions=None, bounds=None):
         """Logits of `tokens`, or with `targets` the summed cross-entropy.
 
         tokens, targets: (B, T) int64; targets equal to IGNORE do not count. Returns (B, T, V) logits, or the sum over
         all counted targets in nats, a float32 scalar: a sum, because ranks with unequal numbers of targets have to
         divide by the global count. loss_chunks > 1 computes the loss in that many pieces (see ChunkedLoss).
+        positions: (B, T) int64, of each token within its own document, where rows hold several: attention stays
+        within them. bounds: document_bounds(positions), which spares a GPU the wait for it.
         """
         T = tokens.shape[1]
         x = self.embed(tokens)  # (B, T, C)
+        cos, sin = (table[:T] if positions is None else table[positions] for table in (self.cos, self.sin))
+        mask = self.attention_mask(x, positions, bounds)
         for layer in self.layers:
-            x = layer(x, self.cos[:T], self.sin[:T])
+            x = layer(x, cos, sin, mask)
         if targets is None:
             return self.lm_head(self.norm(x))
         x, targets = x.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T,)
@@ -196,6 +252,17 @@ class Transformer(nn.Module):
             chunks = zip(x.chunk(loss_chunks), targets.chunk(loss_chunks), strict=True)
             return sum(self.head_loss(*chunk) for chunk in chunks)
         return ChunkedLoss.apply(x, targets, loss_chunks, self.head_loss, self.norm.weight, self.lm_head.weight)
+
+    def attention_mask(self, x, positions, bounds):
+        """What attention needs beyond being causal: nothing (None), document bounds for a GPU, or else a mask."""
+        (B, T, _), window = x.shape, self.cfg.sliding_window
+        if positions is None and (window or T) >= T:
+            return None
+        if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self.cfg.head_dim % 8 == 0):
+            return document_mask(positions, T, window, x.device)
+        if bounds is None:
+            bounds = document_bounds(torch.arange(T).expand(B, T) if positions is None else positions)
+        return bounds[0].to(x.device, non_blocking=True), bounds[1]
 
     def head_loss(self, x, targets):
         """Summed cross-entropy in nats of x (N, C) against targets (N,). Compiled: no float32 logits in memory."""
@@ -247,19 +314,23 @@ def init_weights(model, seed, local):
     tensor (one at a time) and keeps its rows. `local(p)` gives the plain tensor that a parameter's shard is stored
     in. Source of the scaling: GPT-2 (Radford et al. 2019, section 2.3).
     """
-    cfg = model.cfg
-    device = model.cos.device
-    model.tie_weights()
-    model.cos, model.sin = rope_tables(cfg, device)
+    init_buffers(model)
+    cfg, device = model.cfg, model.cos.device
     for i, (name, p) in enumerate(model.named_parameters()):
-        if name.endswith("norm.weight"):
-            local(p).fill_(1.0)
+        if name.endswith(("norm.weight", "bias")):
+            local(p).fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
         std = 0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
         full = torch.empty(p.shape, device=device, dtype=torch.float32).normal_(std=std, generator=generator)
         local(p).copy_(shard_rows(full, p))
+
+
+def init_buffers(model):
+    """After to_empty: what is no parameter, or shares one. Enough where a file holds the parameters."""
+    model.tie_weights()
+    model.cos, model.sin = rope_tables(model.cfg, model.cos.device)
 
 
 def shard_rows(full, p):

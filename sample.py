@@ -1,6 +1,6 @@
-"""Generate text from a checkpoint.
+"""Generate text from a checkpoint of train.py, or from a Hugging Face model folder.
 
-    python sample.py --from=OUT_DIR [--prompt=TEXT] [--max_new_tokens=N] [--temperature=T] [--top_k=K] [--seed=S]
+    python sample.py --from=DIR [--prompt=TEXT] [--max_new_tokens=N] [--temperature=T] [--top_k=K] [--seed=S]
 
 Runs in the precision that the weights were trained in, without FP8: the checkpoint holds plain tensors. The whole
 context goes through the model for every token: short to read, and quick enough for a look at what a run has learnt.
@@ -16,7 +16,7 @@ import torch
 import checkpoint
 import configurator
 import data
-import fp8
+import hf
 import model as models
 
 
@@ -40,22 +40,32 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
 
 
 def load_model(folder, device):
-    """(model, encoding, config) of the newest checkpoint in an out_dir. Raises ValueError if there is none."""
-    newest = checkpoint.latest(folder)
-    if newest is None or not Path(folder, "config.py").is_file():
-        raise ValueError(f"{folder} holds no checkpoint of train.py: give the out_dir of a run that has saved one")
-    config = configurator.read_file(Path(folder, "config.py"))
+    """(model, encoding, config) of an out_dir's newest checkpoint, or of a Hugging Face folder.
+
+    Raises ValueError if it is neither.
+    """
+    if Path(folder, "config.json").is_file():
+        source, _ = hf.read_config(folder)
+        in_bf16 = "bfloat16" in (source.get("dtype"), source.get("torch_dtype"))
+        newest, config = None, configurator.Config(
+            init_from=str(folder), model=hf.model_config(folder), data=data.DataConfig(tokenizer=str(folder)),
+            dtype="bfloat16" if in_bf16 else "float32")
+    else:
+        newest, config = checkpoint.open_run(folder)
     with torch.device("meta"):
         model = models.Transformer(config.model).to(getattr(torch, config.dtype))
     model.to_empty(device=device)
-    models.init_weights(model, config.seed, fp8.plain_local)
-    checkpoint.load(newest, model)
+    models.init_buffers(model)
+    if newest is None:
+        hf.load(folder, model)
+    else:
+        checkpoint.load(newest, model)
     return model.eval(), data.get_tokenizer(config.data.tokenizer), config
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generate text from a checkpoint.")
-    parser.add_argument("--from", dest="folder", required=True, help="out_dir of a run of train.py")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="folder", required=True, help="out_dir of a run of train.py, or a model folder")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens to generate (default 300)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: bolder (0.7)")

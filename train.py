@@ -31,6 +31,7 @@ import data
 import estimate
 import fp8
 import gemms
+import hf
 import model as models
 from optim import AdamW, get_lr
 
@@ -123,8 +124,10 @@ def main():
     if use_cuda:
         torch.cuda.set_device(device)
     dtype = getattr(torch, config.dtype)
-    if config.init_from != "scratch":
-        raise ValueError(f"init_from={config.init_from!r}: only 'scratch' works so far")
+    scratch = config.init_from == "scratch"
+    if not scratch:
+        config.init_from = str(Path(config.init_from).expanduser().resolve())
+        config.model = hf.model_config(config.init_from, config.model)
     for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb_project)):
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"the config asks for {package}, which is not installed: pip install {package}")
@@ -215,7 +218,10 @@ def main():
     with torch.no_grad():
         for p in model.parameters():
             fp8.plain_local(p).fill_(float("nan"))  # so that a weight which nothing fills shows
-    models.init_weights(model, config.seed, fp8.plain_local)
+    if scratch and folder is None:
+        models.init_weights(model, config.seed, fp8.plain_local)
+    else:  # the weights come from a file, below
+        models.init_buffers(model)
 
     # ------------------------------------------------------------------------------------------------------------
     # 4) optimizer, and everything that an earlier run left
@@ -223,16 +229,19 @@ def main():
     optimizer = AdamW(model, config.optim, seed=config.seed, compiled=config.compile.enabled)
     n_params = sum(p.numel() for p in model.parameters())
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
-                "data": train_tokens.digest}
+                "data": train_tokens.digest, "init_from": Path(config.init_from).name}  # a folder may move
     start, seconds = 0, 0.0  # optimizer steps done, time spent on them
     if folder is not None:
         before = checkpoint.read_run(folder)
-        if changed := [k for k in identity if before[k] != identity[k]]:
+        if changed := [k for k in identity if before.get(k) != identity[k]]:
             raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that "
                              "run. Set resume=never to start over, or another out_dir")
         checkpoint.load(folder, model, optimizer)
         start, seconds = before["step"], before["time_s"]
         say(f"resuming from {folder}, {start} steps done")
+    elif not scratch:
+        hf.load(config.init_from, model, optimizer)
+        say(f"weights: {config.init_from}")
     unfilled = [name for name, p in model.named_parameters() if fp8.plain_local(p).isnan().any()]
     assert not unfilled, f"weights that nothing filled: {unfilled}"
     fp8.precompute_scales(model, config.fp8, shards=shards)
