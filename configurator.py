@@ -57,6 +57,7 @@ class Config:
     micro_batch_size: int = 1  # sequences per rank and forward pass; the rest is gradient accumulation
     eval_interval: int = 100  # steps between evaluations, one more at the end; 0: none
     eval_sequences: int = 64  # validation sequences per evaluation, over all ranks; 0: all
+    eval_hellaswag_items: int = 0  # HellaSwag questions that each evaluation also scores; 0: none
     log_interval: int = 10  # steps between log lines
     checkpoint_interval: int = 200  # steps between checkpoints, one more at the end; 0: none
     keep: int = 2  # checkpoints kept; 0: all
@@ -77,7 +78,7 @@ class Config:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas", "loss_chunks"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1"
-        for name in ("seed", "eval_interval", "eval_sequences", "checkpoint_interval", "keep"):
+        for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must not be negative"
         if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:

@@ -162,7 +162,7 @@ class Tokens:
     len(); slice(start, stop) gives int64 numpy. Every token but the first is a target in exactly one row.
     """
 
-    padding = 0.0  # share of a row that is not text
+    padding, document = 0.0, None  # share of a row that is no text; the length that attention sees: the whole row
 
     def __init__(self, shards, headers, block_size, start=0, stop=None):
         self.shards, self.block_size, self.start = shards, block_size, start
@@ -276,7 +276,7 @@ def batched(texts, size):
 
 def stack(rows, *shape):
     """(x, y, positions) of rows as tensors of shape (*shape, block_size); positions None where the rows have none."""
-    return tuple(None if column[0] is None else torch.from_numpy(np.stack(column)).view(*shape, -1)
+    return tuple(None if column[0] is None else torch.from_numpy(np.stack(column)).view(*shape, len(column[0]))
                  for column in zip(*rows, strict=True))
 
 

@@ -119,8 +119,11 @@ class Samples:
 
     def __init__(self, samples, block_size, *, packed, seed):
         self.samples, self.block_size, self.packed = samples, block_size, packed
+        lengths = np.array([len(ids) - 1 for ids, _ in samples])  # a sample's last id is a target only
+        self.longest = int(lengths.max())
+        self.document = float((lengths**2).sum() / lengths.sum())  # the length that attention sees, mean over tokens
         order = np.random.default_rng(seed).permutation(len(samples)) if packed else np.arange(len(samples))
-        ends = np.cumsum([len(samples[i][0]) - 1 for i in order])  # a sample's last id is a target only
+        ends = np.cumsum(lengths[order])
         self.rows, first = [], 0
         while first < len(samples):
             room = block_size + (ends[first - 1] if first else 0)
@@ -129,7 +132,6 @@ class Samples:
             first = stop
         self.n_rows = len(self.rows)
         self.padding = 1 - int(ends[-1]) / (self.n_rows * block_size)  # share of a row that is no text
-        self.longest = max(len(ids) - 1 for ids, _ in samples)
         everything = np.concatenate([ids for ids, _ in samples])
         self.largest = int(everything.max())
         borders = [(len(ids), start) for ids, start in samples]

@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,8 +31,10 @@ import data
 import estimate
 import fp8
 import gemms
+import hellaswag
 import hf
 import model as models
+from eval import accuracies, score
 from optim import AdamW, get_lr
 
 
@@ -100,14 +102,20 @@ def plot_losses(out_dir):
 def evaluate(model, batches, device, loss_chunks, reduce):
     """Mean loss in nats per token over `batches`, weighted by token over all ranks. Every rank must call it."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for x, y in batches:
-        totals[0] += model(x.to(device), y.to(device), loss_chunks=loss_chunks)
+    for x, y, positions in batches:
+        documents = None if positions is None else (positions.to(device), models.document_bounds(positions))
+        totals[0] += model(x.to(device), y.to(device), loss_chunks, *documents or ())
         totals[1] += (y != models.IGNORE).sum()
-    for module in model.modules():  # FSDP2 keeps what it gathered last for a backward pass, which does not come
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     loss, tokens = reduce(totals).tolist()
     return loss / tokens
+
+
+def reshard(model):
+    """After forward passes alone: FSDP2 keeps what it gathered last for a backward pass, which does not come."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def main():
@@ -128,6 +136,8 @@ def main():
     if not scratch:
         config.init_from = str(Path(config.init_from).expanduser().resolve())
         config.model = hf.model_config(config.init_from, config.model)
+    if config.data.tokenizer == "auto":
+        config.data.tokenizer = "bytes" if scratch else config.init_from
     for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb_project)):
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"the config asks for {package}, which is not installed: pip install {package}")
@@ -139,7 +149,6 @@ def main():
         raise ValueError(f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size x ranks "
                          f"= {config.micro_batch_size} x {world_size} = {per_pass}")
     accumulation = config.global_batch_size // per_pass
-    tokens_per_step = config.global_batch_size * config.model.block_size
     torch.use_deterministic_algorithms(config.deterministic)
     mesh = None
     if world_size > 1:
@@ -176,12 +185,19 @@ def main():
 
     if not first:
         checkpoint.barrier()
-    train_tokens, val_tokens, _ = data.prepare(config.data)
+    if config.data.format == "hellaswag":
+        train_rows, val_rows, encoding = hellaswag.prepare(config.data, config.model.block_size, config.seed)
+    else:
+        train_rows, val_rows, encoding = data.prepare(config.data, config.model.block_size)
+    questions = hellaswag.questions(config.data)[1][:n] if (n := config.eval_hellaswag_items) else []
     if first:
         checkpoint.barrier()
-    loader = data.Loader(train_tokens, block_size=config.model.block_size, global_batch_size=config.global_batch_size,
-                         micro_batch_size=config.micro_batch_size, vocab_size=config.model.vocab_size, seed=config.seed,
-                         rank=rank, world_size=world_size)
+    loader = data.Loader(train_rows, global_batch_size=config.global_batch_size, seed=config.seed, rank=rank,
+                         micro_batch_size=config.micro_batch_size, vocab_size=config.model.vocab_size,
+                         world_size=world_size)
+    length = train_rows.block_size  # of the rows that the model sees; model.block_size is the longest that it could
+    tokens_per_step = round(config.global_batch_size * length * (1 - train_rows.padding))  # of text, on average
+    real = replace(config, model=replace(config.model, block_size=length))  # what a step costs
 
     # ------------------------------------------------------------------------------------------------------------
     # 3) the model. The order matters: built without memory, FP8 swaps modules, then recompute and compile wrap each
@@ -190,14 +206,14 @@ def main():
 
     with torch.device("meta"):
         model = models.Transformer(config.model).to(dtype)
-    flops_per_token, fp8_flops = sum(estimate.matmul_flops_per_token(config.model)), 0.0  # fp8_flops: their share
+    flops_per_token, fp8_flops = sum(estimate.matmul_flops_per_token(config.model, train_rows.document)), 0.0
     auto_filtered = None
     if config.fp8.enabled:
-        tokens = config.micro_batch_size * config.model.block_size
+        tokens = config.micro_batch_size * length
         if config.fp8.auto_filter:  # a resumed run keeps what it chose, whatever a new timing would say
             auto_filtered = checkpoint.read_run(folder)["auto_filtered"] if folder else None
             if auto_filtered is None:
-                auto_filtered = gemms.choose(config, device, accumulation)
+                auto_filtered = gemms.choose(real, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
             config.fp8.filter_fqns += auto_filtered
         fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards,
@@ -207,7 +223,7 @@ def main():
         say(fp8.table(model, config.fp8, fp8_flops, shards=shards))
         converted = list(fp8.float8_linears(model))
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if use_cuda else math.inf
-    gib = estimate.check_memory(config, shards, accumulation, capacity)
+    gib = estimate.check_memory(real, shards, accumulation, capacity)
     fp8.compile_and_checkpoint(model, config.fp8, config.compile, config.activation_checkpoint)
     if world_size > 1:  # one rank has nothing to shard, and FSDP2's copies would cost it 7 to 17% of the step
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -229,7 +245,7 @@ def main():
     optimizer = AdamW(model, config.optim, seed=config.seed, compiled=config.compile.enabled)
     n_params = sum(p.numel() for p in model.parameters())
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
-                "data": train_tokens.digest, "init_from": Path(config.init_from).name}  # a folder may move
+                "data": train_rows.digest, "init_from": Path(config.init_from).name}  # a folder may move
     start, seconds = 0, 0.0  # optimizer steps done, time spent on them
     if folder is not None:
         before = checkpoint.read_run(folder)
@@ -246,28 +262,33 @@ def main():
     assert not unfilled, f"weights that nothing filled: {unfilled}"
     fp8.precompute_scales(model, config.fp8, shards=shards)
     say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
-    say(f"data: {train_tokens.description}")
-    say(f"step: {config.micro_batch_size} sequences x {config.model.block_size} tokens x {world_size} ranks x "
-        f"{accumulation} accumulation = {tokens_per_step:,} tokens")
+    say(f"data: {train_rows.description}")
+    say(f"step: {config.micro_batch_size} sequences x {length} tokens x {world_size} ranks x {accumulation} "
+        f"accumulation = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))
 
     # ------------------------------------------------------------------------------------------------------------
     # 5) a first pass that changes nothing: it compiles, and shows what really runs
 
-    def micro_step(x, y, divisor):
-        loss = model(x, y, loss_chunks=config.loss_chunks)
+    def micro_step(batch, i, divisor):
+        x, y, positions, bounds = batch
+        documents = () if positions is None else (positions[i], bounds[i])
+        loss = model(x[i], y[i], config.loss_chunks, *documents)
         (loss * (world_size / divisor)).backward()  # FSDP2 averages gradients over ranks, the loss wants their sum
         return loss.detach()
 
     def to_device(batch):
-        return [t.pin_memory().to(device, non_blocking=True) if use_cuda else t for t in batch]
+        """The loader's (x, y, positions) on the device; and the bounds of its documents, found where no GPU waits."""
+        bounds = None if batch[2] is None else [models.document_bounds(p) for p in batch[2]]
+        batch = (t if t is None or not use_cuda else t.pin_memory().to(device, non_blocking=True) for t in batch)
+        return *batch, bounds
 
     def first_pass():
-        micro_step(x[0], y[0], y[0].numel())
+        micro_step(batch, 0, batch[1][0].numel())
         for p in model.parameters():
             p.grad = None
 
     clock = time.perf_counter()
-    x, y = to_device(loader.batch(start))
+    batch = to_device(loader.batch(start))
     if config.fp8.enabled:
         fp8.verify_sharded(model, config.fp8, converted, shards=shards)
         ran = fp8.verify_step(model, config.fp8, first_pass, shards=shards, loss_chunks=config.loss_chunks)
@@ -311,11 +332,11 @@ def main():
     clock, last_logged = now(), start
     for step in range(start + 1, config.max_steps + 1):
         last = step == config.max_steps
-        x, y = to_device(loader.batch(step - 1))  # (accumulation, B, T) each
-        n_tokens = reduce((y != models.IGNORE).sum())  # of the global batch: ranks may have unequal numbers
+        batch = to_device(loader.batch(step - 1))  # (accumulation, B, T) each
+        n_tokens = reduce((batch[1] != models.IGNORE).sum())  # of the global batch: ranks may have unequal numbers
         loss = torch.zeros((), device=device)
         for i in range(accumulation):
-            loss += micro_step(x[i], y[i], n_tokens)
+            loss += micro_step(batch, i, n_tokens)
             if accumulation > 1:
                 optimizer.accumulate()
         lr = get_lr(config.optim, step, config.max_steps)
@@ -347,11 +368,19 @@ def main():
                 raise RuntimeError(f"step {step}: the gradient norm is {grad_norm.item()}; the checkpoints are from "
                                    "before. Lower optim.lr, or look at the data of the last steps")
             if evaluates:
-                batches = data.eval_batches(val_tokens, block_size=config.model.block_size, n=config.eval_sequences,
-                                            micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size)
+                batches = data.eval_batches(val_rows, n=config.eval_sequences, rank=rank, world_size=world_size,
+                                            micro_batch_size=config.micro_batch_size)
                 val_loss = evaluate(model, batches, device, config.loss_chunks, reduce)
-                log({"step": step, "val_loss": val_loss})
-                say(f"step {step}/{config.max_steps} | validation loss {val_loss:.4f} nats per token")
+                row, told = {"step": step, "val_loss": val_loss}, f"validation loss {val_loss:.4f} nats per token"
+                if questions:
+                    with torch.compiler.set_stance("force_eager"):  # rows of many lengths are not worth their graphs
+                        scored = score(model, encoding, questions, device=device, rank=rank, world_size=world_size,
+                                       reduce=reduce)
+                    reshard(model)
+                    row["hellaswag_acc"], row["hellaswag_acc_norm"] = accuracies(scored)
+                    told += f" | HellaSwag acc {row['hellaswag_acc']:.4f}, acc_norm {row['hellaswag_acc_norm']:.4f}"
+                log(row)
+                say(f"step {step}/{config.max_steps} | {told}")
             if saves:
                 kept = {**identity, **run, "time_s": seconds}
                 checkpoint.save(out_dir, step, model, optimizer, kept, keep=config.keep)

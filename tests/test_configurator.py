@@ -323,7 +323,8 @@ def test_zero_is_refused_where_it_makes_no_sense(name):
     assert mistakes(f"--{name}=0") == [f"{name}=0 must be at least 1"]
 
 
-@pytest.mark.parametrize("name", ["seed", "eval_interval", "eval_sequences", "checkpoint_interval", "keep"])
+@pytest.mark.parametrize("name", ["seed", "eval_interval", "eval_sequences", "eval_hellaswag_items",
+                                  "checkpoint_interval", "keep"])
 def test_zero_has_a_meaning_and_less_has_none(name):
     assert getattr(load([f"--{name}=0"]), name) == 0
     assert mistakes(f"--{name}=-1") == [f"{name}=-1 must not be negative"]

@@ -10,14 +10,19 @@ import tiktoken
 import torch
 
 import data
-from data import DataConfig, Loader, eval_batches, get_tokenizer, prepare
+from data import DataConfig, Loader, eval_batches
 from model import IGNORE
+from tokenizer import END, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 
 
 def config(tmp_path, *train, **keys):
-    return DataConfig(train=[str(t) for t in train], cache_dir=str(tmp_path / "cache"), **keys)
+    return DataConfig(train=[str(t) for t in train], cache_dir=str(tmp_path / "cache"), tokenizer="bytes", **keys)
+
+
+def prepare(config):
+    return data.prepare(config, 8)
 
 
 def everything(tokens):
@@ -30,76 +35,22 @@ def text_of(tokens):
     return [BYTES.decode(part[part != 256].tolist()) for part in parts if len(part)]
 
 
-def stream(n, tmp_path, name="numbers"):
+def stream(n, tmp_path, name="numbers", block_size=8):
     """A Tokens of n tokens, token i is i modulo 65521, so that every window can be told from every other."""
     folder = tmp_path / name
     folder.mkdir()
     encoding = tiktoken.Encoding("wide", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={data.END: 65535})
+                                 special_tokens={END: 65535})
     writer = data.ShardWriter(folder, "train", encoding)
     writer.write(np.arange(n) % 65521)
     writer.close()
     shards, headers = zip(*(data.open_shard(p, encoding) for p in sorted(folder.iterdir())), strict=True)
-    return data.Tokens(shards, headers, "")
+    return data.Tokens(shards, headers, block_size)
 
 
 def loader(tokens, **keys):
-    sizes = dict(block_size=8, global_batch_size=4, micro_batch_size=1, seed=3, vocab_size=70000)
+    sizes = dict(global_batch_size=4, micro_batch_size=1, seed=3, vocab_size=70000)
     return Loader(tokens, **{**sizes, **keys})
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# tokenizers
-
-
-@pytest.mark.parametrize("text", ["", "a", "a\nb\n\n\nc", "\r\n\t  ", "naïve café 北京 🚀", "<|endoftext|>", "\0\x7f"])
-def test_bytes_tokenizer_is_utf8_and_reads_special_text_as_text(text):
-    assert BYTES.encode_ordinary(text) == list(text.encode())
-    assert BYTES.decode(BYTES.encode_ordinary(text)) == text
-
-
-def test_unknown_tokenizer_names_the_known_ones():
-    with pytest.raises(ValueError, match="'gpt5' is neither a file nor one of bytes, .*o200k_base"):
-        get_tokenizer("gpt5")
-
-
-def test_tiktoken_name_without_a_network_says_what_to_do(monkeypatch):
-    def offline(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="'gpt2'.*could not download.*set TIKTOKEN_CACHE_DIR"):
-        get_tokenizer("gpt2")
-
-
-def rank_file(path, tokens):
-    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
-    return str(path)
-
-
-def test_rank_file_is_read_and_merges_are_used(tmp_path):
-    encoding = get_tokenizer(rank_file(tmp_path / "mine.tiktoken", [bytes([i]) for i in range(256)] + [b"th", b"the"]))
-    assert encoding.encode_ordinary("the") == [257]
-    assert data.end_token(encoding) == 258
-
-
-def test_llama3_rank_file_gets_its_special_tokens(tmp_path):
-    # 128000 ranks are what tells Llama 3's file from others; the ids are those of the published tokenizer
-    tokens = [bytes([i]) for i in range(256)] + [b"%06d" % i for i in range(128000 - 256)]
-    encoding = get_tokenizer(rank_file(tmp_path / "tokenizer.model", tokens))
-    ids = encoding._special_tokens
-    assert (ids["<|begin_of_text|>"], ids["<|end_of_text|>"], ids["<|eot_id|>"]) == (128000, 128001, 128009)
-    assert encoding.n_vocab == 128256
-    assert data.end_token(encoding) == 128001
-
-
-@pytest.mark.parametrize("content, told", [(b"not base64 at all\n", "no tiktoken rank file"),
-                                           (b"YQ== 0\n", "lacks 255 of the 256 single bytes"),
-                                           (b"YQ==\n", "no tiktoken rank file")])
-def test_a_file_that_is_no_rank_file_is_an_error(tmp_path, content, told):
-    (tmp_path / "x.model").write_bytes(content)
-    with pytest.raises(ValueError, match=told):
-        get_tokenizer(str(tmp_path / "x.model"))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -146,9 +97,24 @@ def test_text_with_the_name_of_a_special_token_stays_text(tmp_path):
     assert not (everything(train) == 256).any()
 
 
+def test_half_a_character_in_jsonl_becomes_the_replacement_character(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "x \\ud83d y"}\n' * 20)
+    train, _, _ = prepare(config(tmp_path, tmp_path / "d.jsonl"))
+    assert text_of(train)[0] == "x \ufffd y"
+
+
+def test_a_tokenizer_without_an_end_cannot_close_documents(tmp_path, corpus, monkeypatch):
+    endless = tiktoken.Encoding("endless", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                special_tokens={})
+    endless.eos = None
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: endless)
+    with pytest.raises(ValueError, match="tokenizer endless has no end-of-text token"):
+        prepare(config(tmp_path, corpus))
+
+
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
     encoding = tiktoken.Encoding("large", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={data.END: 100_000})
+                                 special_tokens={END: 100_000})
     writer = data.ShardWriter(tmp_path, "train", encoding)
     writer.write(np.array([1, 99_999, 100_000]))
     writer.close()
@@ -234,7 +200,9 @@ def test_foreign_file_is_refused(tmp_path, corpus, shard, content):
 
 
 def test_shard_of_another_tokenizer_is_refused(shard, tmp_path):
-    other = get_tokenizer(rank_file(tmp_path / "o.tiktoken", [bytes([255 - i]) for i in range(256)]))
+    ranks = "".join(f"{base64.b64encode(bytes([255 - i])).decode()} {i}\n" for i in range(256))
+    (tmp_path / "o.tiktoken").write_text(ranks)
+    other = get_tokenizer(str(tmp_path / "o.tiktoken"))
     with pytest.raises(ValueError, match=r"made with another tokenizer \(bytes\) than o.tiktoken"):
         data.open_shard(shard, other)
 
@@ -265,10 +233,9 @@ def test_a_broken_jsonl_line_is_named(tmp_path, line, told):
 
 
 def test_text_shorter_than_a_batch_is_an_error(tmp_path):
-    tokens = stream(4 * 8, tmp_path)
-    with pytest.raises(ValueError, match=r"has 32 tokens, one step needs 4 x 8 \+ 1 = 33"):
-        loader(tokens)
-    loader(stream(33, tmp_path, "enough"))
+    with pytest.raises(ValueError, match="fills 3 rows of 8 tokens, one step needs global_batch_size=4: give more"):
+        loader(stream(25, tmp_path))
+    loader(stream(26, tmp_path, "enough"))
 
 
 def test_token_id_beyond_the_vocabulary_is_an_error(tmp_path):
@@ -283,8 +250,8 @@ def test_token_id_beyond_the_vocabulary_is_an_error(tmp_path):
 
 
 def test_targets_are_the_next_tokens(tmp_path):
-    x, y = loader(stream(500, tmp_path), micro_batch_size=2).batch(5)
-    assert x.shape == y.shape == (2, 2, 8) and x.dtype == torch.int64
+    x, y, positions = loader(stream(500, tmp_path), micro_batch_size=2).batch(5)
+    assert x.shape == y.shape == (2, 2, 8) and x.dtype == torch.int64 and positions is None
     assert torch.equal(y[y != IGNORE], (x + 1)[y != IGNORE])
 
 
@@ -292,14 +259,14 @@ def test_targets_are_the_next_tokens(tmp_path):
 def test_an_epoch_has_every_token_as_target_exactly_once(tmp_path, n):
     one = loader(stream(n, tmp_path), global_batch_size=1, micro_batch_size=1)
     for epoch in range(2):
-        steps = range(epoch * one.n_windows, (epoch + 1) * one.n_windows)
-        targets = torch.cat([y[y != IGNORE] for _, y in map(one.batch, steps)])
+        steps = range(epoch * one.rows.n_rows, (epoch + 1) * one.rows.n_rows)
+        targets = torch.cat([y[y != IGNORE] for _, y, _ in map(one.batch, steps)])
         assert sorted(targets.tolist()) == list(range(1, n))
 
 
 def test_epochs_are_in_different_orders_and_seeds_too(tmp_path):
     tokens = stream(4000, tmp_path)
-    order = lambda **keys: [int(x[0, 0, 0]) for x, _ in map(  # noqa: E731
+    order = lambda **keys: [int(x[0, 0, 0]) for x, *_ in map(  # noqa: E731
         loader(tokens, global_batch_size=1, **keys).batch, range(1000))]
     first = order()
     assert first[:500] != first[500:] and sorted(first[:500]) == sorted(first[500:])
@@ -321,21 +288,21 @@ def test_any_step_is_reached_without_the_steps_before(tmp_path):
     tokens = stream(100_000, tmp_path)
     walked, jumped = loader(tokens), loader(tokens)
     for step in range(300):
-        x, y = walked.batch(step)
+        x, y, _ = walked.batch(step)
     assert torch.equal(jumped.batch(299)[0], x) and torch.equal(jumped.batch(299)[1], y)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_sees_each_window_once_on_any_number_of_ranks(tmp_path, world_size):
     tokens = stream(1003, tmp_path)
-    parts = [list(eval_batches(tokens, block_size=8, n=0, micro_batch_size=4, rank=r, world_size=world_size))
+    parts = [list(eval_batches(tokens, n=0, micro_batch_size=4, rank=r, world_size=world_size))
              for r in range(world_size)]
     assert len({len(p) for p in parts}) == 1  # equally many forward passes: each is a collective under FSDP
-    targets = torch.cat([y[y != IGNORE] for part in parts for _, y in part])
+    targets = torch.cat([y[y != IGNORE] for part in parts for _, y, _ in part])
     assert sorted(targets.tolist()) == list(range(1, 1003))
 
 
 def test_evaluation_of_n_windows_spreads_them_over_the_stream(tmp_path):
-    batches = list(eval_batches(stream(1001, tmp_path), block_size=10, n=5, micro_batch_size=2))
-    starts = [int(x[0]) for xs, ys in batches for x, y in zip(xs, ys, strict=True) if (y != IGNORE).any()]
+    batches = list(eval_batches(stream(1001, tmp_path, block_size=10), n=5, micro_batch_size=2))
+    starts = [int(x[0]) for xs, ys, _ in batches for x, y in zip(xs, ys, strict=True) if (y != IGNORE).any()]
     assert starts == [0, 200, 400, 600, 800]
