@@ -41,6 +41,7 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
+import torch.nn.attention.varlen  # registers the op in SAVED_OPS
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
@@ -280,6 +281,7 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten.max.default,
 }
 
