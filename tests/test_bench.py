@@ -62,8 +62,9 @@ def test_mistakes_are_told(keys, told):
 @pytest.mark.gpu
 def test_peers_run_and_report_like_bench(tmp_path):
     pytest.importorskip("transformers")
-    run("bench/peers/transformers_llama.py", "--layers=1", "--width=512", "--vocab=512", "--tokens=512", "--steps=10",
-        "--warmup=5", f"--out={tmp_path}", f"--cache_dir={tmp_path}", "--variants=bf16,tensorwise:best,tensorwise:gather")
+    sizes = ["--layers=1", "--width=512", "--vocab=512", "--tokens=512", "--steps=10", "--warmup=5"]
+    run("bench/peers/transformers_llama.py", *sizes, f"--out={tmp_path}", f"--cache_dir={tmp_path}",
+        "--variants=bf16,tensorwise:best,tensorwise:gather")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["bf16", "tensorwise:best", "tensorwise:gather"]
     assert all(row["tokens_per_s"] > 0 and row["peak_gib"] > 0 and row["loss"] < 7 for row in rows)
