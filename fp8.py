@@ -102,7 +102,7 @@ class CompileConfig:
     """torch.compile of each transformer block and of the loss."""
 
     enabled: bool = False  # compile
-    mode: str = "default"  # as torch.compile: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"  # torch's
     fullgraph: bool = False  # a graph break is an error
     dynamic: bool | None = False  # None lets torch.compile decide after a recompile
 
