@@ -1,10 +1,14 @@
 """How fast is FP8 on this machine: bf16 against every recipe, each trained by train.py in a process of its own.
 
-    [torchrun ...] python bench.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,rowwise,rowwise_with_gw_hp]
+    [torchrun ...] bench.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,rowwise,rowwise_with_gw_hp]
+    python bench.py [CONFIG.py] [--key=value ...] --gemms
 
 A variant is bf16 or a recipe, with keys of its own behind colons: `tensorwise:fp8.filter_fqns=[]:loss_chunks=8`.
 Everything else comes from the config: config/llama_fp8.py if none is given. Writes out_dir/bench.json and bench.png;
 out_dir/VARIANT/ has each variant's metrics and log. Exit status 1 if a variant failed.
+
+--gemms times every kind of linear layer alone, in bf16 and in FP8 with its casts, and from one bf16 run predicts the
+step with all of them in FP8 and with those that pay. In the model the casts fuse with their neighbours and cost less.
 """
 
 import datetime
@@ -20,6 +24,7 @@ from pathlib import Path
 import torch
 
 import configurator
+import gemms
 
 REPO = Path(__file__).parent
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -34,10 +39,15 @@ class BenchConfig:
     variants: str = "bf16,tensorwise,rowwise,rowwise_with_gw_hp"  # what to compare, the first is what speedup refers to
     steps: int = 40  # timed steps of each
     warmup: int = 10  # steps before them
+    gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 pay for
+
+    def split(self):
+        """The variants one by one; a comma inside of a variant's keys does not end it."""
+        return re.split(r",(?=bf16|tensorwise|rowwise)", self.variants)
 
     def problems(self):
         """What is wrong with these values, one sentence each."""
-        for variant in self.variants.split(","):
+        for variant in self.split():
             if variant.split(":")[0] not in ("bf16", *RECIPES):
                 yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
         if self.steps < 2 * WINDOW or self.steps % WINDOW or self.warmup % WINDOW or self.warmup < 0:
@@ -53,26 +63,30 @@ def flags(variant):
     return keys + [f"--{key}" for key in more]
 
 
-def measure(variant, number, base, out_dir, own, rank):
-    """Train a variant in a fresh process: (its row of the table, its run.json), or (a row with `error`, {})."""
-    folder = out_dir / re.sub(r"[^\w.=-]+", "_", variant)
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, REPO / "train.py", base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0",
-               "--checkpoint_interval=0", f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}",
-               *flags(variant)]
-    env = dict(os.environ)
-    if "MASTER_PORT" in env:  # under torchrun: its store still holds the last variant's addresses, so meet elsewhere
-        port = 1024 + (int(env["MASTER_PORT"]) + 1 + number) % 64000
-        env |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
-    log = folder / f"log_{rank}.txt"
+def train(args, log):
+    """Run train.py with `args` in fresh processes, as many as torchrun started of this one: None, or why it failed.
+
+    log: the file for their output. Call it on rank 0 alone; the other ranks have nothing to do and may end.
+    """
+    command = [REPO / "train.py", *args]
+    if ranks := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun: a torchrun for each variant ends all its ranks
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
     with log.open("w") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
-    if status:
-        reason = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|\.py):? ")
-        lines = [line for line in log.read_text().splitlines() if reason.match(line)]
-        return {"variant": variant, "error": lines[-1] if lines else f"exit status {status}, see {log}"}, {}
-    if rank > 0:  # rank 0 is still writing what there is to read
-        return {"variant": variant}, {}
+        status = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT).returncode
+    if status == 0:
+        return None
+    reason = re.compile(r"(\[rank\d+\]: )?([\w.]*Error|train\.py): ")
+    lines = [line for line in log.read_text().splitlines() if reason.match(line) and "ChildFailedError" not in line]
+    return lines[-1] if lines else f"exit status {status}, see {log}"
+
+
+def measure(variant, base, folder, own):
+    """Train a variant and read what it left: (its row of the table, its run.json), or (a row with `error`, {})."""
+    error = train([base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0", "--checkpoint_interval=0",
+                   f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}", *flags(variant)],
+                  folder / "log.txt")
+    if error:
+        return {"variant": variant, "error": error}, {}
     run = json.loads((folder / "run.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = [row for row in rows if row["step"] > own.warmup and row["step"] % WINDOW == 0]
@@ -128,38 +142,51 @@ def main():
     if all(arg.startswith("-") for arg in argv):
         argv = [str(REPO / "config" / "llama_fp8.py"), *argv]
     config = configurator.load(argv, own)
-    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise ValueError("bench.py measures one machine: start torchrun without --nnodes")
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # rank 0 starts the processes of every variant
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
         config.fp8.emulate = True
-    say = print if rank == 0 else lambda *text, **how: None
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    base = out_dir / f"bench_config_{rank}.py"
+    base = out_dir / "bench_config.py"
     base.write_text(configurator.to_python(config))
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
               "command": sys.argv, "tokens_per_step": config.global_batch_size * config.model.block_size, "rows": []}
     rows = report["rows"]
-    for number, variant in enumerate(own.variants.split(",")):
-        say(f"{variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
-        row, run = measure(variant, number, base, out_dir, own, rank)
+    if own.gemms:
+        own.variants = "bf16"
+    for variant in own.split():
+        print(f"{variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
+        folder = out_dir / re.sub(r"[^\w.=-]+", "_", variant)
+        folder.mkdir(parents=True, exist_ok=True)
+        row, run = measure(variant, base, folder, own)
         rows.append(row)
-        if rank > 0:
-            continue
         report |= {key: run[key] for key in ("hardware", "versions", "git_commit") if key in run}
         if "error" not in row and "error" not in rows[0]:
             row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        say("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
-        # after every variant: who interrupts a bench keeps what it has measured
-        (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
-    if rank == 0:
-        title = f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}"
-        plot(rows, title, out_dir / "bench.png")
-        say("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "
-            f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows), "", sep="\n")
-        if on_cpu:
-            say("On a CPU FP8 is emulated: these speeds say nothing about FP8.")
-        say(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
+        print("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
+        if not own.gemms:  # after every variant: who interrupts a bench keeps what it has measured
+            (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
+    if own.gemms:
+        if "error" in rows[0]:
+            raise RuntimeError(f"the bf16 run failed: {rows[0]['error']}")
+        device = torch.device("cpu" if on_cpu else "cuda")
+        passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
+        report["gemms"] = gemms.time_linears(config, device, passes)
+        (out_dir / "gemms.json").write_text(json.dumps(report, indent=1))
+        print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
+        print(f"written: {out_dir / 'gemms.json'}")
+        return
+    title = f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}"
+    plot(rows, title, out_dir / "bench.png")
+    print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "
+          f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows), "", sep="\n")
+    if on_cpu:
+        print("On a CPU FP8 is emulated: these speeds say nothing about FP8.")
+    print(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
     sys.exit(any("error" in row for row in rows))
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -317,11 +318,24 @@ def run(main):
     A user's mistake is a ValueError that a `raise` in this folder's own files tells; from within a library it is a bug.
     """
     rank = int(os.environ.get("RANK", 0))  # set by torchrun
+    interrupted = False
+
+    def interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
-    except ValueError as error:
+    except BaseException as error:
+        if interrupted:  # whatever it has become on its way: torch.distributed.checkpoint wraps a KeyboardInterrupt
+            if rank == 0:
+                print("interrupted", file=sys.stderr)
+            sys.exit(130)
         origin = traceback.extract_tb(error.__traceback__)[-1]
-        if Path(origin.filename).resolve().parent != REPO or not origin.line.startswith("raise"):
+        ours = Path(origin.filename).resolve().parent == REPO and origin.line.startswith("raise")
+        if not isinstance(error, ValueError) or not ours:
             raise
         if rank > 0:
             # All ranks find the same mistake, one speaks: when rank 0 has, torchrun ends the others in their sleep.
@@ -330,9 +344,5 @@ def run(main):
             time.sleep(10)
         print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("interrupted", file=sys.stderr)
-        sys.exit(130)
     if dist.is_initialized():  # not after an error: it would wait for ranks that are stuck in a collective
         dist.destroy_process_group()

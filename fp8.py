@@ -71,6 +71,7 @@ class FP8Config:
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
+    auto_filter: bool = False  # also leave out the layers that FP8 makes no faster here, timed at start-up
     emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
     allow_eager: bool = False  # permit FP8 on a GPU without compile (slower than bf16)
     enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
@@ -92,6 +93,9 @@ class FP8Config:
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                    "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+        if self.auto_filter and self.emulate:
+            yield ("fp8.auto_filter=True asks which layers FP8 makes faster, and emulated FP8 makes none: "
+                   "turn one of the two off")
 
 
 @dataclass(kw_only=True)
@@ -99,7 +103,7 @@ class CompileConfig:
     """torch.compile of each transformer block and of the loss."""
 
     enabled: bool = False  # compile
-    mode: str = "default"  # as torch.compile: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"  # torch's
     fullgraph: bool = False  # a graph break is an error
     dynamic: bool | None = False  # None lets torch.compile decide after a recompile
 

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -507,9 +508,13 @@ def test_a_value_error_that_no_raise_of_ours_told_is_a_bug(monkeypatch):
         configurator.run(lambda: int("x"))
 
 
-def test_an_interrupt_ends_quietly(capsys):
+@pytest.mark.parametrize("becomes", [KeyboardInterrupt, RuntimeError, ValueError])
+def test_an_interrupt_ends_quietly_whatever_a_library_makes_of_it(capsys, becomes):
     def main():
-        raise KeyboardInterrupt
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise becomes from error
 
     with pytest.raises(SystemExit) as done:
         configurator.run(main)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from conftest import build, sqnr
 
+import estimate
 import fp8
 import model as models
 from fp8 import CompileConfig, FP8Config
@@ -169,7 +170,7 @@ def test_both_spellings_set_the_same_field():
 def test_table_shows_what_is_covered_and_what_is_not():
     cfg = emulated(filter_fqns=["lm_head"], enable_fsdp_float8_all_gather=True)
     model = build(cfg)
-    share = fp8.covered_flops(model, cfg) / sum(models.matmul_flops_per_token(model.cfg))
+    share = fp8.covered_flops(model, cfg) / sum(estimate.matmul_flops_per_token(model.cfg))
     table = fp8.table(model, cfg, share, shards=1)
     assert "8 of 9 linear layers converted" in table
     assert "layers.*.attn.qkv      (128, 64)        x2    fp8 tensorwise (emulated)" in table

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, build
 
+import estimate
 import fp8
 import model as models
 
@@ -230,22 +231,10 @@ def test_weights_depend_on_the_seed_and_fill_everything():
         assert name.endswith(("norm.weight", "bias")) or not torch.equal(p, r), name
 
 
-def test_flops_per_token_agree_with_torchs_own_counter():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = build()
-    x = torch.randint(0, 256, (1, 64))
-    with FlopCounterMode(display=False) as counter:
-        model(x, x).backward()
-    linear, _ = models.matmul_flops_per_token(model.cfg)
-    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    assert counts["aten.mm"] == linear * 64
-
-
 @pytest.mark.parametrize("window, document", [(None, None), (7, None), (None, 20), (7, 5)])
 def test_attention_flops_count_what_the_mask_shows(window, document):
     cfg = models.ModelConfig(**TINY, sliding_window=window)
-    _, scores = models.matmul_flops_per_token(cfg, document)
+    _, scores = estimate.matmul_flops_per_token(cfg, document)
     T = document or cfg.block_size
     seen = models.document_mask(None, T, window, "cpu").sum().item()
     exact = 6 * 2 * cfg.n_layer * cfg.n_head * cfg.head_dim * seen / T
@@ -254,14 +243,19 @@ def test_attention_flops_count_what_the_mask_shows(window, document):
 
 def test_fp8_trains_layers_with_a_bias_and_names_sizes_it_cannot_take():
     config = fp8.FP8Config(enabled=True, emulate=True)
-    x = torch.randint(0, 256, (2, 64))
-    plain, model = loud(qkv_bias=True), build(config, qkv_bias=True)
+    x = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(5))
+    plain, model = build(qkv_bias=True), build(config, qkv_bias=True)
+    for layer in plain.layers:
+        torch.nn.init.normal_(layer.attn.qkv.bias, std=0.2)
     model.load_state_dict(plain.state_dict())
-    assert fp8.float8_linears(model)["layers.0.attn.qkv"].bias is not None
-    for m in (plain, model):
-        m(x, x).backward()
-    a, b = (m.layers[0].attn.qkv.bias.grad for m in (plain, model))
-    assert 1e-6 < (a - b).norm() / a.norm() < 0.5  # FP8 noise of a whole model with large weights
+    losses = [m(x, x) for m in (plain, model)]
+    for loss in losses:
+        loss.backward()
+    # FP8 keeps 3 and 2 bits of a value: errors of some percent, less where they average out
+    assert 1e-6 < (losses[1] / losses[0] - 1).abs() < 0.01
+    for a, b in zip(plain.layers, model.layers, strict=True):
+        a, b = a.attn.qkv.bias.grad, b.attn.qkv.bias.grad
+        assert 1e-6 < (a - b).norm() / a.norm() < 0.2
     with pytest.raises(ValueError, match=r"add these to fp8.filter_fqns: lm_head \(250, 64\)"):
         fp8.check(config, build(vocab_size=250), device=torch.device("cpu"), compiled=True, shards=1, tokens={64})
 
@@ -273,16 +267,6 @@ def test_fp8_trains_layers_with_a_bias_and_names_sizes_it_cannot_take():
     ({"rope_fraction": 0.0}, "model.rope_fraction=0.0"), ({"sliding_window": 0}, "model.sliding_window=0 must be")])
 def test_impossible_sizes_are_named(change, message):
     assert any(message in p for p in models.ModelConfig(**{**TINY, **change}).problems())
-
-
-def test_memory_estimate_of_8b_on_one_card():
-    from configurator import Config, OptimConfig
-
-    config = Config(model=models.llama3_1_8b(), micro_batch_size=1, global_batch_size=1, loss_chunks=4,
-                    activation_checkpoint="selective", optim=OptimConfig(weights="stochastic_rounding"))
-    # measured on an H100: 71.6 GiB without accumulation; with it, it does not fit
-    assert 68 < models.estimate_memory(config, shards=1) < 75
-    assert models.estimate_memory(config, shards=1, accumulation=2) > 80
 
 
 @pytest.mark.gpu

@@ -1,0 +1,111 @@
+"""Which linear layers FP8 pays for: each kind timed alone, in bf16 and in FP8 with its casts.
+
+FP8 halves a matmul's time and adds casts whose cost grows with the operands, not with the matmul: small layers lose.
+`bench.py --gemms` prints these timings; `fp8.auto_filter` leaves out what does not pay. In the whole model the casts
+fuse with their neighbours and cost somewhat less than here.
+"""
+
+import json
+import re
+import statistics
+import time
+from collections import Counter
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import fp8
+import model as models
+
+
+def time_linears(config, device, passes):
+    """Every kind of linear layer of a configurator.Config's model, timed alone on `device`: a list of dicts.
+
+    passes: forward and backward passes per step. `layer` is a name that fp8.filter_fqns takes, `calls` how often it
+    runs in a step; `bf16` (the config's dtype, in truth) and `fp8` are medians of (forward, backward) in ms. `fp8` is
+    None where FP8 cannot take the shape.
+    """
+    with torch.device("meta"):
+        model = models.Transformer(config.model)
+    kinds = Counter((re.sub(r"^layers\.\d+\.", "", fqn), m.out_features, m.in_features, m.bias is not None)
+                    for fqn, m in model.named_modules() if isinstance(m, nn.Linear))
+    rows, dtype = [], getattr(torch, config.dtype)
+    for (name, n_out, n_in, bias), count in kinds.items():
+        pieces = config.loss_chunks if name == "lm_head" else 1
+        tokens = config.micro_batch_size * config.model.block_size // pieces
+        row = {"layer": name, "shape": [n_out, n_in], "tokens": tokens, "calls": count * pieces * passes, "fp8": None}
+        x = torch.randn(tokens, n_in, device=device, dtype=dtype, requires_grad=True)
+        g = torch.randn(tokens, n_out, device=device, dtype=dtype)
+        for precision in ("bf16", "fp8"):
+            holder = nn.ModuleDict({"linear": nn.Linear(n_in, n_out, bias=bias, device=device, dtype=dtype)})
+            if precision == "fp8":
+                if any(n % 16 for n in (n_out, n_in, tokens)):
+                    continue
+                fp8.convert(holder, replace(config.fp8, filter_fqns=[]), shards=1)
+            torch._dynamo.reset()  # else the shapes of the other kinds count against the limit of recompiles
+            linear = torch.compile(holder["linear"]) if config.compile.enabled else holder["linear"]
+            inputs = x, *linear.parameters()
+            forward = milliseconds(device, linear, x)
+            both = milliseconds(device, lambda f, i, g: torch.autograd.grad(f(i[0]), i, g), linear, inputs, g)
+            row[precision] = forward, max(0.0, both - forward)
+        rows.append(row)
+    return rows
+
+
+def milliseconds(device, run, *args, calls=20):
+    """Median time of run(*args) in ms, after a few calls that compile and warm up."""
+    times = []
+    for i in range(-5, calls):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(*args)
+            end.record()
+            end.synchronize()
+            ms = start.elapsed_time(end)
+        else:
+            clock = time.perf_counter()
+            run(*args)
+            ms = 1000 * (time.perf_counter() - clock)
+        if i >= 0:
+            times.append(ms)
+    return statistics.median(times)
+
+
+def gain(row):
+    """ms of a step that FP8 saves on the layers of a row (negative: costs); 0 where it cannot take them."""
+    return row["calls"] * (sum(row["bf16"]) - sum(row["fp8"])) if row["fp8"] else 0.0
+
+
+def not_paying(rows):
+    """The names of the layers that FP8 makes no faster, for fp8.filter_fqns."""
+    return [row["layer"] for row in rows if gain(row) <= 0]
+
+
+def choose(config, device, passes):
+    """fp8.auto_filter: the layers to add to the config's filter_fqns, as rank 0 times them, the same on every rank."""
+    chosen = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        chosen = [[n for n in not_paying(time_linears(config, device, passes)) if n not in config.fp8.filter_fqns]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def table(rows, step_ms):
+    """time_linears' rows as text, and the step that they predict from a bf16 step of step_ms."""
+    lines = [f"{'layer':<14} {'shape':<16} {'calls':>5}  {'bf16: fwd + bwd ms':>18} {'fp8: fwd + bwd ms':>18}  "
+             "saves per step"]
+    for row in rows:
+        bf16, low = ("{:7.3f} + {:7.3f}".format(*row[p]) if row[p] else "not possible" for p in ("bf16", "fp8"))
+        pays = "no" if row["layer"] in not_paying(rows) else "pays"
+        lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<16} {row['calls']:>5}  {bf16:>18} {low:>18}  "
+                     f"{gain(row):+8.2f} ms  {pays}")
+    every, best = (step_ms - sum(gains) for gains in (map(gain, rows), (max(0, gain(row)) for row in rows)))
+    lines += ["", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with FP8 wherever it can: {every:.1f} ms "
+              f"({step_ms / every:.2f}x), where it pays: {best:.1f} ms ({step_ms / best:.2f}x)"]
+    if len(not_paying(rows)) == len(rows):
+        return "\n".join([*lines, "FP8 pays for none of them here: --fp8.enabled=False"])
+    return "\n".join([*lines, f"--fp8.filter_fqns='{json.dumps(not_paying(rows))}'"])

@@ -1,0 +1,59 @@
+"""estimate.py: FLOPs against torch's own counter, memory against what an H100 was measured to need."""
+
+import json
+
+import pytest
+import torch
+from conftest import REPO, build
+
+import bench
+import configurator
+import estimate
+import model as models
+from configurator import Config, FP8Config, OptimConfig
+
+
+def test_flops_per_token_agree_with_torchs_own_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build()
+    x = torch.randint(0, 256, (1, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    linear, _ = estimate.matmul_flops_per_token(model.cfg)
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    assert counts["aten.mm"] == linear * 64
+
+
+def llama_8b(**changes):
+    """What config/llama_fp8.py is on one 80 GB card."""
+    return Config(**{**dict(model=models.llama3_1_8b(), micro_batch_size=1, global_batch_size=1, loss_chunks=4,
+                            fp8=FP8Config(enabled=True, filter_fqns=["lm_head"]), activation_checkpoint="selective",
+                            optim=OptimConfig(weights="stochastic_rounding")), **changes})
+
+
+MEASURED = [(name, row["variant"], row["peak_gib"]) for name in ("bench_8_layers", "bench_32_layers")
+            for row in json.loads((REPO / f"docs/results/{name}.json").read_text())["rows"]]
+
+
+@pytest.mark.parametrize("name, variant, measured", MEASURED)
+def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, measured):
+    config = llama_8b()
+    if name == "bench_8_layers":
+        config = llama_8b(model=models.llama3_1_8b(n_layer=8), activation_checkpoint="none", loss_chunks=1)
+    keys = {key[2:].split("=")[0]: key.split("=")[1] for key in bench.flags(variant)}
+    config.fp8.enabled = keys["fp8.enabled"] == "True"
+    config.fp8.recipe_name = keys.get("fp8.recipe_name")
+    config.fp8.filter_fqns = configurator.parse(keys.get("fp8.filter_fqns", "['lm_head']"), list[str])
+    assert estimate.memory(config, shards=1, accumulation=1) == pytest.approx(measured, rel=0.05)
+
+
+def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help():
+    assert estimate.check_memory(llama_8b(), 1, 1, capacity=79.2) < 75
+    with pytest.raises(ValueError) as error:  # a second pass would keep the gradients of the first beside activations
+        estimate.check_memory(llama_8b(global_batch_size=2), 1, 2, capacity=79.2)
+    assert "needs about 8" in str(error.value) and "there are 79.2" in str(error.value)
+    assert "activation_checkpoint=full" in str(error.value) and "micro_batch_size" not in str(error.value)
+    with pytest.raises(ValueError, match=r"optim.weights=stochastic_rounding \(7\d"):
+        estimate.check_memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 1, 1, capacity=79.2)
+    assert estimate.memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 8, 1) < 45  # over 8 GPUs it fits

@@ -1,0 +1,96 @@
+"""gemms.py: timings of single layers, what they predict, and fp8.auto_filter."""
+
+import json
+import textwrap
+
+import pytest
+import torch
+from conftest import REPO, metrics, run
+
+import gemms
+from configurator import Config, FP8Config
+from model import ModelConfig
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """time_linears of a small model on the CPU, with a clock that says what the test wants."""
+    ms = {"attn.qkv": (4, 2), "attn.out": (1, 2), "mlp.gate_up": (8, 4), "mlp.down": (3, 3), "lm_head": (5, 1)}
+    times = iter([t for bf16, low in ms.values() for t in (bf16, 3 * bf16, low, 3 * low)])
+
+    def clock(device, run, *args):
+        run(*args)  # it must work, however long it takes
+        return next(times)
+
+    monkeypatch.setattr(gemms, "milliseconds", clock)
+    config = Config(model=ModelConfig(n_layer=3, n_kv_head=2, vocab_size=256), loss_chunks=2, micro_batch_size=2,
+                    fp8=FP8Config(emulate=True), dtype="float32")
+    return gemms.time_linears(config, torch.device("cpu"), passes=4)
+
+
+def test_every_kind_of_layer_is_timed_as_often_as_a_step_calls_it(rows):
+    assert [(row["layer"], row["calls"], row["tokens"]) for row in rows] == [
+        ("attn.qkv", 12, 512), ("attn.out", 12, 512), ("mlp.gate_up", 12, 512), ("mlp.down", 12, 512),
+        ("lm_head", 8, 256)]
+    assert rows[0]["shape"] == [(6 + 2 * 2) * 32, 192] and rows[0]["bf16"] == (4, 8) and rows[0]["fp8"] == (2, 4)
+
+
+def test_what_pays_and_what_the_step_becomes(rows):
+    assert [gemms.gain(row) for row in rows] == [12 * 6, 12 * -3, 12 * 12, 0, 8 * 12]
+    assert gemms.not_paying(rows) == ["attn.out", "mlp.down"]
+    text = gemms.table(rows, step_ms=1000)
+    assert "wherever it can: 724.0 ms (1.38x), where it pays: 688.0 ms (1.45x)" in text
+    assert """--fp8.filter_fqns='["attn.out", "mlp.down"]'""" in text
+
+
+def test_a_shape_that_fp8_cannot_take_is_left_out():
+    config = Config(model=ModelConfig(n_layer=1, vocab_size=257), dtype="float32", fp8=FP8Config(emulate=True))
+    rows = gemms.time_linears(config, torch.device("cpu"), passes=1)
+    assert rows[-1]["fp8"] is None and rows[0]["fp8"] is not None and "lm_head" in gemms.not_paying(rows)
+    assert "not possible" in gemms.table(rows, 10.0)
+
+
+def test_emulated_fp8_cannot_choose():
+    told = list(FP8Config(enabled=True, emulate=True, auto_filter=True).problems())
+    assert len(told) == 1 and "fp8.auto_filter=True asks which layers FP8 makes faster" in told[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_choice(tiny_run, tmp_path, ranks):
+    script = tmp_path / "pretend.py"  # emulated here, as if it were real
+    script.write_text(textwrap.dedent(f"""
+            import os, sys
+            sys.path.insert(0, {str(REPO)!r})
+            import fp8, gemms, train
+            fp8.FP8Config.problems = lambda self: ()
+            slow, rank = sys.argv.pop(1), os.environ.get("RANK", "0")
+            gemms.time_linears = lambda *args: [dict(layer=slow if rank == "0" else "mlp.down", calls=1, fp8=None)]
+            train.main()
+            """))
+    keys = [*tiny_run, "--fp8.enabled=True", "--fp8.emulate=True", "--fp8.auto_filter=True",
+            '--fp8.filter_fqns=["lm_head"]', f"--out_dir={tmp_path / 'out'}"]
+    done = run(script, "attn.out", *keys, "--max_steps=3", ranks=ranks)
+    assert "no faster: attn.out" in done.stdout and "fp8: 6 of 9 linear layers converted" in done.stdout
+    again = run(script, "attn.qkv", *keys, ranks=ranks)
+    assert "no faster: attn.out" in again.stdout and "fp8: 6 of 9" in again.stdout
+    assert list(metrics(tmp_path / "out").train) == [1, 2, 3, 4, 5, 6]
+
+
+def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path):
+    done = run("bench.py", "config/llama_fp8.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False",
+               "--steps=10", "--warmup=5", "--gemms")
+    report = json.loads((tmp_path / "gemms.json").read_text())
+    assert [row["layer"] for row in report["gemms"]] == ["attn.qkv", "attn.out", "mlp.gate_up", "mlp.down", "lm_head"]
+    assert all(ms > 0 for row in report["gemms"] for p in ("bf16", "fp8") for ms in row[p][:1])
+    assert report["rows"][0]["variant"] == "bf16" and "bf16 step, measured" in done.stdout
+    assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_large_layers_pay_and_small_ones_do_not():
+    config = Config(model=ModelConfig(n_layer=1, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128, ffn_dim=14336,
+                                      vocab_size=256, block_size=8192), fp8=FP8Config())
+    config.compile.enabled = True
+    rows = gemms.time_linears(config, torch.device("cuda"), passes=1)
+    assert "mlp.gate_up" not in gemms.not_paying(rows) and "mlp.down" not in gemms.not_paying(rows)
+    assert "lm_head" in gemms.not_paying(rows)  # 256 rows: the casts cost more than the whole matmul
