@@ -161,6 +161,8 @@ def test_sizes_by_name_are_those_of_a_published_config(tmp_path):
     ("llama_3_1", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported for Llama"),
     ("llama_3_1", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "that differ by layer"),
     ("llama_3_1", {"hidden_size": None}, "config.json has no hidden_size"),
+    ("llama_3_1", {"hidden_size": "64"}, "hidden_size='64' in config.json: expected int"),
+    ("llama_3_1", {"num_attention_heads": 3}, "model.n_head=3 must be a multiple of model.n_kv_head=2"),
     ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
     ("qwen_2_5", {"use_sliding_window": True}, "use_sliding_window=True"),
     ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types with full_attention are not"),
