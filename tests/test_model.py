@@ -74,7 +74,7 @@ def loud(device="cpu", dtype=torch.float32, **sizes):
     generator = torch.Generator(device).manual_seed(3)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.empty_like(p).normal_(std=0.2, generator=generator) + ("norm" in name))
+            p.copy_(torch.empty(p.shape, device=device).normal_(std=0.2, generator=generator) + ("norm" in name))
     return model
 
 
@@ -306,9 +306,9 @@ def test_packed_documents_on_a_gpu_run_varlen_and_agree_with_the_mask(switches, 
         loss, grads = gradients(model, model(x, y, positions=positions, bounds=bounds))
     # once a layer: selective recompute keeps what it gave
     assert sum(e.name == "aten::_flash_attention_forward" for e in profile.events()) == len(model.layers)
-    # bf16 keeps 8 bits: some 2^-9 in each of the dozens of ops behind a gradient
-    assert (loss - exact[0]).abs() < 0.02 * exact[0]
-    assert all((grads[n].float() - g).norm() < 0.1 * g.norm() for n, g in exact[1].items())
+    # bf16 keeps 8 bits: the mask in bf16 on a CPU is 0.001 and 0.06 away from float32 here
+    assert (loss - exact[0]).abs() < 0.01 * exact[0]
+    assert all((grads[n].float() - g).norm() < 0.2 * g.norm() for n, g in exact[1].items())
 
 
 @pytest.mark.gpu
