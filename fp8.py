@@ -41,6 +41,7 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
+import torch.nn.attention.varlen  # registers the op in SAVED_OPS
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
@@ -102,7 +103,7 @@ class CompileConfig:
     """torch.compile of each transformer block and of the loss."""
 
     enabled: bool = False  # compile
-    mode: str = "default"  # as torch.compile: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"  # torch's
     fullgraph: bool = False  # a graph break is an error
     dynamic: bool | None = False  # None lets torch.compile decide after a recompile
 
@@ -284,6 +285,7 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten.max.default,
 }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+import configurator
 import model as models
 from fp8 import plain_local
 
@@ -53,9 +54,12 @@ ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_s
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
 
 
 def read_config(folder):
@@ -79,12 +83,11 @@ def model_config(folder, wanted=None):
     source, architecture = read_config(folder)
     _, _, switches = ARCHITECTURES[architecture]
     values = {ours: source[key] for ours, key in SIZES.items() if source.get(key) is not None}
-    values = {"n_kv_head": values.get("n_head"), "head_dim": None, "tie_embeddings": False, **values}
-    if missing := [key for ours, key in SIZES.items() if ours not in values]:
+    values = {"n_kv_head": values.get("n_head"), "tie_embeddings": False, **values}
+    if missing := [key for ours, key in SIZES.items() if ours not in values and ours != "head_dim"]:
         raise ValueError(f"{folder}: config.json has no {', '.join(missing)}")
-    values["head_dim"] = values["head_dim"] or values["n_embd"] // values["n_head"]
     problems = [f"{key}={source[key]!r} is not supported, only {value!r}" for key, value in ONLY.items()
-                 if source.get(key) not in (None, value)]
+                if source.get(key) not in (None, value)]
 
     rope = {"rope_theta": source.get("rope_theta", 10000.0),
             "partial_rotary_factor": source.get("partial_rotary_factor", 1.0),
@@ -97,7 +100,7 @@ def model_config(folder, wanted=None):
         problems.append(f"rope_type={kind!r} is not supported for {architecture}")
     if any(isinstance(value, dict) for value in rope.values()):
         problems.append("rope_parameters that differ by layer are not supported")
-    values |= {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope["partial_rotary_factor"])}
+    values |= {"rope_theta": rope["rope_theta"], "rope_fraction": rope["partial_rotary_factor"]}
     if values["rope_fraction"] != 1 and "rope_fraction" not in switches:
         problems.append(f"partial_rotary_factor={values['rope_fraction']} is not supported for {architecture}")
     values["qkv_bias"] = "qkv_bias" in switches
@@ -106,20 +109,26 @@ def model_config(folder, wanted=None):
     layers = "sliding_attention" if values.get("sliding_window") else "full_attention"
     if other := set(source.get("layer_types") or ()) - {layers}:
         problems.append(f"layer_types with {', '.join(sorted(other))} are not supported here, only {layers}")
+    types = {f.name: f.type for f in fields(models.ModelConfig)}
+    problems += [f"{SIZES.get(ours, ours)}={value!r} in config.json: expected {configurator.type_name(types[ours])}"
+                 for ours, value in values.items() if not configurator.fits(value, types[ours])]
     if problems:
         raise ValueError("\n".join(f"{folder}: {p}" for p in problems))
 
+    values.setdefault("head_dim", values["n_embd"] // max(1, values["n_head"]))
     longest = source.get("max_position_embeddings") or 2048
     cfg = models.ModelConfig(**values, block_size=wanted.block_size if wanted else min(longest, 8192))
-    problems += cfg.problems()
-    if not problems:
-        problems += check_weights(folder, layout(cfg, architecture))
+    cfg.rope_theta, cfg.rope_fraction = float(cfg.rope_theta), float(cfg.rope_fraction)  # some files have integers
+    impossible = list(cfg.problems())
+    problems += impossible
     if cfg.block_size > longest:
         problems.append(f"model.block_size={cfg.block_size} is more than its max_position_embeddings={longest}")
     for f in fields(cfg):
         mine, theirs = getattr(wanted or cfg, f.name), getattr(cfg, f.name)
         if mine not in (theirs, getattr(models.ModelConfig(), f.name)):
             problems.append(f"model.{f.name}={mine}, but the folder has {theirs}: of model.*, set block_size alone")
+    if not impossible:
+        problems += check_weights(folder, layout(cfg, architecture))
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise ValueError("\n".join(f"{folder}: {p}" for p in problems[:20] + more))
@@ -180,7 +189,7 @@ def weight_files(folder):
     index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
     where, found, problems = {}, {}, []
     if index.is_file():
-        where = {name: Path(folder, file) for name, file in read_json(index)["weight_map"].items()}
+        where = {name: Path(folder, file) for name, file in read_json(index).get("weight_map", {}).items()}
     elif not single.is_file():
         pickles = [p.name for p in sorted(Path(folder).iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
         problems.append("it has neither model.safetensors nor model.safetensors.index.json" + (

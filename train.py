@@ -7,16 +7,12 @@ Read it top to bottom: 1) configuration and ranks, 2) data, 3) the model: built 
 sharded, then filled, 4) optimizer and resume, 5) proof that FP8 is on, 6) the loop, 7) what is left behind.
 """
 
-import importlib.util
 import json
 import math
 import os
-import resource
-import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,69 +29,10 @@ import fp8
 import gemms
 import hellaswag
 import hf
+import logs
 import model as models
 from eval import accuracies, score
 from optim import AdamW, get_lr
-
-
-def git_commit():
-    """The commit this code is at, with "+changes" if files differ from it, or None outside of a git checkout."""
-    run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **run)
-    if commit.returncode:
-        return None
-    changed = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
-    return commit.stdout.strip() + ("+changes" if changed else "")
-
-
-def peak_memory(use_cuda):
-    """The largest GiB that this process has held so far: on the GPU, or without one in the machine's memory."""
-    if use_cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)  # KiB, B
-
-
-def open_metrics(out_dir, start):
-    """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`."""
-    path = out_dir / "metrics.jsonl"
-    rows = path.read_text().splitlines(keepends=True) if start and path.exists() else []
-    path.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start))
-    return path.open("a")
-
-
-def open_trackers(config):
-    """Functions that take a metrics row: TensorBoard and Weights & Biases, where the config asks for them."""
-    trackers = []
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(Path(config.out_dir, "tensorboard"))
-        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
-    if config.wandb_project:
-        import wandb
-
-        run = wandb.init(project=config.wandb_project, config=asdict(config), resume="allow")
-        trackers.append(lambda row: run.log(row, step=row["step"]))
-    return trackers
-
-
-def plot_losses(out_dir):
-    """out_dir/loss.png from out_dir/metrics.jsonl: training and validation loss against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, style in (("loss", {"lw": 1, "label": "train"}), ("val_loss", {"marker": "o", "label": "validation"})):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=out_dir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out_dir / "loss.png", dpi=150)
 
 
 @torch.no_grad()
@@ -138,9 +75,7 @@ def main():
         config.model = hf.model_config(config.init_from, config.model)
     if config.data.tokenizer == "auto":
         config.data.tokenizer = "bytes" if scratch else config.init_from
-    for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb_project)):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"the config asks for {package}, which is not installed: pip install {package}")
+    logs.check_trackers(config)
     if world_size % config.replicas:
         raise ValueError(f"replicas={config.replicas} must divide the number of ranks, {world_size}")
     shards = world_size // config.replicas  # ranks that one copy of the weights is cut over
@@ -301,18 +236,16 @@ def main():
     # ------------------------------------------------------------------------------------------------------------
     # 6) the loop
 
-    run = {"command": sys.argv, "hardware": f"{world_size} x {hardware}", "git_commit": git_commit(),
-           "versions": {package: version(package) for package in ("torch", "torchao", "tiktoken", "numpy")
-                        if importlib.util.find_spec(package)},
-           "ranks": world_size, "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak,
-           "compile_s": compile_s, "auto_filtered": auto_filtered}
+    run = {**logs.provenance(), "hardware": f"{world_size} x {hardware}", "ranks": world_size, "compile_s": compile_s,
+           "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak,
+           "auto_filtered": auto_filtered}
     if first:
         out_dir.mkdir(parents=True, exist_ok=True)
         if folder is None:
             checkpoint.set_aside(out_dir)
         (out_dir / "config.py").write_text(configurator.to_python(config))
         (out_dir / "run.json").write_text(json.dumps(run, indent=1))
-        metrics, trackers = open_metrics(out_dir, start), open_trackers(config)
+        metrics, trackers = logs.open_metrics(out_dir, start), logs.open_trackers(config)
 
     def log(row):
         if first:
@@ -352,7 +285,7 @@ def main():
             mfu = rate * flops_per_token / peak if peak else None
             row = {"step": step, "loss": (reduce(loss) / n_tokens).item(), "lr": lr, "grad_norm": grad_norm.item(),
                    "tokens": step * tokens_per_step, "tokens_per_s": rate, "mfu": mfu, "time_s": seconds,
-                   "peak_gib": peak_memory(use_cuda)}
+                   "peak_gib": logs.peak_memory(use_cuda)}
             log(row)
             shown = f"{mfu:.1%} of bf16 peak" if mfu else "n/a"
             minutes = (config.max_steps - step) * elapsed / (step - last_logged) / 60
@@ -392,7 +325,7 @@ def main():
 
     if first:
         metrics.close()
-        plot_losses(out_dir)
+        logs.plot_losses(out_dir)
         result = f"validation loss {val_loss:.4f}" if config.eval_interval else f"training loss {row['loss']:.4f}"
         say(f"done: {config.max_steps} steps, {config.max_steps * tokens_per_step:,} tokens in {seconds / 60:.1f} min, "
             f"{result}; curves in {out_dir / 'loss.png'}, metrics in {out_dir / 'metrics.jsonl'}")

@@ -57,3 +57,14 @@ def test_rowwise_variants_do_not_gather_in_fp8():
 @pytest.mark.parametrize("keys, told", [({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7")])
 def test_mistakes_are_told(keys, told):
     assert told in "".join(BenchConfig(**keys).problems())
+
+
+@pytest.mark.gpu
+def test_peers_run_and_report_like_bench(tmp_path):
+    pytest.importorskip("transformers")
+    sizes = ["--layers=1", "--width=512", "--vocab=512", "--tokens=512", "--steps=10", "--warmup=5"]
+    run("bench/peers/transformers_llama.py", *sizes, f"--out={tmp_path}", f"--cache_dir={tmp_path}",
+        "--variants=bf16,tensorwise:best,tensorwise:gather")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["bf16", "tensorwise:best", "tensorwise:gather"]
+    assert all(row["tokens_per_s"] > 0 and row["peak_gib"] > 0 and row["loss"] < 7 for row in rows)

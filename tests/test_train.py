@@ -107,6 +107,15 @@ def test_switches_of_a_sharded_run_do_not_change_the_training(fleet, name, refer
     assert largest_gap(two[name], two[reference]) <= bound
 
 
+def test_four_ranks_train_as_one_does(fleet, tiny_run, tmp_path):
+    runs = {"fp32": [], "fp8_precompute": [*FP8, *PRECOMPUTE], "hsdp_2x2": [*FP8, *PRECOMPUTE, "--replicas=2"]}
+    runs = {name: [*tiny_run, "--micro_batch_size=2", *keys] for name, keys in runs.items()}
+    one, four = fleet[0], run_many(tmp_path, runs, ranks=4)
+    assert largest_gap(four["fp32"], one["fp32"]) < FLOAT_NOISE
+    assert largest_gap(four["fp8_precompute"], one["fp8_precompute"]) < FP8_NOISE
+    assert largest_gap(four["hsdp_2x2"], one["fp8_precompute"]) < FP8_NOISE
+
+
 def test_fp8_stays_close_to_high_precision(fleet):
     for runs in fleet:
         for name in ("fp8", "rowwise", "gw_hp"):
@@ -127,6 +136,46 @@ def test_ranks_with_unequal_numbers_of_targets_weigh_every_token_the_same(tiny_r
     one = run_many(tmp_path, {"one": args})["one"]
     two = run_many(tmp_path, {"two": args}, ranks=2)["two"]
     assert largest_gap(two, one) < FLOAT_NOISE
+
+
+@pytest.mark.parametrize("keys", [[], FP8, [*FP8, *PRECOMPUTE]], ids=["bf16", "fp8", "fp8_gather"])
+def test_bytes_that_cross_ranks_in_a_step(tiny_run, tmp_path, keys):
+    """Counted from the collectives that ran: all-gather in FP8 sends half the bytes of a converted weight."""
+    script = tmp_path / "counted.py"
+    script.write_text(textwrap.dedent(f"""
+            import json, os, sys
+            sys.path.insert(0, {str(REPO)!r})
+            import torch, train
+            from torch.utils._python_dispatch import TorchDispatchMode
+            sent = {{}}
+            class Count(TorchDispatchMode):
+                def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                    if func.namespace == "c10d":
+                        tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+                        name = func._schema.name.removeprefix("c10d::").strip("_")
+                        sent[name] = sent.get(name, 0) + max(t.nbytes for t in tensors)
+                    return func(*args, **(kwargs or {{}}))
+            step = train.AdamW.step
+            def stop(self, *args):
+                if os.environ["RANK"] == "0":
+                    print("sent", json.dumps(sent))
+                sent.clear()
+                step(self, *args)
+            train.AdamW.step = stop
+            with Count():
+                train.main()
+            torch.distributed.destroy_process_group()  # else gloo's threads now and then abort the exit
+            """))
+    done = run(script, *tiny_run, *keys, "--dtype=bfloat16", "--optim.weights=fp32_master", "--max_steps=2",
+               "--eval_interval=0", "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}", ranks=2)
+    sent = json.loads([line for line in done.stdout.splitlines() if line.startswith("sent ")][-1][5:])
+    norms, table = 2 * 64, 272 * 64
+    linear = (4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128
+    blocks, root = 2 * (linear + norms), 2 * table + 64
+    weight_bytes = 1 if "float8_all_gather" in "".join(keys) else 2
+    # once for forward and once for backward; the root (embedding, last norm, lm_head) stays gathered in between
+    assert sent["allgather_base"] == 2 * 2 * (linear * weight_bytes + norms * 2) + 2 * root
+    assert sent["reduce_scatter_base"] == 4 * (blocks + root)  # gradients are summed in float32
 
 
 BREAK = {  # what goes wrong, and what train.py must say about it
@@ -321,7 +370,7 @@ def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
     (['--data.train=["/nowhere"]'], "matches no file"),
     (["--model.vocab_size=256", "--fp8.enabled=False"], "model.vocab_size=256 ends before"),
     (["--device=cuda"], "no GPU"),
-    (["--init_from=/nowhere"], "init_from='/nowhere'"),
+    (["--init_from=/nowhere"], "/nowhere is no Hugging Face model folder"),
     (["config/llama_fp9.py"], "did you mean config/llama_fp8.py"),
 ])
 def test_a_users_mistake_is_one_message_and_no_traceback(tiny_run, tmp_path, args, told):

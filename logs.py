@@ -1,0 +1,85 @@
+"""What a run leaves in its out_dir beside checkpoints: metrics.jsonl, trackers' files, loss.png, where it came from."""
+
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def provenance():
+    """The command, the versions and the git commit that make a run, for run.json."""
+    packages = [p for p in ("torch", "torchao", "tiktoken", "numpy") if importlib.util.find_spec(p)]
+    return {"command": sys.argv, "versions": {p: version(p) for p in packages}, "git_commit": git_commit()}
+
+
+def git_commit():
+    """The commit this code is at, with "+changes" if files differ from it, or None outside of a git checkout."""
+    run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **run)
+    if commit.returncode:
+        return None
+    changed = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
+    return commit.stdout.strip() + ("+changes" if changed else "")
+
+
+def peak_memory(use_cuda):
+    """The largest GiB that this process has held so far: on the GPU, or without one in the machine's memory."""
+    if use_cuda:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)  # KiB, B
+
+
+def open_metrics(out_dir, start):
+    """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`."""
+    path = out_dir / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True) if start and path.exists() else []
+    path.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start))
+    return path.open("a")
+
+
+def check_trackers(config):
+    """ValueError if the config asks for a tracker that is not installed."""
+    for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb_project)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"the config asks for {package}, which is not installed: pip install {package}")
+
+
+def open_trackers(config):
+    """Functions that take a metrics row: TensorBoard and Weights & Biases, where the config asks for them."""
+    trackers = []
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(Path(config.out_dir, "tensorboard"))
+        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
+    if config.wandb_project:
+        import wandb
+
+        run = wandb.init(project=config.wandb_project, config=asdict(config), resume="allow")
+        trackers.append(lambda row: run.log(row, step=row["step"]))
+    return trackers
+
+
+def plot_losses(out_dir):
+    """out_dir/loss.png from out_dir/metrics.jsonl: training and validation loss against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in (("loss", {"lw": 1, "label": "train"}), ("val_loss", {"marker": "o", "label": "validation"})):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=out_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out_dir / "loss.png", dpi=150)
