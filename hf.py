@@ -65,7 +65,8 @@ def read_json(path):
 def read_config(folder):
     """(config.json, architecture) of a model folder. ValueError if it is none, or not of an architecture we have."""
     if not Path(folder, "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json")
+        raise ValueError(f"{folder} is no Hugging Face model folder (no config.json in it): "
+                         "download the model, or name its folder")
     source = read_json(Path(folder, "config.json"))
     architecture = (source.get("architectures") or [None])[0]
     if architecture not in ARCHITECTURES:

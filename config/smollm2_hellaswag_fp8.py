@@ -1,0 +1,28 @@
+"""SmolLM2 135M fine-tuned on HellaSwag: the recipe for any machine (FP8 emulated where there is no GPU for it).
+
+    hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M
+    python eval.py --from=SmolLM2-135M
+    python train.py config/smollm2_hellaswag_fp8.py [--init_from=FOLDER] [--fp8.enabled=False]
+    python eval.py --from=out/smollm2_hellaswag_fp8
+"""
+
+from dataclasses import replace
+
+import torch
+
+import model
+from config.llama3_1_8b_hellaswag_fp8 import config
+from configurator import DataConfig, OptimConfig
+
+gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+# 0.13e9 parameters: 16 bytes each are 2 GiB. lm_head is the embedding (tied) and stays in bf16.
+config = replace(
+    config, model=model.smollm2_135m(), init_from="SmolLM2-135M",
+    data=DataConfig(format="hellaswag", packed_sequence_size=2048),
+    fp8=replace(config.fp8, emulate=not gpu),
+    optim=OptimConfig(lr=1e-4, min_lr=1e-5, warmup_steps=10, betas=(0.9, 0.95), weight_decay=0.01),
+    # 2 rows x 2048 tokens x 1 GPU x 8 accumulation = 16 rows, 33k tokens: an epoch is about 120 steps
+    global_batch_size=16, micro_batch_size=2, max_steps=120, activation_checkpoint="none", loss_chunks=1,
+    eval_interval=30, eval_sequences=64, eval_hellaswag_items=500, out_dir="out/smollm2_hellaswag_fp8",
+)
