@@ -69,6 +69,7 @@ class Config:
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recomputed in backward: cheap ops, or all
     loss_chunks: int = 1  # pieces that the loss is computed in, so that the logits never exist all at once
     deterministic: bool = False  # only bitwise repeatable kernels (torch.use_deterministic_algorithms)
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient norm of inf or nan: the run, or that update
     tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
 
