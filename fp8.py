@@ -70,6 +70,7 @@ class FP8Config:
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
     auto_filter: bool = False  # also leave out the layers that FP8 makes no faster here, timed at start-up
+    grad_fast_accum: bool = False  # gradient matmuls too add up in fewer bits, as the forward one does: a bit faster
     emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
     stats_interval: int = 0  # steps between measurements of what every layer's FP8 casts lose; 0: none
     self_check: bool = False  # at start-up compare compiled FP8 with eager FP8 and with no FP8, on the run's shapes
@@ -95,6 +96,9 @@ class FP8Config:
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                    "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+        if self.grad_fast_accum and self.emulate:
+            yield ("fp8.grad_fast_accum=True is about how tensor cores add up, which emulated FP8 does in float32: "
+                   "turn one of the two off")
         if self.auto_filter and self.emulate:
             yield ("fp8.auto_filter=True asks which layers FP8 makes faster, and emulated FP8 makes none: "
                    "turn one of the two off")
@@ -184,11 +188,15 @@ def convert(model, cfg, *, shards):
 
     Before fully_shard, on the meta device. shards > 1 with all-gather asked for: weights become GatherInFP8.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import Float8GemmConfig, Float8LinearConfig, convert_to_float8_training
 
     recipe = cfg.recipe_name or "tensorwise"
     config = Float8LinearConfig.from_recipe_name(recipe)
-    object.__setattr__(config, "emulate", cfg.emulate)  # frozen, and from_recipe_name takes no such argument
+    changes = {"emulate": cfg.emulate}
+    for gemm in ("gemm_config_grad_input", "gemm_config_grad_weight"):
+        changes[gemm] = Float8GemmConfig(use_fast_accum=cfg.grad_fast_accum)
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)  # frozen, and from_recipe_name takes no such arguments
     if recipe == "rowwise":
         # else NaN: https://github.com/pytorch/pytorch/issues/150859
         torch._inductor.config.emulate_precision_casts = True

@@ -1,0 +1,208 @@
+"""Does FP8 learn as bf16 does: the same weights and data, trained in bf16 and with every recipe.
+
+    [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,...] [--seeds=3]
+
+Every run is train.py in processes of its own. bf16 runs several times, each seed with other initial weights and another
+order of the data: how far apart they end is the noise. Every FP8 variant (written as for bench.py) has the first seed,
+so that its gap to that bf16 run is the work of FP8 alone. A variant that ends above it by more than the noise is
+outside of the band: exit status 1, as for a run that failed.
+
+Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Started again, it keeps the
+runs that are done and goes on with the one that was interrupted.
+"""
+
+import datetime
+import json
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import bench
+import configurator
+
+COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
+           "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # told apart by all eyes
+
+
+@dataclass(kw_only=True)
+class ParityConfig:
+    """What parity.py does."""
+
+    variants: str = "bf16,tensorwise,tensorwise:fp8.filter_fqns=[],rowwise,rowwise_with_gw_hp"  # bf16 first
+    seeds: int = 3  # bf16 runs, from config.seed on
+    smooth: float = 0.1  # the part of a run over which the gap between training losses is averaged
+
+    def problems(self):
+        """What is wrong with these values, one sentence each."""
+        yield from bench.unknown(self.variants)
+        first, *others = bench.split(self.variants)
+        if first != "bf16" or not others or "bf16" in others:
+            yield f"--variants={self.variants} must be bf16, then what to compare with it"
+        if self.seeds < 2:
+            yield f"--seeds={self.seeds} must be at least 2: one bf16 run shows no noise"
+        if not 0 < self.smooth <= 0.5:
+            yield f"--smooth={self.smooth} must be above 0 and at most 0.5"
+
+
+def plan(own, config, base):
+    """[(variant, seed, folder)] of all runs, with the config of each in folder/wanted.py. ValueError for a mistake."""
+    first, *others = bench.split(own.variants)
+    runs = [(first, config.seed + i) for i in range(own.seeds)] + [(variant, config.seed) for variant in others]
+    folders = [base.parent / f"{bench.slug(variant)}_seed{seed}" for variant, seed in runs]
+    texts = []
+    for (variant, seed), folder in zip(runs, folders, strict=True):
+        keys = ["--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]
+        texts.append(configurator.to_python(configurator.load([str(base), *keys])))
+    for folder, text in zip(folders, texts, strict=True):  # when all variants are known to be right, not before
+        wanted = folder / "wanted.py"
+        if config.resume != "never" and wanted.exists() and wanted.read_text() != text:
+            raise ValueError(f"{wanted} is another config than this call asks for: give another out_dir, or set "
+                             "resume=never to start over")
+        folder.mkdir(exist_ok=True)
+        wanted.write_text(text)
+    return [(*run, folder) for run, folder in zip(runs, folders, strict=True)]
+
+
+def read(folder):
+    """What a run has left so far: step, loss, time_s, and of its evaluations val_step, val_loss, val_time_s."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+    curves = {key: [row[key] for row in train] for key in ("step", "loss", "time_s")}
+    curves |= {"val_step": [row["step"] for row in val], "val_loss": [row["val_loss"] for row in val]}
+    # the clock stands still in evaluations, and training rows need not fall on their steps
+    times = np.interp(curves["val_step"], [0, *curves["step"]], [0.0, *curves["time_s"]])
+    return {**curves, "val_time_s": times.tolist()}
+
+
+def time_to(loss, curves):
+    """Seconds until a run's validation loss came down to `loss`, between evaluations in proportion, or None."""
+    times, losses = curves["val_time_s"], curves["val_loss"]
+    for i, value in enumerate(losses):
+        if value <= loss:
+            return float(np.interp(loss, [value, losses[i - 1]], [times[i], times[i - 1]])) if i else times[0]
+    return None
+
+
+def paired_gap(curves, twin, share):
+    """(steps, training loss minus the twin's on the same batches), running means over `share` of a run."""
+    twins = dict(zip(twin["step"], twin["loss"], strict=True))  # by step: a resumed run has one more row
+    points = [(step, loss - twins[step]) for step, loss in zip(curves["step"], curves["loss"], strict=True)
+              if loss is not None and twins.get(step) is not None]  # a skipped step has no loss
+    mean = np.ones(max(1, round(share * len(points))))
+    return [np.convolve(column, mean / len(mean), "valid") for column in zip(*points, strict=True)]
+
+
+def judge(results, own):
+    """{"noise", "target_loss", "rows", "verdict"} from [(variant, seed, curves or the reason for a failure)].
+
+    noise: nats between the best and the worst bf16 seed. target_loss: what every bf16 seed and every variant inside of
+    the band reaches. Raises RuntimeError if a bf16 run failed.
+    """
+    seeds = [curves for variant, _, curves in results if variant == "bf16"]
+    if failed := [reason for reason in seeds if isinstance(reason, str)]:
+        raise RuntimeError(f"a bf16 run failed, so there is nothing to compare with: {failed[0]}")
+    finals = [curves["val_loss"][-1] for curves in seeds]
+    noise, twin, rows = max(finals) - min(finals), seeds[0], []
+    for variant, seed, curves in results:
+        if isinstance(curves, str):
+            rows.append({"variant": variant, "seed": seed, "error": curves, "inside": False})
+            continue
+        final = curves["val_loss"][-1]
+        same_data = variant != "bf16" or curves is twin
+        smoothed = paired_gap(curves, twin, own.smooth)[1][-1].item() if same_data else None
+        rows.append({"variant": variant, "seed": seed, "final_val_loss": final, "gap": final - finals[0],
+                     "gap_percent": 100 * (final / finals[0] - 1), "smoothed_gap": smoothed,
+                     "time_s": curves["time_s"][-1], "time_to_bf16_loss_s": time_to(finals[0] + noise, curves),
+                     "inside": variant == "bf16" or final - finals[0] <= noise})
+    return {"noise": noise, "target_loss": finals[0] + noise, "rows": rows,
+            "verdict": "pass" if all(row["inside"] for row in rows) else "fail"}
+
+
+def plot(results, report, own, path):
+    """Validation loss against steps, tokens and time, and the gap to bf16 with the band that the seeds span."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [run for run in results if not isinstance(run[2], str)]
+    twin, noise = runs[0][2], report["noise"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    colors = iter(COLORS * 3)
+    for i, (variant, seed, curves) in enumerate(runs):
+        style = {"color": "black", "lw": 2.2} if i == 0 else {"color": "0.6", "lw": 1}
+        if variant != "bf16":
+            style = {"color": next(colors), "lw": 1.3}
+        label = f"bf16, seed {seed}" if variant == "bf16" else variant.replace(":fp8.", ", ").replace(":", ", ")
+        axes[0].plot(curves["val_step"], curves["val_loss"], label=label, **style)
+        axes[1].plot(curves["val_time_s"], curves["val_loss"], **style)
+        if variant != "bf16":
+            axes[2].plot(*paired_gap(curves, twin, own.smooth), **style)
+            gaps = np.subtract(curves["val_loss"], twin["val_loss"])
+            axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
+    late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 4:]]
+    margin = 0.05 * (max(late) - min(late))
+    for ax in axes[:2]:
+        ax.set_ylim(min(late) - margin, max(late) + margin)
+    axes[0].set(xlabel="step", ylabel="validation loss, nats per token")
+    scale = report["tokens_per_step"] / 1e6
+    axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel("million tokens")
+    axes[1].set(xlabel=f"seconds of training, {report['hardware']}")
+    axes[1].axhline(report["target_loss"], color="0.3", ls=":", lw=1)
+    axes[1].text(0.02, report["target_loss"], "bf16's final loss + noise", fontsize=8, va="bottom",
+                 transform=axes[1].get_yaxis_transform())
+    axes[2].axhspan(-noise, noise, color="0.88", label=f"between bf16 seeds: {noise:.4f}")
+    axes[2].axhline(0, color="black", lw=1)
+    axes[2].set(xlabel="step", ylabel="loss minus bf16's: training (lines), validation (dots)")
+    final = report["rows"][0]["final_val_loss"]
+    percent = axes[2].secondary_yaxis("right", functions=(lambda g: 100 * g / final, lambda p: p * final / 100))
+    percent.set_ylabel("% of the final loss")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
+    figure.savefig(path, dpi=200)
+
+
+def main():
+    own = ParityConfig()
+    prepared = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
+    if prepared is None:
+        return
+    config, base = prepared
+    if not config.eval_interval:
+        raise ValueError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
+    out_dir, results = base.parent, []
+    for variant, seed, folder in plan(own, config, base):
+        print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
+        curves, reason = read(folder), None
+        if config.resume == "never" or curves["val_step"][-1:] != [config.max_steps]:
+            reason = bench.train([folder / "wanted.py", *["--resume=never"] * (config.resume == "never")],
+                                 folder / "log.txt")
+            curves = read(folder)
+        results.append((variant, seed, reason or curves))
+        print(reason or f"validation loss {curves['val_loss'][-1]:.4f}", flush=True)
+    judged = judge(results, own)
+    run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
+    report = {**{key: run[key] for key in ("hardware", "versions", "git_commit")}, "command": sys.argv,
+              "date": datetime.date.today().isoformat(), "max_steps": config.max_steps,
+              "tokens_per_step": config.global_batch_size * config.model.block_size, **judged,
+              "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
+    (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
+    plot(results, report, own, out_dir / "parity.png")
+    print("", bench.table(report["rows"], COLUMNS), "", f"noise between bf16 seeds {report['noise']:.4f} nats, "
+          f"time_to_bf16_loss_s is to {report['target_loss']:.4f}", sep="\n")
+    outside = [row["variant"] for row in report["rows"] if not row["inside"]]
+    print(f"outside of the band: {', '.join(outside)}" if outside else "every variant ends within the noise of bf16")
+    if bench.on_cpu(config):
+        print("On a CPU FP8 is emulated: the losses are those of FP8, the times say nothing about it.")
+    print(f"written: {out_dir / 'parity.json'}, {out_dir / 'parity.png'}")
+    sys.exit(report["verdict"] == "fail")
+
+
+if __name__ == "__main__":
+    configurator.run(main)
