@@ -50,7 +50,7 @@ def cast_stats(x, data, scale):
     in_units = (unit / scale).float()
     squares = [(scaled * in_units).square().sum(), ((scaled - cast) * in_units).square().sum()]
     counts = [((x != 0) & (cast == 0)).sum(), (scaled.abs() > limit).sum()]
-    amax = x.abs().max().double().nan_to_num(nan=math.inf)
+    amax = x.abs().max().double().nan_to_num(nan=math.inf, posinf=math.inf)
     return torch.stack([s.double() / unit.square() for s in squares] + [c.double() for c in counts]
                        + [unit.new_full((), x.numel()), amax, -unit])
 
