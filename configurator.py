@@ -81,6 +81,10 @@ class Config:
         for name in ("seed", "eval_interval", "eval_sequences", "checkpoint_interval", "keep"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must not be negative"
+        if (self.fp8.enabled and self.fp8.force_recompute_fp8_weight_in_bwd and not self.reshard_after_forward
+                and self.fp8.enable_fsdp_float8_all_gather):
+            yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
+                   "reshard_after_forward=False keeps every gathered one: set one of the two the other way")
         if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
             yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
                    f"micro_batch_size={self.micro_batch_size}")

@@ -332,6 +332,9 @@ def recompute(forward, policy):
         context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
 
     def checkpointed(*args):
+        if policy is drop_fp8_copies and not torch.compiler.is_compiling():
+            # eager, torchao keeps no FP8 copy, and the policy would keep views of weights that FSDP2 frees
+            return forward(*args)
         return checkpoint(forward, *args, use_reentrant=False, **context)
 
     return checkpointed

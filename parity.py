@@ -3,9 +3,10 @@
     [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,...] [--seeds=3]
 
 Every run is train.py in processes of its own. bf16 runs several times, each seed with other initial weights and another
-order of the data: how far apart they end is the noise. Every FP8 variant (written as for bench.py) has the first seed,
-so that its gap to that bf16 run is the work of FP8 alone. A variant that ends above it by more than the noise is
-outside of the band: exit status 1, as for a run that failed.
+order of the data: the standard deviation of where they end is the noise. Every FP8 variant (written as for bench.py)
+has the first seed, and is compared with that bf16 run. It is outside of the band, with exit status 1 as for a run that
+failed, if it ends above its twin by more than two runs that differ in nothing but chance would, 19 times in 20: twice
+the standard deviation of their difference, 2 sqrt(2) noise. (Three seeds know their noise to within half of it.)
 
 Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Started again, it keeps the
 runs that are done and goes on with the one that was interrupted.
@@ -13,6 +14,8 @@ runs that are done and goes on with the one that was interrupted.
 
 import datetime
 import json
+import math
+import statistics
 import sys
 from dataclasses import dataclass
 
@@ -97,16 +100,17 @@ def paired_gap(curves, twin, share):
 
 
 def judge(results, own):
-    """{"noise", "target_loss", "rows", "verdict"} from [(variant, seed, curves or the reason for a failure)].
+    """{"noise", "band", "target_loss", "rows", "verdict"} of [(variant, seed, curves or the reason for a failure)].
 
-    noise: nats between the best and the worst bf16 seed. target_loss: what every bf16 seed and every variant inside of
-    the band reaches. Raises RuntimeError if a bf16 run failed.
+    Losses and the band in nats. target_loss, the edge of the band, is what each variant inside of it comes down to.
+    Raises RuntimeError if a bf16 run failed.
     """
     seeds = [curves for variant, _, curves in results if variant == "bf16"]
     if failed := [reason for reason in seeds if isinstance(reason, str)]:
         raise RuntimeError(f"a bf16 run failed, so there is nothing to compare with: {failed[0]}")
     finals = [curves["val_loss"][-1] for curves in seeds]
-    noise, twin, rows = max(finals) - min(finals), seeds[0], []
+    noise, twin, rows = statistics.stdev(finals), seeds[0], []
+    band = 2 * math.sqrt(2) * noise
     for variant, seed, curves in results:
         if isinstance(curves, str):
             rows.append({"variant": variant, "seed": seed, "error": curves, "inside": False})
@@ -116,9 +120,9 @@ def judge(results, own):
         smoothed = paired_gap(curves, twin, own.smooth)[1][-1].item() if same_data else None
         rows.append({"variant": variant, "seed": seed, "final_val_loss": final, "gap": final - finals[0],
                      "gap_percent": 100 * (final / finals[0] - 1), "smoothed_gap": smoothed,
-                     "time_s": curves["time_s"][-1], "time_to_bf16_loss_s": time_to(finals[0] + noise, curves),
-                     "inside": variant == "bf16" or final - finals[0] <= noise})
-    return {"noise": noise, "target_loss": finals[0] + noise, "rows": rows,
+                     "time_s": curves["time_s"][-1], "time_to_bf16_loss_s": time_to(finals[0] + band, curves),
+                     "inside": variant == "bf16" or final - finals[0] <= band})
+    return {"noise": noise, "band": band, "target_loss": finals[0] + band, "rows": rows,
             "verdict": "pass" if all(row["inside"] for row in rows) else "fail"}
 
 
@@ -130,9 +134,9 @@ def plot(results, report, own, path):
     import matplotlib.pyplot as plt
 
     runs = [run for run in results if not isinstance(run[2], str)]
-    twin, noise = runs[0][2], report["noise"]
+    twin, band = runs[0][2], report["band"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    colors = iter(COLORS * 3)
+    colors, late_gaps = iter(COLORS * 3), []
     for i, (variant, seed, curves) in enumerate(runs):
         style = {"color": "black", "lw": 2.2} if i == 0 else {"color": "0.6", "lw": 1}
         if variant != "bf16":
@@ -143,6 +147,7 @@ def plot(results, report, own, path):
         if variant != "bf16":
             axes[2].plot(*paired_gap(curves, twin, own.smooth), **style)
             gaps = np.subtract(curves["val_loss"], twin["val_loss"])
+            late_gaps += gaps[len(gaps) // 4:].tolist()
             axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
     late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 4:]]
     margin = 0.05 * (max(late) - min(late))
@@ -153,11 +158,14 @@ def plot(results, report, own, path):
     axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel("million tokens")
     axes[1].set(xlabel=f"seconds of training, {report['hardware']}")
     axes[1].axhline(report["target_loss"], color="0.3", ls=":", lw=1)
-    axes[1].text(0.02, report["target_loss"], "bf16's final loss + noise", fontsize=8, va="bottom",
+    axes[1].text(0.02, report["target_loss"], "bf16's final loss + band", fontsize=8, va="top",
                  transform=axes[1].get_yaxis_transform())
-    axes[2].axhspan(-noise, noise, color="0.88", label=f"between bf16 seeds: {noise:.4f}")
+    axes[2].axhspan(-band, band, color="0.88", label=f"noise of bf16 seeds: ±{band:.4f}")
     axes[2].axhline(0, color="black", lw=1)
-    axes[2].set(xlabel="step", ylabel="loss minus bf16's: training (lines), validation (dots)")
+    axes[2].set(xlabel="step", ylabel="gap to bf16, nats", title="lines: training, dots: validation")
+    axes[2].title.set_fontsize(9)
+    most = 1.3 * max([band, *(abs(gap) for gap in late_gaps)])
+    axes[2].set_ylim(-most, most)
     final = report["rows"][0]["final_val_loss"]
     percent = axes[2].secondary_yaxis("right", functions=(lambda g: 100 * g / final, lambda p: p * final / 100))
     percent.set_ylabel("% of the final loss")
@@ -194,10 +202,11 @@ def main():
               "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
     plot(results, report, own, out_dir / "parity.png")
-    print("", bench.table(report["rows"], COLUMNS), "", f"noise between bf16 seeds {report['noise']:.4f} nats, "
-          f"time_to_bf16_loss_s is to {report['target_loss']:.4f}", sep="\n")
+    print("", bench.table(report["rows"], COLUMNS), "", f"noise of bf16 seeds {report['noise']:.4f} nats, band "
+          f"{report['band']:.4f} ({report['band'] / report['target_loss']:.2%}), time_to_bf16_loss_s is to "
+          f"{report['target_loss']:.4f}", sep="\n")
     outside = [row["variant"] for row in report["rows"] if not row["inside"]]
-    print(f"outside of the band: {', '.join(outside)}" if outside else "every variant ends within the noise of bf16")
+    print(f"outside of the band: {', '.join(outside)}" if outside else "every variant ends inside of the band")
     if bench.on_cpu(config):
         print("On a CPU FP8 is emulated: the losses are those of FP8, the times say nothing about it.")
     print(f"written: {out_dir / 'parity.json'}, {out_dir / 'parity.png'}")

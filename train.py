@@ -152,7 +152,9 @@ def main():
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in model.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding, last norm, lm_head
+        # embedding, last norm, lm_head: FSDP2 keeps them for the backward pass that follows at once, unless told not to
+        keep_none = config.fp8.enabled and config.fp8.force_recompute_fp8_weight_in_bwd
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if keep_none else None)
     model.to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():
