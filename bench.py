@@ -50,8 +50,8 @@ class BenchConfig:
 
 
 def split(variants):
-    """The variants one by one; a comma inside of a variant's keys does not end it."""
-    return re.split(r",(?=bf16|tensorwise|rowwise)", variants)
+    """The variants one by one; a comma inside of brackets ends none."""
+    return re.split(r",(?![^\[]*\])", variants)
 
 
 def unknown(variants):

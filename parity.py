@@ -27,6 +27,7 @@ import configurator
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
            "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
+SMOOTH = 0.1  # of a run: what a point of the smoothed gap between training losses is the mean of
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # told apart by all eyes
 
 
@@ -36,7 +37,6 @@ class ParityConfig:
 
     variants: str = "bf16,tensorwise,tensorwise:fp8.filter_fqns=[],rowwise,rowwise_with_gw_hp"  # bf16 first
     seeds: int = 3  # bf16 runs, from config.seed on
-    smooth: float = 0.1  # the part of a run over which the gap between training losses is averaged
 
     def problems(self):
         """What is wrong with these values, one sentence each."""
@@ -46,8 +46,6 @@ class ParityConfig:
             yield f"--variants={self.variants} must be bf16, then what to compare with it"
         if self.seeds < 2:
             yield f"--seeds={self.seeds} must be at least 2: one bf16 run shows no noise"
-        if not 0 < self.smooth <= 0.5:
-            yield f"--smooth={self.smooth} must be above 0 and at most 0.5"
 
 
 def plan(own, config, base):
@@ -55,10 +53,9 @@ def plan(own, config, base):
     first, *others = bench.split(own.variants)
     runs = [(first, config.seed + i) for i in range(own.seeds)] + [(variant, config.seed) for variant in others]
     folders = [base.parent / f"{bench.slug(variant)}_seed{seed}" for variant, seed in runs]
-    texts = []
-    for (variant, seed), folder in zip(runs, folders, strict=True):
-        keys = ["--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]
-        texts.append(configurator.to_python(configurator.load([str(base), *keys])))
+    texts = [configurator.to_python(configurator.load(
+        [str(base), "--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]))
+        for (variant, seed), folder in zip(runs, folders, strict=True)]
     for folder, text in zip(folders, texts, strict=True):  # when all variants are known to be right, not before
         wanted = folder / "wanted.py"
         if config.resume != "never" and wanted.exists() and wanted.read_text() != text:
@@ -90,16 +87,16 @@ def time_to(loss, curves):
     return None
 
 
-def paired_gap(curves, twin, share):
-    """(steps, training loss minus the twin's on the same batches), running means over `share` of a run."""
+def paired_gap(curves, twin):
+    """(steps, training loss minus the twin's on the same batches), running means over SMOOTH of a run."""
     twins = dict(zip(twin["step"], twin["loss"], strict=True))  # by step: a resumed run has one more row
     points = [(step, loss - twins[step]) for step, loss in zip(curves["step"], curves["loss"], strict=True)
               if loss is not None and twins.get(step) is not None]  # a skipped step has no loss
-    mean = np.ones(max(1, round(share * len(points))))
+    mean = np.ones(max(1, round(SMOOTH * len(points))))
     return [np.convolve(column, mean / len(mean), "valid") for column in zip(*points, strict=True)]
 
 
-def judge(results, own):
+def judge(results):
     """{"noise", "band", "target_loss", "rows", "verdict"} of [(variant, seed, curves or the reason for a failure)].
 
     Losses and the band in nats. target_loss, the edge of the band, is what each variant inside of it comes down to.
@@ -109,15 +106,13 @@ def judge(results, own):
     if failed := [reason for reason in seeds if isinstance(reason, str)]:
         raise RuntimeError(f"a bf16 run failed, so there is nothing to compare with: {failed[0]}")
     finals = [curves["val_loss"][-1] for curves in seeds]
-    noise, twin, rows = statistics.stdev(finals), seeds[0], []
-    band = 2 * math.sqrt(2) * noise
+    noise, band, rows = statistics.stdev(finals), 2 * math.sqrt(2) * statistics.stdev(finals), []
     for variant, seed, curves in results:
         if isinstance(curves, str):
             rows.append({"variant": variant, "seed": seed, "error": curves, "inside": False})
             continue
         final = curves["val_loss"][-1]
-        same_data = variant != "bf16" or curves is twin
-        smoothed = paired_gap(curves, twin, own.smooth)[1][-1].item() if same_data else None
+        smoothed = paired_gap(curves, seeds[0])[1][-1].item() if variant != "bf16" else None
         rows.append({"variant": variant, "seed": seed, "final_val_loss": final, "gap": final - finals[0],
                      "gap_percent": 100 * (final / finals[0] - 1), "smoothed_gap": smoothed,
                      "time_s": curves["time_s"][-1], "time_to_bf16_loss_s": time_to(finals[0] + band, curves),
@@ -126,7 +121,7 @@ def judge(results, own):
             "verdict": "pass" if all(row["inside"] for row in rows) else "fail"}
 
 
-def plot(results, report, own, path):
+def plot(results, report, path):
     """Validation loss against steps, tokens and time, and the gap to bf16 with the band that the seeds span."""
     import matplotlib
 
@@ -134,45 +129,37 @@ def plot(results, report, own, path):
     import matplotlib.pyplot as plt
 
     runs = [run for run in results if not isinstance(run[2], str)]
-    twin, band = runs[0][2], report["band"]
+    twin, band, final = runs[0][2], report["band"], report["rows"][0]["final_val_loss"]
+    scale, late_gaps, colors = report["tokens_per_step"] / 1e6, [band], iter(COLORS * 3)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    colors, late_gaps = iter(COLORS * 3), []
-    for i, (variant, seed, curves) in enumerate(runs):
-        style = {"color": "black", "lw": 2.2} if i == 0 else {"color": "0.6", "lw": 1}
+    for variant, seed, curves in runs:
+        style = {"color": "black", "lw": 2.2} if curves is twin else {"color": "0.6", "lw": 1}
+        label = f"bf16, seed {seed}"
         if variant != "bf16":
-            style = {"color": next(colors), "lw": 1.3}
-        label = f"bf16, seed {seed}" if variant == "bf16" else variant.replace(":fp8.", ", ").replace(":", ", ")
+            style, label = {"color": next(colors), "lw": 1.3}, variant.replace(":fp8.", ", ").replace(":", ", ")
         axes[0].plot(curves["val_step"], curves["val_loss"], label=label, **style)
         axes[1].plot(curves["val_time_s"], curves["val_loss"], **style)
         if variant != "bf16":
-            axes[2].plot(*paired_gap(curves, twin, own.smooth), **style)
+            axes[2].plot(*paired_gap(curves, twin), **style)
             gaps = np.subtract(curves["val_loss"], twin["val_loss"])
-            late_gaps += gaps[len(gaps) // 4:].tolist()
+            late_gaps += abs(gaps[len(gaps) // 4:]).tolist()
             axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
     late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 4:]]
     margin = 0.05 * (max(late) - min(late))
-    for ax in axes[:2]:
-        ax.set_ylim(min(late) - margin, max(late) + margin)
-    axes[0].set(xlabel="step", ylabel="validation loss, nats per token")
-    scale = report["tokens_per_step"] / 1e6
+    limits = min(late) - margin, max(late) + margin
+    axes[0].set(xlabel="step", ylabel="validation loss, nats per token", ylim=limits)
     axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel("million tokens")
-    axes[1].set(xlabel=f"seconds of training, {report['hardware']}")
-    axes[1].axhline(report["target_loss"], color="0.3", ls=":", lw=1)
-    axes[1].text(0.02, report["target_loss"], "bf16's final loss + band", fontsize=8, va="top",
-                 transform=axes[1].get_yaxis_transform())
+    axes[1].axhline(report["target_loss"], color="0.3", ls=":", lw=1, label="bf16's final loss + band")
+    axes[1].set(xlabel=f"seconds of training, {report['hardware']}", ylim=limits)
     axes[2].axhspan(-band, band, color="0.88", label=f"noise of bf16 seeds: ±{band:.4f}")
     axes[2].axhline(0, color="black", lw=1)
-    axes[2].set(xlabel="step", ylabel="gap to bf16, nats", title="lines: training, dots: validation")
-    axes[2].title.set_fontsize(9)
-    most = 1.3 * max([band, *(abs(gap) for gap in late_gaps)])
-    axes[2].set_ylim(-most, most)
-    final = report["rows"][0]["final_val_loss"]
-    percent = axes[2].secondary_yaxis("right", functions=(lambda g: 100 * g / final, lambda p: p * final / 100))
-    percent.set_ylabel("% of the final loss")
+    axes[2].set(xlabel="step", ylabel="nats", title="gap to bf16: training (lines), validation (dots)")
+    axes[2].set_ylim(-1.3 * max(late_gaps), 1.3 * max(late_gaps))
+    percent = lambda g: 100 * g / final, lambda p: p * final / 100
+    axes[2].secondary_yaxis("right", functions=percent).set_ylabel("% of the final loss")
     for ax in axes:
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    axes[2].legend(fontsize=8)
+        ax.legend(fontsize=8)
     figure.savefig(path, dpi=200)
 
 
@@ -184,24 +171,22 @@ def main():
     config, base = prepared
     if not config.eval_interval:
         raise ValueError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
-    out_dir, results = base.parent, []
+    out_dir, results, again = base.parent, [], ["--resume=never"] if config.resume == "never" else []
     for variant, seed, folder in plan(own, config, base):
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
-        curves, reason = read(folder), None
-        if config.resume == "never" or curves["val_step"][-1:] != [config.max_steps]:
-            reason = bench.train([folder / "wanted.py", *["--resume=never"] * (config.resume == "never")],
-                                 folder / "log.txt")
-            curves = read(folder)
-        results.append((variant, seed, reason or curves))
-        print(reason or f"validation loss {curves['val_loss'][-1]:.4f}", flush=True)
-    judged = judge(results, own)
+        failure = None
+        if again or read(folder)["val_step"][-1:] != [config.max_steps]:
+            failure = bench.train([folder / "wanted.py", *again], folder / "log.txt")
+        results.append((variant, seed, failure or read(folder)))
+        print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)
+    judged = judge(results)
     run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
     report = {**{key: run[key] for key in ("hardware", "versions", "git_commit")}, "command": sys.argv,
               "date": datetime.date.today().isoformat(), "max_steps": config.max_steps,
               "tokens_per_step": config.global_batch_size * config.model.block_size, **judged,
               "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
-    plot(results, report, own, out_dir / "parity.png")
+    plot(results, report, out_dir / "parity.png")
     print("", bench.table(report["rows"], COLUMNS), "", f"noise of bf16 seeds {report['noise']:.4f} nats, band "
           f"{report['band']:.4f} ({report['band'] / report['target_loss']:.2%}), time_to_bf16_loss_s is to "
           f"{report['target_loss']:.4f}", sep="\n")
