@@ -181,8 +181,8 @@ def shortfall(stats):
 
 
 def worst(rows, n=3):
-    """One line that names the n operands which lose most, for the screen."""
-    lost = sorted(operands(rows), key=lambda row: -shortfall(row[2]))[:n]
+    """One line that names the n operands which lose most, for the screen: 1% of underflow counts as much as 1 dB."""
+    lost = sorted(operands(rows), key=lambda row: -max(0, shortfall(row[2])) - 100 * row[2]["underflow"])[:n]
     return f"fp8 health, worst of {len(rows)} layers: " + "; ".join(
         f"{layer} {operand} {s['sqnr_db'] or 0:.1f} of {ALLOWED[s['format']]} dB in {s['format']}, "
         f"{s['underflow']:.1%} underflow" for layer, operand, s in lost)
@@ -214,8 +214,8 @@ def plot_health(out_dir):
                                 layout="constrained")
     for column, operand in enumerate(("input", "weight", "grad_output")):
         for line, (title, of, style) in enumerate((
-                ("dB below the format's best", shortfall, {"cmap": "magma_r", "vmin": 0, "vmax": 12}),
-                ("% that underflows", lambda s: 100 * s["underflow"], {"cmap": "viridis_r", "vmin": 0, "vmax": 10}))):
+                ("dB below the format's best", shortfall, {"cmap": "Reds", "vmin": 0, "vmax": 12}),
+                ("% that underflows", lambda s: 100 * s["underflow"], {"cmap": "Blues", "vmin": 0, "vmax": 10}))):
             values = [[math.nan] * len(steps) for _ in layers]
             for row in rows:
                 casts = [s for name, s in row.items() if name.startswith(operand)]

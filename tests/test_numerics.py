@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import pytest
@@ -622,3 +623,47 @@ def test_forced_recompute_holds_no_fp8_weights_in_gpu_memory(recipe):
     print(f"{recipe}: held {held}, peak {peak}, one copy of all weights {weights}")
     assert held[True] < weights / 8, "128 tokens keep a few MB of activations, not the weights"
     assert peak[True] <= peak[False] + 2**20
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# docs/numerics.md
+
+
+def figures(line):
+    return [float(n) for n in re.findall(r"([\d.]+)(?: dB|%)", line)]
+
+
+def test_documented_figures_are_what_the_code_computes():
+    from torchao.float8.float8_utils import amax_to_scale
+
+    lines = (REPO / "docs" / "numerics.md").read_text().splitlines()
+    rows_of = {line.split("|")[1].strip(): line for line in lines[::-1] if line.startswith("|")}
+    torch.manual_seed(0)
+    normal = torch.randn(1024, 1024)
+    values = {"normal": normal}
+    for sigma in (2, 3):
+        values[f"log-normal, sigma {sigma}"] = normal * torch.exp(sigma * torch.randn_like(normal))
+    values["normal, rows of 1e-4 to 1"] = normal * 10 ** (-4 * torch.rand(1024, 1))
+    for power in (3, 5):
+        values[f"normal, one value of 1e{power}"] = normal.clone()
+        values[f"normal, one value of 1e{power}"][3, 3] = 10.0**power
+    for name, x in values.items():
+        cells = [name]
+        for dtype, rows in ((E4M3, False), (E5M2, False), (E4M3, True)):
+            amax = x.abs().amax(1, keepdim=True) if rows else x.abs().amax()
+            scale = amax_to_scale(amax, dtype, round_scales_to_power_of_2=rows)
+            stats = telemetry.cast_stats(x, fp8.cast_to_fp8(x, scale, dtype), scale).tolist()
+            stats = dict(zip(telemetry.SUMS, stats, strict=False))
+            db, share = telemetry.decibels(stats["signal"], stats["noise"]), stats["underflow"] / stats["values"]
+            cells.append(f"{db:.1f} dB, {share:.1%} underflow")
+        print("| " + " | ".join(cells) + " |")
+        # to a digit: another processor's exp() may round a value the other way
+        assert figures(rows_of[name]) == pytest.approx(figures("".join(cells[1:])), abs=0.2)
+    torch.manual_seed(0)
+    tensors = torch.randn(512, 256), torch.randn(384, 256), torch.randn(512, 384)
+    exact = linear_pass(None, *tensors)
+    for recipe in RECIPES:
+        dbs = [sqnr(e, f) for e, f in zip(exact, linear_pass(recipe, *tensors), strict=True)]
+        cells = [f"{db:.1f} dB" if db < 100 else "exact" for db in dbs]
+        print(recipe, *cells)
+        assert figures(rows_of[recipe]) == pytest.approx(figures(" ".join(cells)), abs=0.2)
