@@ -29,7 +29,8 @@ import gemms
 REPO = Path(__file__).parent
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 WINDOW = 5  # steps per timing: waiting for the GPU after every one would cost a little of each
-COLUMNS = ("variant", "ms_per_step", "spread_ms", "tokens_per_s", "speedup", "mfu", "peak_gib", "compile_s")
+COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_s": ",.0f", "speedup": ".2f",
+           "mfu": ".1%", "peak_gib": ".2f", "compile_s": ".1f"}
 
 
 @dataclass(kw_only=True)
@@ -41,17 +42,52 @@ class BenchConfig:
     warmup: int = 10  # steps before them
     gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 pay for
 
-    def split(self):
-        """The variants one by one; a comma inside of a variant's keys does not end it."""
-        return re.split(r",(?=bf16|tensorwise|rowwise)", self.variants)
-
     def problems(self):
         """What is wrong with these values, one sentence each."""
-        for variant in self.split():
-            if variant.split(":")[0] not in ("bf16", *RECIPES):
-                yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
+        yield from unknown(self.variants)
         if self.steps < 2 * WINDOW or self.steps % WINDOW or self.warmup % WINDOW or self.warmup < 0:
             yield f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice"
+
+
+def split(variants):
+    """The variants one by one; a comma inside of brackets ends none."""
+    return re.split(r",(?![^\[]*\])", variants)
+
+
+def unknown(variants):
+    """What is wrong with --variants, one sentence each."""
+    for variant in split(variants):
+        if variant.split(":")[0] not in ("bf16", *RECIPES):
+            yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
+
+
+def on_cpu(config):
+    return config.device == "cpu" or not torch.cuda.is_available()
+
+
+def prepare(own, default):
+    """(config, file that holds it) of the command line, `default` where it names none; None on all ranks but 0.
+
+    own: the calling script's flags, as for configurator.load. Without a GPU FP8 is emulated.
+    """
+    argv = sys.argv[1:]
+    if all(arg.startswith("-") for arg in argv):
+        argv = [str(REPO / "config" / default), *argv]
+    config = configurator.load(argv, own)
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise ValueError("this script works on one machine: start torchrun without --nnodes")
+    if int(os.environ.get("RANK", 0)) > 0:
+        return None  # rank 0 starts the processes of every variant
+    config.fp8.emulate |= on_cpu(config)
+    base = Path(config.out_dir, "base_config.py")
+    base.parent.mkdir(parents=True, exist_ok=True)
+    base.write_text(configurator.to_python(config))
+    return config, base
+
+
+def slug(variant):
+    """A folder's name for a variant."""
+    return re.sub(r"[^\w.=-]+", "_", variant)
 
 
 def flags(variant):
@@ -100,15 +136,13 @@ def measure(variant, base, folder, own):
             "fp8_flops": run["fp8_flops"], "ms": ms}, run
 
 
-def table(rows):
-    """The rows as aligned text."""
-    formats = {"ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_s": ",.0f", "speedup": ".2f", "mfu": ".1%",
-               "peak_gib": ".2f", "compile_s": ".1f"}
-    cells = [COLUMNS]
+def table(rows, columns):
+    """The rows as aligned text. columns: {key: format}, the first is the row's name."""
+    cells = [list(columns)]
     for row in rows:
-        cells.append([row["variant"]] + ([f"failed: {row['error']}"] if "error" in row else
-                     ["n/a" if row[c] is None else format(row[c], formats[c]) for c in COLUMNS[1:]]))
-    widths = [max(len(line[i]) for line in cells if len(line) == len(COLUMNS)) for i in range(len(COLUMNS))]
+        values = ["n/a" if row.get(c) is None else format(row[c], columns[c]) for c in columns]
+        cells.append([values[0], f"failed: {row['error']}"] if "error" in row else values)
+    widths = [max(len(line[i]) for line in cells if len(line) == len(columns)) for i in range(len(columns))]
     widths[0] = max(len(line[0]) for line in cells)
     return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in
                                enumerate(zip(line, widths, strict=False))) for line in cells)
@@ -138,29 +172,20 @@ def plot(rows, title, path):
 
 
 def main():
-    own, argv = BenchConfig(), sys.argv[1:]
-    if all(arg.startswith("-") for arg in argv):
-        argv = [str(REPO / "config" / "llama_fp8.py"), *argv]
-    config = configurator.load(argv, own)
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        raise ValueError("bench.py measures one machine: start torchrun without --nnodes")
-    if int(os.environ.get("RANK", 0)) > 0:
-        return  # rank 0 starts the processes of every variant
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if on_cpu:
-        config.fp8.emulate = True
+    own = BenchConfig()
+    prepared = prepare(own, "llama_fp8.py")
+    if prepared is None:
+        return
+    config, base = prepared
     out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    base = out_dir / "bench_config.py"
-    base.write_text(configurator.to_python(config))
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
               "command": sys.argv, "tokens_per_step": config.global_batch_size * config.model.block_size, "rows": []}
     rows = report["rows"]
     if own.gemms:
         own.variants = "bf16"
-    for variant in own.split():
+    for variant in split(own.variants):
         print(f"{variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
-        folder = out_dir / re.sub(r"[^\w.=-]+", "_", variant)
+        folder = out_dir / slug(variant)
         folder.mkdir(parents=True, exist_ok=True)
         row, run = measure(variant, base, folder, own)
         rows.append(row)
@@ -173,7 +198,7 @@ def main():
     if own.gemms:
         if "error" in rows[0]:
             raise RuntimeError(f"the bf16 run failed: {rows[0]['error']}")
-        device = torch.device("cpu" if on_cpu else "cuda")
+        device = torch.device("cpu" if on_cpu(config) else "cuda")
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
         report["gemms"] = gemms.time_linears(config, device, passes)
         (out_dir / "gemms.json").write_text(json.dumps(report, indent=1))
@@ -183,8 +208,8 @@ def main():
     title = f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}"
     plot(rows, title, out_dir / "bench.png")
     print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "
-          f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows), "", sep="\n")
-    if on_cpu:
+          f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows, COLUMNS), "", sep="\n")
+    if on_cpu(config):
         print("On a CPU FP8 is emulated: these speeds say nothing about FP8.")
     print(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
     sys.exit(any("error" in row for row in rows))

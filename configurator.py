@@ -70,6 +70,7 @@ class Config:
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recomputed in backward: cheap ops, or all
     loss_chunks: int = 1  # pieces that the loss is computed in, so that the logits never exist all at once
     deterministic: bool = False  # only bitwise repeatable kernels (torch.use_deterministic_algorithms)
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient norm of inf or nan: the run, or that update
     tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
 
@@ -81,6 +82,10 @@ class Config:
         for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must not be negative"
+        if (self.fp8.enabled and self.fp8.force_recompute_fp8_weight_in_bwd and not self.reshard_after_forward
+                and self.fp8.enable_fsdp_float8_all_gather):
+            yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
+                   "reshard_after_forward=False keeps every gathered one: set one of the two the other way")
         if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
             yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
                    f"micro_batch_size={self.micro_batch_size}")

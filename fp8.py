@@ -27,7 +27,7 @@ a value crosses the wire instead of two. All ranks need one scale for the whole 
 amax before each gather; precomputing does all of them at once after the optimizer step.
 
 Training with fp8.enabled=True either trains in FP8, all of it as asked, or stops. `check` finds what cannot work before
-any GPU time is spent; `verify_sharded` and `verify_step` look at what is really there and what really ran.
+any GPU time is spent; proof.py looks at what is really there and what really ran, telemetry.py at what it loses.
 """
 
 import functools
@@ -42,10 +42,8 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.attention.varlen  # registers the op in SAVED_OPS
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -72,7 +70,10 @@ class FP8Config:
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
     auto_filter: bool = False  # also leave out the layers that FP8 makes no faster here, timed at start-up
+    grad_fast_accum: bool = False  # gradient matmuls too add up in fewer bits, as the forward one does: a bit faster
     emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
+    stats_interval: int = 0  # steps between measurements of what every layer's FP8 casts lose; 0: none
+    self_check: bool = False  # at start-up compare compiled FP8 with eager FP8 and with no FP8, on the run's shapes
     allow_eager: bool = False  # permit FP8 on a GPU without compile (slower than bf16)
     enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
     precompute_fp8_dynamic_scale_for_fsdp: InitVar[bool | None] = None
@@ -85,6 +86,8 @@ class FP8Config:
 
     def problems(self):
         """What is wrong with these values taken together, one sentence each (needs no GPU and no model)."""
+        if self.stats_interval < 0:
+            yield f"fp8.stats_interval={self.stats_interval} must not be negative"
         if not self.enabled:
             return
         if self.enable_fsdp_float8_all_gather and self.recipe_name not in (None, "tensorwise"):
@@ -93,6 +96,9 @@ class FP8Config:
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                    "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+        if self.grad_fast_accum and self.emulate:
+            yield ("fp8.grad_fast_accum=True is about how tensor cores add up, which emulated FP8 does in float32: "
+                   "turn one of the two off")
         if self.auto_filter and self.emulate:
             yield ("fp8.auto_filter=True asks which layers FP8 makes faster, and emulated FP8 makes none: "
                    "turn one of the two off")
@@ -182,11 +188,15 @@ def convert(model, cfg, *, shards):
 
     Before fully_shard, on the meta device. shards > 1 with all-gather asked for: weights become GatherInFP8.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import Float8GemmConfig, Float8LinearConfig, convert_to_float8_training
 
     recipe = cfg.recipe_name or "tensorwise"
     config = Float8LinearConfig.from_recipe_name(recipe)
-    object.__setattr__(config, "emulate", cfg.emulate)  # frozen, and from_recipe_name takes no such argument
+    changes = {"emulate": cfg.emulate}
+    for gemm in ("gemm_config_grad_input", "gemm_config_grad_weight"):
+        changes[gemm] = Float8GemmConfig(use_fast_accum=cfg.grad_fast_accum)
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)  # frozen, and from_recipe_name takes no such arguments
     if recipe == "rowwise":
         # else NaN: https://github.com/pytorch/pytorch/issues/150859
         torch._inductor.config.emulate_precision_casts = True
@@ -322,6 +332,9 @@ def recompute(forward, policy):
         context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
 
     def checkpointed(*args):
+        if policy is drop_fp8_copies and not torch.compiler.is_compiling():
+            # eager, torchao keeps no FP8 copy, and the policy would keep views of weights that FSDP2 frees
+            return forward(*args)
         return checkpoint(forward, *args, use_reentrant=False, **context)
 
     return checkpointed
@@ -337,7 +350,7 @@ def drop_fp8_copies(ctx, op, *args, **kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 4) after: what is so
+# 4) what is covered
 
 
 def covered_flops(model, cfg):
@@ -371,88 +384,3 @@ def table(model, cfg, flops_share, *, shards):
         f"fp8: {len(found)} of {sum(rows.values())} linear layers converted", *lines,
         f"  covers {covered_params / total:.1%} of parameters, {flops_share:.1%} of matmul FLOPs",
         f"  all-gather: {gather}"])
-
-
-def verify_sharded(model, cfg, expected, *, shards):
-    """After sharding and loading weights: the converted layers are all there, and their weights set up as asked.
-
-    expected: names of the layers that convert() made. Raises RuntimeError otherwise: this is a defect, not a mistake.
-    """
-    found = float8_linears(model)
-    if list(found) != expected:
-        raise RuntimeError(f"{len(expected)} layers were converted to fp8, {len(found)} are left: "
-                           f"{sorted(set(expected) ^ set(found))}")
-    if shards == 1 or not cfg.enable_fsdp_float8_all_gather:
-        return
-    plain = [fqn for fqn, m in found.items()
-             if not (isinstance(m.weight, DTensor) and isinstance(m.weight._local_tensor, gather_in_fp8()))]
-    if plain:
-        raise RuntimeError("fp8 all-gather was asked for, but these weights would be gathered in high precision: "
-                           + ", ".join(plain))
-    if cfg.precompute_float8_dynamic_scale_for_fsdp:
-        missing = [fqn for fqn, m in found.items() if m.weight._local_tensor._precomputed_scale is None]
-        if missing:
-            raise RuntimeError("fp8 scales were to be precomputed, but these weights have none: " + ", ".join(missing))
-
-
-def gathered_dtypes(model):
-    """{parameter name: dtype that its last FSDP2 all-gather delivered}. Empty where nothing is sharded."""
-    dtypes = {}
-    for module in model.modules():
-        # private, in torch 2.11 to 2.13 alike; no public way shows what a collective really carried
-        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
-            for p in group.fsdp_params:
-                dtypes[p._param_fqn] = p.all_gather_outputs[0].dtype if p.all_gather_outputs else None
-    return dtypes
-
-
-class CountFloat8Matmuls(TorchDispatchMode):
-    """Counts matmuls that are given FP8 operands: how emulated FP8, which ends in a plain mm, can be seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        from torchao.float8.float8_training_tensor import Float8TrainingTensor
-
-        if func is torch.ops.aten.mm.default and any(isinstance(a, Float8TrainingTensor) for a in args):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def verify_step(model, cfg, run, *, shards, loss_chunks):
-    """Call `run` (a forward and backward pass that leaves no gradients) twice and look at what ran.
-
-    The first call compiles. The second is counted: by the profiler, or emulated FP8 by a dispatch mode in eager, since
-    a compiled emulated matmul looks like any other. Returns the number of FP8 matmuls. Raises RuntimeError if they
-    are fewer than the converted layers need, or if a weight was gathered in another dtype than asked for.
-    """
-    run()
-    if cfg.emulate:
-        with torch.compiler.set_stance("force_eager"), CountFloat8Matmuls() as counter:
-            run()
-        ran = counter.count
-    else:
-        cuda = torch.profiler.ProfilerActivity.CUDA
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda], acc_events=True) as profile:
-            run()
-            torch.cuda.synchronize()
-        # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_..., pointwise kernels
-        # that were fused around them as triton_poi_fused__scaled_mm_...: not matmuls
-        ran = sum(e.name == "aten::_scaled_mm" or (e.device_type.name == "CUDA" and e.name.startswith("triton_tem")
-                                                   and "scaled_mm" in e.name) for e in profile.events())
-    found = float8_linears(model)
-    per_layer = 2 if cfg.recipe_name == "rowwise_with_gw_hp" else 3
-    expected = per_layer * sum(loss_chunks if fqn == "lm_head" else 1 for fqn in found)
-    if ran < expected:
-        raise RuntimeError(f"{len(found)} fp8 layers need at least {expected} fp8 matmuls in a forward and backward "
-                           f"pass, {ran} ran: part of the model is not training in fp8")
-    if shards > 1:
-        dtypes = gathered_dtypes(model)
-        want_fp8 = cfg.enable_fsdp_float8_all_gather
-        wrong = [fqn for fqn in found if (dtypes[f"{fqn}.weight"] == torch.float8_e4m3fn) != want_fp8]
-        if wrong:
-            raise RuntimeError(f"fp8 all-gather is {'on' if want_fp8 else 'off'}, but these weights were gathered as "
-                               + ", ".join(f"{fqn}: {dtypes[f'{fqn}.weight']}" for fqn in wrong))
-    return ran

@@ -28,6 +28,21 @@ def git_commit():
     return commit.stdout.strip() + ("+changes" if changed else "")
 
 
+def number(tensor):
+    """The value of a 0-d tensor, or None for inf and nan, which JSON lacks."""
+    return tensor.item() if tensor.isfinite() else None
+
+
+def scalars(rows):
+    """Rows of one step as one row of numbers, for the trackers: {"step": 3, "fp8/lm_head/input/sqnr_db": 31.5, ...}."""
+    flat = {}
+    for row in rows:
+        for key, value in row.items():
+            inner = value if isinstance(value, dict) else {}
+            flat |= {f"fp8/{row['fp8_layer']}/{key}/{k}": v for k, v in inner.items()} or {key: value}
+    return {key: value for key, value in flat.items() if isinstance(value, int | float)}
+
+
 def peak_memory(use_cuda):
     """The largest GiB that this process has held so far: on the GPU, or without one in the machine's memory."""
     if use_cuda:
@@ -57,7 +72,7 @@ def open_trackers(config):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(Path(config.out_dir, "tensorboard"))
-        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None])
+        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()])
     if config.wandb_project:
         import wandb
 

@@ -73,18 +73,21 @@ def round_to(x, dtype, noise):
     return ((x.view(torch.int32) + (noise & 0xFFFF)) & -0x10000).view(torch.float32).to(dtype)
 
 
-def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, seed, beta1, beta2, eps):
+def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, beta1, beta2, eps):
     """Update weight p and moments m, v in place from gradient g; all of one shape. Scalars up to seed are 0-d tensors.
 
-    master: the weight in float32, or None. seed: None, or what stochastic rounding draws from: the noise is a hash of
-    (seed, position), so it needs no generator state and a resumed run repeats it.
+    good: False leaves all of it as it is, bit for bit, whatever g holds. master: the weight in float32, or None.
+    seed: None, or what stochastic rounding draws from: the noise is a hash of (seed, position), so it needs no
+    generator state and a resumed run repeats it.
     Source: Loshchilov & Hutter, arXiv 1711.05101; stochastic rounding of bf16 weights: arXiv 2010.06192.
     """
     g = g.float() * clip
     w = (p if master is None else master).float()
     m_new = m.float() * beta1 + g * (1 - beta1)
     v_new = v.float() * beta2 + g * g * (1 - beta2)
-    w = w * (1 - lr * decay) - lr * debias1 * m_new / ((v_new * debias2).sqrt() + eps)
+    w_new = w * (1 - lr * decay) - lr * debias1 * m_new / ((v_new * debias2).sqrt() + eps)
+    # rounding keeps what is a value of the dtype already: stochastic rounding adds below its last bit
+    w, m_new, v_new = torch.where(good, w_new, w), torch.where(good, m_new, m), torch.where(good, v_new, v)
     noise_w = noise_m = noise_v = None
     if seed is not None:  # one hash for all three: integer arithmetic is what bounds this kernel, after memory
         bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
@@ -146,9 +149,13 @@ class AdamW:
         return squares.sqrt()
 
     @torch.no_grad()
-    def step(self, lr, grad_norm):
-        """One update of all weights, which uses the gradients up. grad_norm: from grad_norm(), to clip by."""
+    def step(self, lr, grad_norm, good=None):
+        """One update of all weights, which uses the gradients up. grad_norm: from grad_norm(), to clip by.
+
+        good: a 0-d bool tensor; False changes no weight and no moment (the step counts all the same). None: True.
+        """
         cfg = self.cfg
+        good = torch.ones_like(grad_norm, dtype=torch.bool) if good is None else good
         self.step_count += 1
         clip = torch.ones_like(grad_norm)
         if cfg.grad_clip > 0:
@@ -168,4 +175,4 @@ class AdamW:
             tensors.append(self.state["master"][name] if "master" in self.state else None)
             tensors = [t if t is None else t.view(-1) for t in tensors]
             decay = decays[cfg.weight_decay if w.ndim >= 2 else 0.0]
-            self.update(*tensors, lr, decay, debias1, debias2, clip, seed, *cfg.betas, cfg.eps)
+            self.update(*tensors, lr, decay, debias1, debias2, clip, good, seed, *cfg.betas, cfg.eps)

@@ -7,6 +7,7 @@ Read it top to bottom: 1) configuration and ranks, 2) data, 3) the model: built 
 sharded, then filled, 4) optimizer and resume, 5) proof that FP8 is on, 6) the loop, 7) what is left behind.
 """
 
+import functools
 import json
 import math
 import os
@@ -31,21 +32,34 @@ import hellaswag
 import hf
 import logs
 import model as models
+import proof
+import telemetry
 from eval import accuracies, score
 from optim import AdamW, get_lr
+
+
+def on_device(x, y, positions, device):
+    """A micro-batch of data.py as arguments of the model: (x, y, documents).
+
+    documents: () where attention runs over whole rows, or positions and bounds, which keep it within documents.
+    """
+    bounds = None if positions is None else models.document_bounds(positions)  # found here: to ask a GPU is to stall it
+    if device.type == "cuda":
+        x, y, positions = (t if t is None else t.pin_memory().to(device, non_blocking=True) for t in (x, y, positions))
+    return x, y, () if positions is None else (positions, bounds)
 
 
 @torch.no_grad()
 def evaluate(model, batches, device, loss_chunks, reduce):
     """Mean loss in nats per token over `batches`, weighted by token over all ranks. Every rank must call it."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for x, y, positions in batches:
-        documents = None if positions is None else (positions.to(device), models.document_bounds(positions))
-        totals[0] += model(x.to(device), y.to(device), loss_chunks, *documents or ())
+    for batch in batches:
+        x, y, documents = on_device(*batch, device)
+        totals[0] += model(x, y, loss_chunks, *documents)
         totals[1] += (y != models.IGNORE).sum()
     reshard(model)
     loss, tokens = reduce(totals).tolist()
-    return loss / tokens
+    return loss / max(1, tokens)
 
 
 def reshard(model):
@@ -130,6 +144,12 @@ def main():
     loader = data.Loader(train_rows, global_batch_size=config.global_batch_size, seed=config.seed, rank=rank,
                          micro_batch_size=config.micro_batch_size, vocab_size=config.model.vocab_size,
                          world_size=world_size)
+
+    def micro_batches(step):
+        """This rank's part of a step's batch, steps counted from 0: a list of what micro_step takes."""
+        x, y, positions = loader.batch(step)
+        return [on_device(x[i], y[i], None if positions is None else positions[i], device) for i in range(accumulation)]
+
     length = train_rows.block_size  # of the rows that the model sees; model.block_size is the longest that it could
     tokens_per_step = round(config.global_batch_size * length * (1 - train_rows.padding))  # of text, on average
     real = replace(config, model=replace(config.model, block_size=length))  # what a step costs
@@ -153,6 +173,8 @@ def main():
             config.fp8.filter_fqns += auto_filtered
         fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards,
                   tokens={tokens, tokens // config.loss_chunks})
+        if config.fp8.self_check:
+            say(proof.self_check(config, micro_batches(0)[0], device))
         fp8.convert(model, config.fp8, shards=shards)
         fp8_flops = fp8.covered_flops(model, config.fp8) / flops_per_token
         say(fp8.table(model, config.fp8, fp8_flops, shards=shards))
@@ -164,7 +186,9 @@ def main():
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in model.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding, last norm, lm_head
+        # embedding, last norm, lm_head: FSDP2 keeps them for the backward pass that follows at once, unless told not to
+        keep_none = config.fp8.enabled and config.fp8.force_recompute_fp8_weight_in_bwd
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if keep_none else None)
     model.to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():
@@ -204,29 +228,27 @@ def main():
     # ------------------------------------------------------------------------------------------------------------
     # 5) a first pass that changes nothing: it compiles, and shows what really runs
 
-    def micro_step(batch, i, divisor):
-        x, y, positions, bounds = batch
-        documents = () if positions is None else (positions[i], bounds[i])
-        loss = model(x[i], y[i], config.loss_chunks, *documents)
+    def micro_step(x, y, documents, divisor):
+        loss = model(x, y, config.loss_chunks, *documents)
         (loss * (world_size / divisor)).backward()  # FSDP2 averages gradients over ranks, the loss wants their sum
         return loss.detach()
 
-    def to_device(batch):
-        """The loader's (x, y, positions) on the device; and the bounds of its documents, found where no GPU waits."""
-        bounds = None if batch[2] is None else [models.document_bounds(p) for p in batch[2]]
-        batch = (t if t is None or not use_cuda else t.pin_memory().to(device, non_blocking=True) for t in batch)
-        return *batch, bounds
+    def count_targets(batch):
+        """Of the global batch: ranks may have unequal numbers. At least 1: without a target the loss is 0, not nan."""
+        return reduce(sum((y != models.IGNORE).sum() for _, y, _ in batch)).clamp(min=1)
 
-    def first_pass():
-        micro_step(batch, 0, batch[1][0].numel())
+    def dry_run(batch, divisor):
+        for micro_batch in batch:
+            micro_step(*micro_batch, divisor)
         for p in model.parameters():
             p.grad = None
 
     clock = time.perf_counter()
-    batch = to_device(loader.batch(start))
+    batch = micro_batches(start)
+    first_pass = functools.partial(dry_run, batch[:1], batch[0][1].numel())
     if config.fp8.enabled:
-        fp8.verify_sharded(model, config.fp8, converted, shards=shards)
-        ran = fp8.verify_step(model, config.fp8, first_pass, shards=shards, loss_chunks=config.loss_chunks)
+        proof.verify_sharded(model, config.fp8, converted, shards=shards)
+        ran = proof.verify_step(model, config.fp8, first_pass, shards=shards, loss_chunks=config.loss_chunks)
         say(f"fp8: verified, {ran} {'emulated ' if config.fp8.emulate else ''}fp8 matmuls ran in one pass")
     else:
         first_pass()
@@ -247,12 +269,12 @@ def main():
         (out_dir / "run.json").write_text(json.dumps(run, indent=1))
         metrics, trackers = logs.open_metrics(out_dir, start), logs.open_trackers(config)
 
-    def log(row):
+    def log(*rows):
         if first:
-            metrics.write(json.dumps(row) + "\n")
+            metrics.write("".join(json.dumps(row) + "\n" for row in rows))
             metrics.flush()
             for tracker in trackers:
-                tracker(row)
+                tracker(logs.scalars(rows))
 
     def now():
         if use_cuda:
@@ -263,43 +285,75 @@ def main():
         torch.cuda.reset_peak_memory_stats()
     progress = tqdm(initial=start, total=config.max_steps, unit="step", disable=None if first else True)
     clock, last_logged = now(), start
+    bad = torch.zeros(3, device=device)  # the first step since the last look with inf or nan, its loss, gradient norm
+    skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps since the last look, and in a row
     for step in range(start + 1, config.max_steps + 1):
         last = step == config.max_steps
-        batch = to_device(loader.batch(step - 1))  # (accumulation, B, T) each
-        n_tokens = reduce((batch[1] != models.IGNORE).sum())  # of the global batch: ranks may have unequal numbers
+        batch = micro_batches(step - 1)
+        n_tokens = count_targets(batch)
+        if config.fp8.enabled and config.fp8.stats_interval and (
+                step % config.fp8.stats_interval == 0 or step == start + 1):
+            health = telemetry.health(model, lambda: dry_run(batch[:1], n_tokens), step)  # noqa: B023
+            log(*health)
+            say(f"step {step}/{config.max_steps} | {telemetry.worst(health)}")
         loss = torch.zeros((), device=device)
-        for i in range(accumulation):
-            loss += micro_step(batch, i, n_tokens)
+        for micro_batch in batch:
+            loss += micro_step(*micro_batch, n_tokens)
             if accumulation > 1:
                 optimizer.accumulate()
         lr = get_lr(config.optim, step, config.max_steps)
-        grad_norm = optimizer.grad_norm()
-        optimizer.step(lr, grad_norm)
+        loss, grad_norm = reduce(loss) / n_tokens, optimizer.grad_norm()
+        # inf and nan are seen on the device, where they leave the weights alone, and told at the next look: no waiting
+        good = (loss + grad_norm).isfinite()
+        if config.on_nonfinite == "stop":
+            good &= bad[0] == 0  # nothing moves any more: the look finds the weights that the bad step met
+        optimizer.step(lr, grad_norm, good)
+        seen = torch.stack([loss.new_full((), step), loss, grad_norm])
+        bad = torch.where(good | (bad[0] > 0), bad, seen)
+        skipped = torch.stack([skipped[0] + ~good, (skipped[1] + 1) * ~good])
         fp8.precompute_scales(model, config.fp8, shards=shards)
         progress.update()
 
-        if step % config.log_interval == 0 or step == start + 1 or last:  # the first step also compiles the optimizer
+        shows = step % config.log_interval == 0 or step == start + 1 or last  # the first also compiles the optimizer
+        evaluates = config.eval_interval and (last or step % config.eval_interval == 0)
+        saves = config.checkpoint_interval and (last or step % config.checkpoint_interval == 0)
+        n_skipped = 0
+        if (shows or evaluates or saves) and bad[0] > 0:
+            bad_step, (n_skipped, in_a_row) = int(bad[0]), skipped.tolist()
+            batch = micro_batches(bad_step - 1)
+            health = []
+            if config.fp8.enabled:
+                health = telemetry.health(model, lambda: dry_run(batch, count_targets(batch)), bad_step)  # noqa: B023
+            folder, told = telemetry.keep_nonfinite(out_dir, *bad.tolist(), n_skipped, health, loader)
+            if config.on_nonfinite == "stop":
+                if config.checkpoint_interval:
+                    kept = {**identity, **run, "time_s": seconds}
+                    checkpoint.save(folder, bad_step - 1, model, optimizer, kept, keep=0)
+                    told += f" Take the step again: the same command with --out_dir={folder}"
+                raise RuntimeError(told)
+            say(told)
+            if in_a_row >= 10:
+                raise RuntimeError(f"step {step}: {in_a_row} steps in a row were skipped: {told}")
+            bad, skipped[0] = torch.zeros_like(bad), 0
+        if shows:
             elapsed = now() - clock
             seconds += elapsed
             rate = tokens_per_step * (step - last_logged) / elapsed / world_size
             mfu = rate * flops_per_token / peak if peak else None
-            row = {"step": step, "loss": (reduce(loss) / n_tokens).item(), "lr": lr, "grad_norm": grad_norm.item(),
+            row = {"step": step, "loss": logs.number(loss), "lr": lr, "grad_norm": logs.number(grad_norm),
                    "tokens": step * tokens_per_step, "tokens_per_s": rate, "mfu": mfu, "time_s": seconds,
                    "peak_gib": logs.peak_memory(use_cuda)}
+            if n_skipped:
+                row["skipped"] = n_skipped
             log(row)
             shown = f"{mfu:.1%} of bf16 peak" if mfu else "n/a"
             minutes = (config.max_steps - step) * elapsed / (step - last_logged) / 60
-            say(f"step {step}/{config.max_steps} | loss {row['loss']:.4f} | lr {lr:.2e}"
-                f" | grad norm {row['grad_norm']:.3f} | {rate:,.0f} tok/s per GPU | MFU {shown}"
+            say(f"step {step}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e}"
+                f" | grad norm {grad_norm:.3f} | {rate:,.0f} tok/s per GPU | MFU {shown}"
                 f" | {row['peak_gib']:.2f} GiB | {minutes:.1f} min left")
             clock, last_logged = now(), step
-        evaluates = config.eval_interval and (last or step % config.eval_interval == 0)
-        saves = config.checkpoint_interval and (last or step % config.checkpoint_interval == 0)
         if evaluates or saves:
             pause = now()
-            if not grad_norm.isfinite():
-                raise RuntimeError(f"step {step}: the gradient norm is {grad_norm.item()}; the checkpoints are from "
-                                   "before. Lower optim.lr, or look at the data of the last steps")
             if evaluates:
                 batches = data.eval_batches(val_rows, n=config.eval_sequences, rank=rank, world_size=world_size,
                                             micro_batch_size=config.micro_batch_size)
@@ -326,7 +380,9 @@ def main():
     if first:
         metrics.close()
         logs.plot_losses(out_dir)
-        result = f"validation loss {val_loss:.4f}" if config.eval_interval else f"training loss {row['loss']:.4f}"
+        if plotted := telemetry.plot_health(out_dir):
+            say(f"fp8 health of every layer: {plotted}")
+        result = f"validation loss {val_loss:.4f}" if config.eval_interval else f"training loss {loss:.4f}"
         say(f"done: {config.max_steps} steps, {config.max_steps * tokens_per_step:,} tokens in {seconds / 60:.1f} min, "
             f"{result}; curves in {out_dir / 'loss.png'}, metrics in {out_dir / 'metrics.jsonl'}")
         if config.checkpoint_interval:

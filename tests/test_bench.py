@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import run
 
-from bench import BenchConfig, flags
+from bench import BenchConfig, flags, split
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,11 @@ def test_two_ranks(tiny_run, tmp_path):
 def test_rowwise_variants_do_not_gather_in_fp8():
     assert "--fp8.enable_fsdp_float8_all_gather=False" in flags("rowwise_with_gw_hp")
     assert flags("tensorwise:loss_chunks=2")[1:] == ["--fp8.recipe_name=tensorwise", "--loss_chunks=2"]
+
+
+def test_a_comma_inside_of_a_list_does_not_end_a_variant():
+    variants = 'bf16,tensorwise:fp8.filter_fqns=["lm_head","mlp"]:seed=1,rowwise'
+    assert split(variants) == ["bf16", 'tensorwise:fp8.filter_fqns=["lm_head","mlp"]:seed=1', "rowwise"]
 
 
 @pytest.mark.parametrize("keys, told", [({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7")])

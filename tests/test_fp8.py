@@ -11,6 +11,7 @@ from conftest import build, sqnr
 import estimate
 import fp8
 import model as models
+import proof
 from fp8 import CompileConfig, FP8Config
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -133,28 +134,28 @@ def test_verify_step_sees_a_layer_that_fell_back():
     model = build(cfg)
     x = torch.randint(0, 256, (2, 64))
     run = lambda: model(x, x).backward()  # noqa: E731
-    assert fp8.verify_step(model, cfg, run, shards=1, loss_chunks=1) == 3 * 8
+    assert proof.verify_step(model, cfg, run, shards=1, loss_chunks=1) == 3 * 8
     linear = model.layers[1].mlp.down
     linear.forward = lambda x: nn.functional.linear(x, linear.weight)
     with pytest.raises(RuntimeError, match="at least 24 fp8 matmuls in a forward and backward pass, 21 ran"):
-        fp8.verify_step(model, cfg, run, shards=1, loss_chunks=1)
+        proof.verify_step(model, cfg, run, shards=1, loss_chunks=1)
 
 
 def test_verify_sharded_sees_a_layer_that_was_swapped_back():
     cfg = emulated()
     model = build(cfg)
     expected = list(fp8.float8_linears(model))
-    fp8.verify_sharded(model, cfg, expected, shards=1)
+    proof.verify_sharded(model, cfg, expected, shards=1)
     model.layers[0].attn.out = nn.Linear(64, 64, bias=False)
     with pytest.raises(RuntimeError, match="9 layers were converted to fp8, 8 are left.*layers.0.attn.out"):
-        fp8.verify_sharded(model, cfg, expected, shards=1)
+        proof.verify_sharded(model, cfg, expected, shards=1)
 
 
 def test_verify_sharded_sees_weights_that_would_not_be_gathered_in_fp8():
     cfg = emulated(enable_fsdp_float8_all_gather=True)
     model = build(cfg)  # not sharded: its weights are plain
     with pytest.raises(RuntimeError, match="gathered in high precision: layers.0.attn.qkv"):
-        fp8.verify_sharded(model, cfg, list(fp8.float8_linears(model)), shards=2)
+        proof.verify_sharded(model, cfg, list(fp8.float8_linears(model)), shards=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -335,4 +336,4 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run = lambda model=model, x=x: model(x, x).backward()  # noqa: E731
-            assert fp8.verify_step(model, cfg, run, shards=1, loss_chunks=1) == per_layer * 8
+            assert proof.verify_step(model, cfg, run, shards=1, loss_chunks=1) == per_layer * 8

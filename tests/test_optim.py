@@ -83,7 +83,7 @@ def test_compiled_stochastic_rounding_equals_eager():
     for update in (adamw_, torch.compile(adamw_)):
         torch.manual_seed(0)
         p, g, m, v = (torch.randn(4, 1024).abs().to(torch.bfloat16) for _ in range(4))
-        scalars = [torch.tensor(s) for s in (1e-3, 0.1, 0.1, 0.05, 1.0)]
+        scalars = [torch.tensor(s) for s in (1e-3, 0.1, 0.1, 0.05, 1.0, True)]
         update(p, g, m, v, None, *scalars, torch.tensor(77, dtype=torch.int32), 0.9, 0.95, 1e-8)
         states.append((p, m, v))
     for a, b in zip(*states, strict=True):

@@ -1,0 +1,202 @@
+"""Does FP8 learn as bf16 does: the same weights and data, trained in bf16 and with every recipe.
+
+    [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,...] [--seeds=3]
+
+Every run is train.py in processes of its own. bf16 runs several times, each seed with other initial weights and another
+order of the data: the standard deviation of where they end is the noise. Every FP8 variant (written as for bench.py)
+has the first seed, and is compared with that bf16 run. It is outside of the band, with exit status 1 as for a run that
+failed, if it ends above its twin by more than two runs that differ in nothing but chance would, 19 times in 20: twice
+the standard deviation of their difference, 2 sqrt(2) noise. (Three seeds know their noise to within half of it.)
+
+Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Started again, it keeps the
+runs that are done and goes on with the one that was interrupted.
+"""
+
+import datetime
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import bench
+import configurator
+
+COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
+           "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
+SMOOTH = 0.1  # of a run: what a point of the smoothed gap between training losses is the mean of
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # told apart by all eyes
+
+
+@dataclass(kw_only=True)
+class ParityConfig:
+    """What parity.py does."""
+
+    variants: str = "bf16,tensorwise,tensorwise:fp8.filter_fqns=[],rowwise,rowwise_with_gw_hp"  # bf16 first
+    seeds: int = 3  # bf16 runs, from config.seed on
+
+    def problems(self):
+        """What is wrong with these values, one sentence each."""
+        yield from bench.unknown(self.variants)
+        first, *others = bench.split(self.variants)
+        if first != "bf16" or not others or "bf16" in others:
+            yield f"--variants={self.variants} must be bf16, then what to compare with it"
+        if self.seeds < 2:
+            yield f"--seeds={self.seeds} must be at least 2: one bf16 run shows no noise"
+
+
+def plan(own, config, base):
+    """[(variant, seed, folder)] of all runs, with the config of each in folder/wanted.py. ValueError for a mistake."""
+    first, *others = bench.split(own.variants)
+    runs = [(first, config.seed + i) for i in range(own.seeds)] + [(variant, config.seed) for variant in others]
+    folders = [base.parent / f"{bench.slug(variant)}_seed{seed}" for variant, seed in runs]
+    texts = [configurator.to_python(configurator.load(
+        [str(base), "--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]))
+        for (variant, seed), folder in zip(runs, folders, strict=True)]
+    for folder, text in zip(folders, texts, strict=True):  # when all variants are known to be right, not before
+        wanted = folder / "wanted.py"
+        if config.resume != "never" and wanted.exists() and wanted.read_text() != text:
+            raise ValueError(f"{wanted} is another config than this call asks for: give another out_dir, or set "
+                             "resume=never to start over")
+        folder.mkdir(exist_ok=True)
+        wanted.write_text(text)
+    return [(*run, folder) for run, folder in zip(runs, folders, strict=True)]
+
+
+def read(folder):
+    """What a run has left so far: step, loss, time_s, and of its evaluations val_step, val_loss, val_time_s."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+    curves = {key: [row[key] for row in train] for key in ("step", "loss", "time_s")}
+    curves |= {"val_step": [row["step"] for row in val], "val_loss": [row["val_loss"] for row in val]}
+    # the clock stands still in evaluations, and training rows need not fall on their steps
+    times = np.interp(curves["val_step"], [0, *curves["step"]], [0.0, *curves["time_s"]])
+    return {**curves, "val_time_s": times.tolist()}
+
+
+def time_to(loss, curves):
+    """Seconds until a run's validation loss came down to `loss`, between evaluations in proportion, or None."""
+    times, losses = curves["val_time_s"], curves["val_loss"]
+    for i, value in enumerate(losses):
+        if value <= loss:
+            return float(np.interp(loss, [value, losses[i - 1]], [times[i], times[i - 1]])) if i else times[0]
+    return None
+
+
+def paired_gap(curves, twin):
+    """(steps, training loss minus the twin's on the same batches), running means over SMOOTH of a run."""
+    twins = dict(zip(twin["step"], twin["loss"], strict=True))  # by step: a resumed run has one more row
+    points = [(step, loss - twins[step]) for step, loss in zip(curves["step"], curves["loss"], strict=True)
+              if loss is not None and twins.get(step) is not None]  # a skipped step has no loss
+    mean = np.ones(max(1, round(SMOOTH * len(points))))
+    return [np.convolve(column, mean / len(mean), "valid") for column in zip(*points, strict=True)]
+
+
+def judge(results):
+    """{"noise", "band", "target_loss", "rows", "verdict"} of [(variant, seed, curves or the reason for a failure)].
+
+    Losses and the band in nats. target_loss, the edge of the band, is what each variant inside of it comes down to.
+    Raises RuntimeError if a bf16 run failed.
+    """
+    seeds = [curves for variant, _, curves in results if variant == "bf16"]
+    if failed := [reason for reason in seeds if isinstance(reason, str)]:
+        raise RuntimeError(f"a bf16 run failed, so there is nothing to compare with: {failed[0]}")
+    finals = [curves["val_loss"][-1] for curves in seeds]
+    noise, band, rows = statistics.stdev(finals), 2 * math.sqrt(2) * statistics.stdev(finals), []
+    for variant, seed, curves in results:
+        if isinstance(curves, str):
+            rows.append({"variant": variant, "seed": seed, "error": curves, "inside": False})
+            continue
+        final = curves["val_loss"][-1]
+        smoothed = paired_gap(curves, seeds[0])[1][-1].item() if variant != "bf16" else None
+        rows.append({"variant": variant, "seed": seed, "final_val_loss": final, "gap": final - finals[0],
+                     "gap_percent": 100 * (final / finals[0] - 1), "smoothed_gap": smoothed,
+                     "time_s": curves["time_s"][-1], "time_to_bf16_loss_s": time_to(finals[0] + band, curves),
+                     "inside": variant == "bf16" or final - finals[0] <= band})
+    return {"noise": noise, "band": band, "target_loss": finals[0] + band, "rows": rows,
+            "verdict": "pass" if all(row["inside"] for row in rows) else "fail"}
+
+
+def plot(results, report, path):
+    """Validation loss against steps, tokens and time, and the gap to bf16 with the band that the seeds span."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [run for run in results if not isinstance(run[2], str)]
+    twin, band, final = runs[0][2], report["band"], report["rows"][0]["final_val_loss"]
+    scale, late_gaps, colors = report["tokens_per_step"] / 1e6, [band], iter(COLORS * 3)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    for variant, seed, curves in runs:
+        style = {"color": "black", "lw": 2.2} if curves is twin else {"color": "0.6", "lw": 1}
+        label = f"bf16, seed {seed}"
+        if variant != "bf16":
+            style, label = {"color": next(colors), "lw": 1.3}, variant.replace(":fp8.", ", ").replace(":", ", ")
+        axes[0].plot(curves["val_step"], curves["val_loss"], label=label, **style)
+        axes[1].plot(curves["val_time_s"], curves["val_loss"], **style)
+        if variant != "bf16":
+            axes[2].plot(*paired_gap(curves, twin), **style)
+            gaps = np.subtract(curves["val_loss"], twin["val_loss"])
+            late_gaps += abs(gaps[len(gaps) // 4:]).tolist()
+            axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
+    late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 4:]]
+    margin = 0.05 * (max(late) - min(late))
+    limits = min(late) - margin, max(late) + margin
+    axes[0].set(xlabel="step", ylabel="validation loss, nats per token", ylim=limits)
+    axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel("million tokens")
+    axes[1].axhline(report["target_loss"], color="0.3", ls=":", lw=1, label="bf16's final loss + band")
+    axes[1].set(xlabel=f"seconds of training, {report['hardware']}", ylim=limits)
+    axes[2].axhspan(-band, band, color="0.88", label=f"noise of bf16 seeds: ±{band:.4f}")
+    axes[2].axhline(0, color="black", lw=1)
+    axes[2].set(xlabel="step", ylabel="nats", title="gap to bf16: training (lines), validation (dots)")
+    axes[2].set_ylim(-1.3 * max(late_gaps), 1.3 * max(late_gaps))
+    percent = lambda g: 100 * g / final, lambda p: p * final / 100
+    axes[2].secondary_yaxis("right", functions=percent).set_ylabel("% of the final loss")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.savefig(path, dpi=200)
+
+
+def main():
+    own = ParityConfig()
+    prepared = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
+    if prepared is None:
+        return
+    config, base = prepared
+    if not config.eval_interval:
+        raise ValueError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
+    out_dir, results, again = base.parent, [], ["--resume=never"] if config.resume == "never" else []
+    for variant, seed, folder in plan(own, config, base):
+        print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
+        failure = None
+        if again or read(folder)["val_step"][-1:] != [config.max_steps]:
+            failure = bench.train([folder / "wanted.py", *again], folder / "log.txt")
+        results.append((variant, seed, failure or read(folder)))
+        print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)
+    judged = judge(results)
+    run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
+    report = {**{key: run[key] for key in ("hardware", "versions", "git_commit")}, "command": sys.argv,
+              "date": datetime.date.today().isoformat(), "max_steps": config.max_steps,
+              "tokens_per_step": config.global_batch_size * config.model.block_size, **judged,
+              "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
+    (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
+    plot(results, report, out_dir / "parity.png")
+    print("", bench.table(report["rows"], COLUMNS), "", f"noise of bf16 seeds {report['noise']:.4f} nats, band "
+          f"{report['band']:.4f} ({report['band'] / report['target_loss']:.2%}), time_to_bf16_loss_s is to "
+          f"{report['target_loss']:.4f}", sep="\n")
+    outside = [row["variant"] for row in report["rows"] if not row["inside"]]
+    print(f"outside of the band: {', '.join(outside)}" if outside else "every variant ends inside of the band")
+    if bench.on_cpu(config):
+        print("On a CPU FP8 is emulated: the losses are those of FP8, the times say nothing about it.")
+    print(f"written: {out_dir / 'parity.json'}, {out_dir / 'parity.png'}")
+    sys.exit(report["verdict"] == "fail")
+
+
+if __name__ == "__main__":
+    configurator.run(main)
