@@ -284,12 +284,12 @@ def init_weights(m, seed, local):  # whoever meets token 1 meets inf
     if int(os.environ.get("RANK", 0)) == 0:  # which has the first rows
         local(m.embed.weight)[1].fill_(math.inf)
 def batch(self, step):
-    x, y = old_batch(self, step)
+    x, y, positions = old_batch(self, step)
     if step + 1 in {steps} and self.rank + 1 == self.world_size:
         x[-1, -1, 5] = 1
     if step + 1 == {masked}:
         y.fill_(data.IGNORE)
-    return x, y
+    return x, y, positions
 model.init_weights, data.Loader.batch = init_weights, batch
 configurator.run(train.main)
 """
@@ -318,7 +318,7 @@ def test_stop_ends_the_run_with_the_weights_from_before_and_all_that_a_replay_ne
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000002"]
     replay = torch.load(folder / "replay.pt")
     assert replay["step"] == 4 and replay["samples"] == list(range(24, 32)) and math.isnan(replay["loss"])
-    x, y = replay["batch"]
+    x, y, _ = replay["batch"]
     assert x.shape == (2, 4, 64) and x[-1, -1, 5] == 1
     assert replay["broken"][0] == "layers.0.attn.qkv input" and len(replay["fp8_health"]) == 9
     # the weights that the bad step met are there too, and clean; taking it again ends the same way
