@@ -114,7 +114,8 @@ def watched_linear():
 
     class WatchedLinear(Float8Linear):
         def forward(self, x):
-            return WatchedMatmuls.apply(x, self.weight.t(), self.linear_mm_config, self.config, self.seen)
+            y = WatchedMatmuls.apply(x, self.weight.t(), self.linear_mm_config, self.config, self.seen)
+            return y if self.bias is None else y + self.bias
 
     return WatchedLinear
 

@@ -12,6 +12,7 @@ import torch
 
 import fp8
 import model as models
+import train
 
 REPO = Path(__file__).parent.parent
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, ffn_dim=128, block_size=64)
@@ -66,6 +67,16 @@ def metrics(out_dir):
     rows = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
     return SimpleNamespace(rows=rows, train={r["step"]: r for r in rows if "loss" in r},
                            val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+
+def train_here(*args):
+    """train.py in this process, for what is quick and not compiled: nothing to import again. Raises what it raises."""
+    before, sys.argv = sys.argv, ["train.py", *map(str, args)]
+    try:
+        train.main()
+    finally:
+        sys.argv = before
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

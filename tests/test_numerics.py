@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 import re
 import time
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import REPO, build, metrics, run, run_many, sqnr
+from conftest import REPO, build, metrics, run, run_many, sqnr, train_here
 
 import checkpoint
+import data
 import fp8
 import logs
 import model as models
@@ -132,18 +134,6 @@ def test_health_sees_the_same_under_recompute_and_leaves_the_model_as_it_was(act
     assert not any(hasattr(m, "seen") for m in model.modules())
 
 
-def test_health_of_a_compiled_model_is_that_of_the_eager_one():
-    cfg, (x, y) = emulated(filter_fqns=["lm_head"]), batch()
-    model = build(cfg, n_layer=1)
-    eager = telemetry.health(model, lambda: model(x, y).backward(), 1)
-    fp8.compile_and_checkpoint(model, cfg, CompileConfig(enabled=True, fullgraph=True), "none")
-    compiled = telemetry.health(model, lambda: model(x, y).backward(), 1)
-    for a, b in zip(telemetry.operands(eager), telemetry.operands(compiled), strict=True):
-        # in float32 the kernels differ in the order of a sum: a few values in a thousand fall to the next FP8 number
-        assert a[:2] == b[:2] and abs(a[2]["sqnr_db"] - b[2]["sqnr_db"]) < 0.1
-        assert a[2]["amax"] == pytest.approx(b[2]["amax"], rel=1e-3)
-
-
 def test_operands_with_inf_are_named_in_the_order_of_the_pass():
     model, (x, y) = build(emulated()), batch()
     with torch.no_grad():
@@ -212,6 +202,16 @@ def test_health_of_weights_gathered_in_fp8_is_that_of_weights_cast_after_the_gat
                            if key != "format")
 
 
+def test_health_of_a_compiled_model_is_that_of_the_eager_one(sharded):
+    runs, *_ = sharded
+    for fqn, row in by_layer(runs["on"], 1).items():
+        for operand in ("input", "weight", "grad_output") if fqn != "lm_head" else ():  # whose chunks scale apart
+            eager, compiled = row[operand], by_layer(runs["compiled_on"], 1)[fqn][operand]
+            # in float32 only the order of sums differs: a few values in a thousand tip over to the next FP8 number
+            assert abs(eager["sqnr_db"] - compiled["sqnr_db"]) < 0.1
+            assert eager["amax"] == pytest.approx(compiled["amax"], rel=0.02)
+
+
 def test_weight_scales_survive_a_resume_and_another_number_of_ranks(sharded):
     runs, folder, args = sharded
     one = run_many(folder, {"one": [*args, "--micro_batch_size=4"], "half": [*args, "--resume=must"]})
@@ -274,52 +274,50 @@ def test_a_masked_update_changes_nothing_bit_for_bit(weights):
             assert all(same) if poison != 1.0 else not any(same)
 
 
-POISON = """
-import sys
-sys.path.insert(0, {repo!r})
-import math, os, configurator, data, model, train
-old_init, old_batch = model.init_weights, data.Loader.batch
-def init_weights(m, seed, local):  # whoever meets token 1 meets inf
-    old_init(m, seed, local)
-    if int(os.environ.get("RANK", 0)) == 0:  # which has the first rows
-        local(m.embed.weight)[1].fill_(math.inf)
-def batch(self, step):
-    x, y, positions = old_batch(self, step)
-    if step + 1 in {steps} and self.rank + 1 == self.world_size:
-        x[-1, -1, 5] = 1
-    if step + 1 == {masked}:
-        y.fill_(data.IGNORE)
-    return x, y, positions
-model.init_weights, data.Loader.batch = init_weights, batch
-configurator.run(train.main)
-"""
+def poison(steps=(), masked=0):
+    """Patch train.py: the batches of `steps` hold a token whose embedding is inf, that of `masked` has no target."""
+    init, load = models.init_weights, data.Loader.batch
+
+    def init_weights(model, seed, local):
+        init(model, seed, local)
+        if int(os.environ.get("RANK", 0)) == 0:  # which has the first rows
+            local(model.embed.weight)[1].fill_(math.inf)
+
+    def batch(self, step):
+        x, y, *more = load(self, step)
+        if step + 1 in steps and self.rank + 1 == self.world_size:
+            x[-1, -1, 5] = 1
+        if step + 1 == masked:
+            y.fill_(data.IGNORE)
+        return x, y, *more
+
+    models.init_weights, data.Loader.batch = init_weights, batch
 
 
 @pytest.fixture
-def poisoned(tmp_path):
-    """A train.py whose batches of `steps` hold a token that the model has no finite embedding for."""
-    def script(steps=(), masked=0):
-        path = tmp_path / "poisoned.py"
-        path.write_text(POISON.format(repo=str(REPO), steps=set(steps) or {0}, masked=masked))
-        return path
-
-    return script
+def poisoned(monkeypatch):
+    """poison() for this test alone."""
+    monkeypatch.setattr(models, "init_weights", models.init_weights)
+    monkeypatch.setattr(data.Loader, "batch", data.Loader.batch)
+    return poison
 
 
-def test_stop_ends_the_run_with_the_weights_from_before_and_all_that_a_replay_needs(tiny_run, tmp_path, poisoned):
-    out, script = tmp_path / "out", poisoned(steps=[4])
-    args = [*tiny_run, *FP8, "--log_interval=5", "--checkpoint_interval=2", f"--out_dir={out}"]
-    done = run(script, *args, check=False)
+def test_stop_ends_the_run_with_the_weights_from_before_and_all_that_a_replay_needs(
+        tiny_run, tmp_path, poisoned, capsys):
+    out = tmp_path / "out"
+    args = [*tiny_run, *FP8, "--log_interval=5", "--checkpoint_interval=2"]
+    poisoned(steps=[4])
+    with pytest.raises(RuntimeError) as told:
+        train_here(*args, f"--out_dir={out}")
     folder = out / "nonfinite_step_00000004"
-    assert done.returncode == 1
     for part in ("step 4: loss nan, gradient norm nan", "layers.0.attn.qkv input", str(folder / "replay.pt")):
-        assert part in done.stderr, part
+        assert part in str(told.value), part
     # seen at step 4, where a checkpoint was due: it is not written
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000002"]
     replay = torch.load(folder / "replay.pt")
     assert replay["step"] == 4 and replay["samples"] == list(range(24, 32)) and math.isnan(replay["loss"])
-    x, y, _ = replay["batch"]
-    assert x.shape == (2, 4, 64) and x[-1, -1, 5] == 1
+    x, y, _ = replay["batch"][:2]
+    assert x.shape == y.shape == (2, 4, 64) and x[-1, -1, 5] == 1
     assert replay["broken"][0] == "layers.0.attn.qkv input" and len(replay["fp8_health"]) == 9
     # the weights that the bad step met are there too, and clean; taking it again ends the same way
     model = build(emulated())
@@ -327,33 +325,33 @@ def test_stop_ends_the_run_with_the_weights_from_before_and_all_that_a_replay_ne
     checkpoint.load(checkpoint.latest(folder), model, optimizer)
     tensors = [p for name, p in model.named_parameters() if name != "embed.weight"]
     assert all(t.isfinite().all() for t in (*tensors, *(t for kind in optimizer.state.values() for t in kind.values())))
-    again = run(script, *args, f"--out_dir={folder}", check=False)
-    assert "3 steps done" in again.stdout and "step 4: loss nan" in again.stderr
+    capsys.readouterr()
+    with pytest.raises(RuntimeError, match="step 4: loss nan"):
+        train_here(*args, f"--out_dir={folder}")
+    assert "3 steps done" in capsys.readouterr().out
 
 
-def test_skip_leaves_the_bad_updates_out_on_every_rank_and_a_batch_without_a_target_has_no_loss(
-        tiny_run, tmp_path, poisoned):
-    losses = {}
-    for ranks, micro in ((1, 4), (2, 2)):  # on two ranks one of them has the bad sample
-        out = tmp_path / f"out{ranks}"
-        done = run(poisoned(steps=[2, 4], masked=5), *tiny_run, *FP8, "--on_nonfinite=skip",
-                   f"--micro_batch_size={micro}", f"--out_dir={out}", ranks=ranks)
-        m = metrics(out)
-        assert [row.get("skipped") for row in m.train.values()] == [None, 1, None, 1, None, None]
-        assert (m.train[2]["loss"], m.train[4]["grad_norm"]) == (None, None)
-        assert (m.train[5]["loss"], m.train[5]["grad_norm"]) == (0.0, 0.0)
-        assert "step 2: loss nan" in done.stdout and "step 4: loss nan" in done.stdout
-        assert sorted(p.name for p in out.glob("nonfinite*")) == ["nonfinite_step_00000002", "nonfinite_step_00000004"]
-        assert all(map(math.isfinite, m.val.values()))
-        losses[ranks] = m.train[6]["loss"]
-    assert losses[1] == pytest.approx(losses[2], rel=0.01) and losses[1] < 5.6
+def test_skip_leaves_a_bad_update_out_on_every_rank_and_a_batch_without_a_target_has_no_loss(tiny_run, tmp_path):
+    out, script = tmp_path / "out", tmp_path / "poisoned.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\n"
+                      "import configurator, test_numerics, train\ntest_numerics.poison([2, 4], masked=5)\n"
+                      "configurator.run(train.main)\n")
+    # one of the two ranks has the bad sample
+    done = run(script, *tiny_run, *FP8, "--on_nonfinite=skip", "--micro_batch_size=2", f"--out_dir={out}", ranks=2)
+    m = metrics(out)
+    assert [row.get("skipped") for row in m.train.values()] == [None, 1, None, 1, None, None]
+    assert (m.train[2]["loss"], m.train[4]["grad_norm"]) == (None, None)
+    assert (m.train[5]["loss"], m.train[5]["grad_norm"]) == (0.0, 0.0)
+    assert m.train[6]["loss"] < m.train[3]["loss"] < m.train[1]["loss"] and all(map(math.isfinite, m.val.values()))
+    assert "step 2: loss nan" in done.stdout and "step 4: loss nan" in done.stdout
+    assert sorted(p.name for p in out.glob("nonfinite*")) == ["nonfinite_step_00000002", "nonfinite_step_00000004"]
 
 
 def test_a_run_that_only_skips_stops(tiny_run, tmp_path, poisoned):
-    done = run(poisoned(steps=range(3, 40)), *tiny_run, "--on_nonfinite=skip", "--max_steps=30", "--log_interval=4",
-               "--checkpoint_interval=0", "--eval_interval=0", f"--out_dir={tmp_path / 'all'}", check=False)
-    assert done.returncode == 1 and "step 12: 10 steps in a row were skipped" in done.stderr
-    assert "(fp8 is off)" in done.stderr
+    poisoned(steps=range(3, 40))
+    with pytest.raises(RuntimeError, match=r"step 12: 10 steps in a row were skipped.*\(fp8 is off\)"):
+        train_here(*tiny_run, "--on_nonfinite=skip", "--max_steps=30", "--log_interval=4", "--checkpoint_interval=0",
+                   "--eval_interval=0", f"--out_dir={tmp_path / 'all'}")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -407,12 +405,13 @@ def test_self_check_refuses_a_matmul_that_is_wrong(monkeypatch, broken):
         proof.self_check(small_config("tensorwise"), (x, y, ()), torch.device("cpu"))
 
 
-def test_self_check_and_telemetry_show_on_the_screen(tiny_run, tmp_path):
-    done = run("train.py", *tiny_run, *FP8, "--fp8.self_check=True", "--fp8.stats_interval=3", "--max_steps=4",
+def test_self_check_and_telemetry_show_on_the_screen(tiny_run, tmp_path, capsys):
+    train_here(*tiny_run, *FP8, "--fp8.self_check=True", "--fp8.stats_interval=3", "--max_steps=4",
                '--fp8.filter_fqns=["layers.0"]', f"--out_dir={tmp_path / 'out'}")
-    assert "fp8 self-check: loss 0.0e+00, gradients 200 dB" in done.stdout
-    assert done.stdout.count("fp8 health, worst of 5 layers: ") == 2  # steps 1 and 3
-    assert f"fp8 health of every layer: {tmp_path / 'out' / 'fp8_health.png'}" in done.stdout
+    shown = capsys.readouterr().out
+    assert "fp8 self-check: loss 0.0e+00, gradients 200 dB" in shown
+    assert shown.count("fp8 health, worst of 5 layers: ") == 2  # steps 1 and 3
+    assert f"fp8 health of every layer: {tmp_path / 'out' / 'fp8_health.png'}" in shown
 
 
 @pytest.mark.gpu

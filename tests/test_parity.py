@@ -1,14 +1,18 @@
-"""parity.py: the verdict on planted curves, and real runs: resumed, outside of the band, on two ranks."""
+"""parity.py: the verdict on planted curves, and real runs: outside of the band, interrupted, on two ranks."""
 
+import contextlib
 import json
 import math
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import metrics, run
+from conftest import metrics, run, train_here
 
-from parity import ParityConfig, judge, paired_gap, plot, time_to
+import bench
+from parity import ParityConfig, judge, main, paired_gap, plot, time_to
 
 
 def curves(shift=0.0, steps=100, speed=1.0, wave=0.0):
@@ -72,14 +76,31 @@ def test_the_plot_is_drawn_for_any_number_of_variants(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_are_kept_resumed_and_compared(tiny_run, tmp_path):
-    """Two bf16 seeds, a recipe, and one that cannot learn: outside. Then one run is cut back to its first half."""
-    out = tmp_path / "out"
-    variants = "--variants=bf16,tensorwise,tensorwise:optim.lr=1e-9"
-    args = [*tiny_run, f"--out_dir={out}", "--seeds=2", "--keep=2", variants]
-    done = run("parity.py", *args, check=False)
-    assert done.returncode == 1 and "outside of the band: tensorwise:optim.lr=1e-9" in done.stdout, done.stdout
-    report = json.loads((out / "parity.json").read_text())
+def compare(*args):
+    """parity.py in this process, with its runs in it too: (exit status, folder, parity.json)."""
+    def train(args, log):
+        with log.open("w") as file, contextlib.redirect_stdout(file):
+            train_here(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "train", train)
+        patch.setattr(sys, "argv", ["parity.py", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    out = Path(next(arg for arg in args if arg.startswith("--out_dir=")).removeprefix("--out_dir="))
+    return int(ended.value.code), out, json.loads((out / "parity.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_run, tmp_path_factory):
+    """Two bf16 seeds, a recipe, and one that cannot learn: (arguments, exit status, folder, parity.json)."""
+    args = [*tiny_run, f"--out_dir={tmp_path_factory.mktemp('parity')}", "--seeds=2", "--keep=2"]
+    return args, *compare(*args, "--variants=bf16,tensorwise,tensorwise:optim.lr=1e-9")
+
+
+def test_the_report_has_what_is_promised_and_the_status_tells_the_verdict(compared):
+    _, status, out, report = compared
+    assert status == 1 and [row["inside"] for row in report["rows"]] == [True, True, True, False]
     assert {"hardware", "versions", "git_commit", "date", "command", "noise", "rows", "verdict"} <= set(report)
     assert [(r["variant"], r["seed"]) for r in report["rows"]] == [
         ("bf16", 1337), ("bf16", 1338), ("tensorwise", 1337), ("tensorwise:optim.lr=1e-9", 1337)]
@@ -91,26 +112,26 @@ def test_runs_are_kept_resumed_and_compared(tiny_run, tmp_path):
     assert 0 < abs(bf16["loss"][0] - tensorwise["loss"][0]) < 5e-3 < abs(bf16["loss"][0] - other_seed["loss"][0])
     assert report["verdict"] == "fail" and (out / "parity.png").read_bytes().startswith(b"\x89PNG")
 
+
+def test_an_interrupted_run_goes_on_and_finished_ones_are_kept(compared):
+    args, _, out, report = compared
     folder = out / "tensorwise_seed1337"
     whole, kept = metrics(folder), (out / "bf16_seed1337" / "metrics.jsonl").stat().st_mtime_ns
-    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")  # as if it had been killed after step 5
     rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(r for r in rows if json.loads(r)["step"] <= 5))
-    run("parity.py", *args, check=False)
+    status, _, again = compare(*args, "--variants=bf16,tensorwise")
+    assert (status, again["verdict"]) == (0, "pass") and again["rows"][2]["gap"] == report["rows"][2]["gap"]
     assert "3 steps done" in (folder / "log.txt").read_text()
     assert metrics(folder).val == whole.val
     assert (out / "bf16_seed1337" / "metrics.jsonl").stat().st_mtime_ns == kept
-    assert json.loads((out / "parity.json").read_text())["rows"][2]["gap"] == report["rows"][2]["gap"]
-
-    other = run("parity.py", *args, "--optim.warmup_steps=1", check=False)
-    assert other.returncode == 2 and "wanted.py is another config" in other.stderr
+    with pytest.raises(ValueError, match="wanted.py is another config"):
+        compare(*args, "--variants=bf16,tensorwise", "--optim.warmup_steps=1")
 
 
-def test_two_ranks_with_all_gather(tiny_run, tmp_path):
-    variant = "tensorwise:fp8.enable_fsdp_float8_all_gather=True:fp8.precompute_float8_dynamic_scale_for_fsdp=True"
-    done = run("parity.py", *tiny_run, f"--out_dir={tmp_path}", "--seeds=2", f"--variants=bf16,{variant}",
-               "--max_steps=3", "--micro_batch_size=2", ranks=2)
-    assert "every variant ends inside of the band" in done.stdout  # by far: the seeds differ in the second digit
-    report = json.loads((tmp_path / "parity.json").read_text())
-    assert report["hardware"].startswith("2 x CPU") and report["verdict"] == "pass"
-    assert "all-gather: fp8, scales precomputed" in next(tmp_path.glob("tensorwise*/log.txt")).read_text()
+def test_under_torchrun_a_variant_runs_on_all_ranks(compared):
+    args, _, out, _ = compared
+    gather = "tensorwise:fp8.enable_fsdp_float8_all_gather=True:fp8.precompute_float8_dynamic_scale_for_fsdp=True"
+    done = run("parity.py", *args, f"--variants=bf16,{gather}", ranks=2)  # the bf16 runs are there, of one rank
+    assert "every variant ends inside of the band" in done.stdout
+    assert "all-gather: fp8, scales precomputed" in next(out.glob("tensorwise_fp8.enable*/log.txt")).read_text()
