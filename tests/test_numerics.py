@@ -316,7 +316,7 @@ def test_stop_ends_the_run_with_the_weights_from_before_and_all_that_a_replay_ne
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000002"]
     replay = torch.load(folder / "replay.pt")
     assert replay["step"] == 4 and replay["samples"] == list(range(24, 32)) and math.isnan(replay["loss"])
-    x, y, _ = replay["batch"][:2]
+    x, y = replay["batch"][:2]
     assert x.shape == y.shape == (2, 4, 64) and x[-1, -1, 5] == 1
     assert replay["broken"][0] == "layers.0.attn.qkv input" and len(replay["fp8_health"]) == 9
     # the weights that the bad step met are there too, and clean; taking it again ends the same way
