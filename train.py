@@ -284,7 +284,7 @@ def main():
     if use_cuda:
         torch.cuda.reset_peak_memory_stats()
     progress = tqdm(initial=start, total=config.max_steps, unit="step", disable=None if first else True)
-    clock, last_logged = now(), start
+    clock, last_logged, n_skipped = now(), start, 0
     bad = torch.zeros(3, device=device)  # the first step since the last look with inf or nan, its loss, gradient norm
     skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps since the last look, and in a row
     for step in range(start + 1, config.max_steps + 1):
@@ -317,14 +317,14 @@ def main():
         shows = step % config.log_interval == 0 or step == start + 1 or last  # the first also compiles the optimizer
         evaluates = config.eval_interval and (last or step % config.eval_interval == 0)
         saves = config.checkpoint_interval and (last or step % config.checkpoint_interval == 0)
-        n_skipped = 0
         if (shows or evaluates or saves) and bad[0] > 0:
-            bad_step, (n_skipped, in_a_row) = int(bad[0]), skipped.tolist()
+            bad_step, (new, in_a_row) = int(bad[0]), skipped.tolist()
+            n_skipped += new
             batch = micro_batches(bad_step - 1)
             health = []
             if config.fp8.enabled:
                 health = telemetry.health(model, lambda: dry_run(batch, count_targets(batch)), bad_step)  # noqa: B023
-            folder, told = telemetry.keep_nonfinite(out_dir, *bad.tolist(), n_skipped, health, loader)
+            folder, told = telemetry.keep_nonfinite(out_dir, *bad.tolist(), new, health, loader)
             if config.on_nonfinite == "stop":
                 if config.checkpoint_interval:
                     kept = {**identity, **run, "time_s": seconds}
@@ -351,7 +351,7 @@ def main():
             say(f"step {step}/{config.max_steps} | loss {loss:.4f} | lr {lr:.2e}"
                 f" | grad norm {grad_norm:.3f} | {rate:,.0f} tok/s per GPU | MFU {shown}"
                 f" | {row['peak_gib']:.2f} GiB | {minutes:.1f} min left")
-            clock, last_logged = now(), step
+            clock, last_logged, n_skipped = now(), step, 0
         if evaluates or saves:
             pause = now()
             if evaluates:
