@@ -297,10 +297,9 @@ def ranks_of(vocab, merges, ignore_merges):
         union = left + right
         if union not in vocab or to_bytes(union) is None:
             return ranks, f"merge {left!r} {right!r} makes no token of the vocabulary"
-        if union not in pairs:
-            if vocab[union] <= last:
-                return ranks, f"the ids do not follow the order of the merges (at {union!r})"
-            last = vocab[union]
+        if vocab[union] < last:  # Llama 3's merges to one token stand together, and so have one rank here
+            return ranks, f"the ids do not follow the order of the merges (at {union!r})"
+        last = vocab[union]
         pairs.setdefault(union, []).append((left, right))
     made, halves = {union: vocab[union] for union in pairs}, {}
     for union, options in pairs.items():
