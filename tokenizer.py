@@ -72,7 +72,7 @@ def get_tokenizer(name):
             path = find_file(path)
         encoding, bos = read_tokenizer(path, Path(name).expanduser().resolve().name)
         if "add_bos_token" in config:
-            bos = config["bos_token"] if config["add_bos_token"] else None
+            bos = config.get("bos_token") if config["add_bos_token"] else None
     elif name in tiktoken.list_encoding_names():
         try:
             encoding = tiktoken.get_encoding(name)
@@ -162,7 +162,8 @@ class Encoding(tiktoken.Encoding):
                 continue
             part = unicodedata.normalize("NFC", part) if self.nfc else part
             if self.has_missing and self.has_missing.search(part.encode()):
-                pieces = (p.encode().translate(None, self.missing) for p in regex.findall(self._pat_str, part))
+                found = (match[0] for match in regex.finditer(self._pat_str, part))
+                pieces = (piece.encode().translate(None, self.missing) for piece in found)
                 ids += [np.array(self._encode_single_piece(p), np.uint32) for p in pieces if p]
             else:
                 ids.append(super().encode_to_numpy(part, disallowed_special=()))
@@ -219,6 +220,8 @@ def read_ranks(path, name):
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
         raise ValueError(f"{path} is no tiktoken rank file (lines of base64 token and rank): {error}") from error
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise ValueError(f"{path} has {len(lines)} ranks, which are not 0 to {len(lines) - 1}, each once")
     if missing := [i for i in range(256) if bytes([i]) not in ranks]:
         raise ValueError(f"{path} lacks {len(missing)} of the 256 single bytes, which tiktoken needs")
     if len(ranks) in OTHERS:
@@ -248,7 +251,7 @@ def read_hugging_face(spec, path, name):
     """
     model, normalizer = spec["model"], spec.get("normalizer")
     pattern, refused = split_pattern(spec.get("pre_tokenizer") or {})
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    if model.get("type", "BPE" if "merges" in model else None) != "BPE" or model.get("byte_fallback"):
         raise ValueError(f"{path} is no byte-level BPE (its model is {model.get('type')}"
                          + (" with byte_fallback" if model.get("byte_fallback") else "") + "): use a tokenizer.model "
                          "or tekken.json where the model's folder has one")
@@ -262,6 +265,10 @@ def read_hugging_face(spec, path, name):
     for text in words:
         refused += [f"added token {text!r} with {flag}" for flag in ("lstrip", "rstrip", "single_word")
                     if added[text][flag]]
+        if normalizer and added[text]["normalized"]:
+            refused.append(f"added token {text!r} with normalized")
+    if len({added[text]["normalized"] for text in words}) > 1:  # those that are not are found first
+        refused.append("added tokens with normalized and without")
     vocab = {text: i for text, i in model["vocab"].items() if text not in added}
     ranks, problem = ranks_of(vocab, model["merges"], model.get("ignore_merges"))
     refused += [problem] if problem else []
@@ -345,8 +352,9 @@ def split_pattern(pre_tokenizer):
         return DIGITS_SPLIT, []
     if kinds == ["Split", "ByteLevel"] and plain and not own_regex and "Regex" in steps[0]["pattern"]:
         pattern, behavior, invert = steps[0]["pattern"]["Regex"], steps[0]["behavior"], steps[0]["invert"]
-        if re.search(r"\{[\d,]+\}\+", pattern):  # Oniguruma repeats the interval, tiktoken makes it possessive
-            return pattern, ["pre_tokenizer Split with a quantifier {m,n}+"]
+        # to Oniguruma {m,n}+ repeats, ^ and $ are a line's; to tiktoken {m,n}+ is possessive, ^ and $ are the text's
+        if found := re.search(r"\{[\d,]+\}\+|(?<![\\\[])[$^]", pattern):
+            return pattern, [f"pre_tokenizer Split with {found[0]} in its pattern"]
         if behavior == "Removed" and invert:  # what does not match is dropped, as tiktoken does
             return pattern, []
         if behavior == "Isolated":  # a run that does not match is a piece

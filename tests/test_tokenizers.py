@@ -1,0 +1,215 @@
+"""tokenizer.py: the ids of every kind of file are those of its own library, and what would differ is refused."""
+
+import base64
+import json
+import random
+import sys
+import unicodedata
+
+import pytest
+import tiktoken
+from conftest import REPO
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, Encoding, fingerprint, get_tokenizer
+
+BYTES = get_tokenizer("bytes")
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPECIAL = ["<|endoftext|>", "<|im_start|>"]
+
+
+def sample_texts(n=400, seed=0):
+    """Texts that tokenizers are known to disagree on: marks, runs of white space, numerals, contractions, emoji."""
+    rng = random.Random(seed)
+    blocks = [(0x20, 0x7f), (0x80, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xd00), (0xe00, 0xe80),
+              (0x1100, 0x1200), (0x2000, 0x2070), (0x2100, 0x2190), (0x2460, 0x2500), (0x3040, 0x3100), (0x4e00, 0x5000),
+              (0xac00, 0xad00), (0xfb00, 0xfb50), (0xff00, 0xff60), (0x1f300, 0x1f650), (0x1d400, 0x1d500)]
+    lines = [line for path in sorted(REPO.glob("*.py")) for line in path.read_text(encoding="utf-8").splitlines(True)]
+    fixed = ["don't", "WE'LL", "'S", "it'\u017f", " \u00e9", "e\u0301", "1234567", "\u00bd\u2167", *SPECIAL, "<tool>", "<tool_call>", "<|im_",
+             "\r\n", "\n\n\n", "\t", "   ", " ", "\u00a0", "\u3000", "\x85", "\x1c", "\0", "...", "!?\n", "\u5317\u4eac", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+             "\uac00", "\u1100\u1161", "\u212b", "\U0001f680", "x" * 50, " " * 33, "aaaa", "\u0338", "\ufffd", "\U0010ffff", "\ue000"]
+
+    def characters():
+        low, high = rng.choice(blocks)
+        drawn = [chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 8))]
+        return "".join(c for c in drawn if unicodedata.category(c) != "Cn")  # whose class differs between versions
+
+    kinds = [characters, lambda: rng.choice(lines), lambda: rng.choice(fixed), lambda: str(rng.randrange(10**rng.randrange(9))),
+             lambda: rng.choice(" \n\t\r") * rng.randrange(1, 5)]
+    texts = ["", *fixed]
+    while len(texts) < n:
+        text = "".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 9)))
+        texts += [text, unicodedata.normalize(rng.choice(["NFC", "NFD"]), text)]
+    return texts
+
+
+TEXTS = sample_texts()
+
+
+def byte_level(use_regex):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def split(pattern, behavior="isolated", invert=False):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior, invert), byte_level(False)])
+
+
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level(True)])
+
+
+def trained(pre_tokenizer, alphabet=ALPHABET, normalizer=None, words=(), texts=None):
+    """A Tokenizer of 600 tokens, trained on this repository's sources and on the texts of another seed."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False,
+                                  limit_alphabet=len(alphabet))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(REPO.glob("*.py"))[:6]]
+    tokenizer.train_from_iterator([*sources, *sample_texts(200, 1)] if texts is None else texts, trainer)
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    return tokenizer
+
+
+def changed(tokenizer, path, **parts):
+    """The file of a Tokenizer with parts of it replaced: a__b=x replaces spec["a"]["b"]."""
+    spec = json.loads(tokenizer.to_str())
+    for keys, value in parts.items():
+        *outer, last = keys.split("__")
+        inner = spec
+        for key in outer:
+            inner = inner[key]
+        inner[last] = value
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def small():
+    return trained(byte_level(True))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# bytes, names, rank files
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\nb\n\n\nc", "\r\n\t  ", "na\u00efve caf\u00e9 \u5317\u4eac \U0001f680", "<|endoftext|>", "\0\x7f"])
+def test_bytes_tokenizer_is_utf8_and_reads_special_text_as_text(text):
+    assert BYTES.encode_ordinary(text) == list(text.encode())
+    assert BYTES.decode(BYTES.encode_ordinary(text)) == text
+    assert (BYTES.eos, BYTES.bos, BYTES.n_vocab) == (256, None, 257)
+
+
+def test_unknown_tokenizer_names_the_known_ones():
+    with pytest.raises(ValueError, match="'gpt5' is neither a file, nor a folder, nor one of bytes, .*o200k_base"):
+        get_tokenizer("gpt5")
+
+
+def test_tiktoken_name_without_a_network_says_what_to_do(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="'gpt2'.*could not download.*set TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("gpt2")
+
+
+def rank_file(path, n=256, merges=()):
+    """A rank file of n tokens: the single bytes, the merges, and six-digit numbers."""
+    tokens = [*(bytes([i]) for i in range(256)), *merges]
+    tokens += [b"%06d" % i for i in range(n - len(tokens))]
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return str(path)
+
+
+def test_rank_file_is_read_and_merges_are_used(tmp_path):
+    encoding = get_tokenizer(rank_file(tmp_path / "mine.tiktoken", merges=[b"th", b"the"]))
+    assert encoding.encode_ordinary("the") == encoding.encode("the") == encoding.encode_to_numpy("the").tolist() == [257]
+    assert (encoding.eos, encoding.name) == (258, "mine.tiktoken")
+    assert encoding.encode("the<|endoftext|>", allowed_special={"<|endoftext|>"}) == [257, 258]
+    assert 258 not in encoding.encode("the<|endoftext|>")
+
+
+# the number of ranks is what tells these files from others; the ids are those of the published tokenizers
+@pytest.mark.parametrize("n, ids, eos, n_vocab, pattern, nfc", [
+    (128000, {"<|begin_of_text|>": 128000, "<|eot_id|>": 128009, "<|reserved_special_token_245|>": 128255}, 128001,
+     128256, LLAMA3_SPLIT, False),
+    (151643, {"<|im_start|>": 151644, "<|im_end|>": 151645, "<|extra_204|>": 151850}, 151643, 151851, QWEN_SPLIT, True)])
+def test_llama3_and_qwen_rank_files_get_their_special_tokens(tmp_path, n, ids, eos, n_vocab, pattern, nfc):
+    encoding = get_tokenizer(rank_file(tmp_path / "tokenizer.model", n))
+    assert {token: encoding._special_tokens[token] for token in ids} == ids
+    assert (encoding.eos, encoding.bos, encoding.n_vocab) == (eos, None, n_vocab)
+    assert (encoding._pat_str, encoding.nfc) == (pattern, nfc)
+    assert encoding.decode(encoding.encode("e\u0301")) == ("\u00e9" if nfc else "e\u0301")
+
+
+@pytest.mark.parametrize("content, told", [(b"not base64 at all\n", "no tiktoken rank file"),
+                                           (b"YQ== 0\n", "lacks 255 of the 256 single bytes"),
+                                           (b"YQ== 0\nYg== 2\n", "2 ranks, which are not 0 to 1, each once"),
+                                           (b"YQ== 0\nYQ== 1\n", "2 ranks, which are not 0 to 1, each once"),
+                                           (b"", "lacks 256 of the 256 single bytes"), (b"YQ==\n", "no tiktoken rank file"),
+                                           (b"{nothing", "no JSON file"), (b"{}", "neither a tokenizer.json .* nor a tekken.json")])
+def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path, content, told):
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        get_tokenizer(str(tmp_path / "x.model"))
+
+
+def test_rank_file_of_a_tiktoken_name_is_refused_for_its_pattern(tmp_path):
+    with pytest.raises(ValueError, match="as many ranks as gpt2, .*use data.tokenizer=gpt2"):
+        get_tokenizer(rank_file(tmp_path / "x.tiktoken", 50256))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_tekken_file_has_its_special_tokens_first(tmp_path, listed):
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None}
+             for i, t in enumerate([*(bytes([b]) for b in range(256)), b"th", b"the", b"beyond"])]
+    spec = {"config": {"pattern": GPT2_SPLIT, "default_vocab_size": 288, "default_num_special_tokens": 30}, "vocab": vocab}
+    if listed:
+        spec["special_tokens"] = [{"rank": i, "token_str": t, "is_control": True} for i, t in enumerate(["<s>", "</s>"])]
+    (tmp_path / "tekken.json").write_text(json.dumps(spec))
+    encoding = get_tokenizer(str(tmp_path))
+    assert encoding.encode("the a") == [30 + 257, 30 + 32, 30 + 97] and encoding.n_vocab == 288
+    assert (encoding.eos, encoding._special_tokens["<SPECIAL_29>"]) == (1 if listed else 2, 29)
+    assert encoding.decode(encoding.encode("beyond")) == "beyond"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+WORDS = ["<tool_call>", "<tool>", "<tool"]
+KINDS = {
+    "gpt2": lambda: trained(byte_level(True)),
+    "gpt2 words": lambda: trained(byte_level(True), words=[*WORDS, "aaa", "   "]),
+    "smollm2": lambda: trained(DIGITS),
+    # the bytes of planes that the training text did not have are no tokens, and vanish
+    "smollm2 bytes missing": lambda: trained(DIGITS, ALPHABET[:200], texts=[p.read_text() for p in REPO.glob("*.py")]),
+    "llama3": lambda: trained(split(LLAMA3_SPLIT)),
+    "qwen": lambda: trained(split(QWEN_SPLIT), normalizer=normalizers.NFC(), words=WORDS),
+    "phi4": lambda: trained(split(LLAMA3_SPLIT, "removed", True), words=WORDS[:1]),
+    # patterns that leave text out: a piece of its own under Isolated, dropped under Removed
+    "isolated gaps": lambda: trained(split(r"\p{L}+|\p{N}")),
+    "isolated groups, bytes missing": lambda: trained(split(r"(\p{L})+|(\p{N})"), ALPHABET[:200], texts=["this that the"]),
+    "removed gaps": lambda: trained(split(r"\p{L}+|\p{N}", "removed", True)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_tokenizers_library(tmp_path, kind):
+    reference = KINDS[kind]()
+    spec = json.loads(reference.to_str())
+    spec["model"]["ignore_merges"] = kind == "llama3"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    reference = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference.encode_special_tokens = True  # as text
+    encoding = get_tokenizer(str(tmp_path / "tokenizer.json"))
+    used = set()
+    for text in TEXTS:
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert encoding.encode_ordinary(text) == encoding.encode_to_numpy(text).tolist() == ids, repr(text)
+        used |= set(ids)
+        if "missing" not in kind and "removed" not in kind:
+            assert encoding.decode(ids) == (unicodedata.normalize("NFC", text) if kind == "qwen" else text)
+    assert len(used) > (20 if "groups" in kind else 300) and encoding.eos == 0  # the texts use half of the tokens
+    assert encoding.encode("a<|im_start|>", allowed_special="all")[-1] == 1
