@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import sys
+import sys
 import unicodedata
 
 import pytest
@@ -213,3 +214,134 @@ def test_ids_are_those_of_the_tokenizers_library(tmp_path, kind):
             assert encoding.decode(ids) == (unicodedata.normalize("NFC", text) if kind == "qwen" else text)
     assert len(used) > (20 if "groups" in kind else 300) and encoding.eos == 0  # the texts use half of the tokens
     assert encoding.encode("a<|im_start|>", allowed_special="all")[-1] == 1
+    assert bool(encoding.missing) == ("missing" in kind)
+
+
+def test_merges_as_pairs_of_a_string_and_a_model_without_type_are_read(tmp_path, small):
+    spec = json.loads(small.to_str())["model"]
+    path = changed(small, tmp_path / "t.json", model__merges=[" ".join(m) for m in spec["merges"]])
+    old = json.loads(path.read_text())
+    del old["model"]["type"]
+    path.write_text(json.dumps(old))
+    assert get_tokenizer(str(path)).encode("the function") == small.encode("the function").ids
+
+
+def toy(*merges, **keys):
+    """Parts of a tokenizer.json whose tokens are a, b, c, d and those of the merges."""
+    tokens = dict.fromkeys(["a", "b", "c", "d", *("".join(m) for m in merges)])
+    return {"model__vocab": {t: 10 + i for i, t in enumerate(tokens)}, "model__merges": [list(m) for m in merges], **keys}
+
+
+def added(**flags):
+    word = dict(id=5000, content="<w>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    return [{**word, **flags}]
+
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def splits(pattern, **keys):
+    return {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False, **keys}, {**LEVEL, "use_regex": False}]}
+
+
+@pytest.mark.parametrize("parts, told", [
+    (dict(model__type="WordPiece"), "its model is WordPiece"), (dict(model__byte_fallback=True), "BPE with byte_fallback"),
+    (dict(model__dropout=0.1), "model.dropout=0.1"), (dict(model__end_of_word_suffix="</w>"), "end_of_word_suffix='</w>'"),
+    (dict(model__continuing_subword_prefix="##"), "continuing_subword_prefix='##'"),
+    (dict(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+    (dict(added_tokens=added(lstrip=True)), "'<w>' with lstrip"), (dict(added_tokens=added(rstrip=True)), "with rstrip"),
+    (dict(added_tokens=added(single_word=True)), "with single_word"),
+    (dict(added_tokens=added(normalized=True), normalizer={"type": "NFC"}), "'<w>' with normalized"),
+    (dict(added_tokens=added(normalized=True) + added(content="<v>")), "with normalized and without"),
+    (toy(("a", "b"), model__unk_token="a"), "unk_token='a' for single bytes without a token"),
+    (toy(("a", "b"), model__vocab={"a": 0, "b": 1}), "merge 'a' 'b' makes no token"),
+    (toy(("a", "b"), ("b", "c"), model__vocab={"a": 0, "b": 1, "c": 2, "ab": 4, "bc": 3}), r"order of the merges \(at 'bc'\)"),
+    (toy(("a", "b"), ("b", "c"), ("a", "bc"), ("c", "d"), ("ab", "c")), r"order of the merges \(at 'abc'\)"),
+    (toy(("a", "b"), ("b", "c"), ("a", "bc")), "token 'abc' is not what its merge makes"),
+    (toy(("a", "b"), model__vocab={"a": 0, "b": 1, "ab": 2, "dd": 3}, model__ignore_merges=True), "with 1 tokens that no merge"),
+    (dict(pre_tokenizer=None), "pre_tokenizer None"), (dict(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer Metaspace"),
+    (dict(pre_tokenizer={**LEVEL, "add_prefix_space": True}), "'add_prefix_space': True"),
+    (dict(pre_tokenizer={**LEVEL, "use_regex": False}), "'use_regex': False"),
+    (dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, LEVEL]}),
+     "'individual_digits': False"),
+    (dict(pre_tokenizer=splits({"String": "x"})), "pre_tokenizer Split"),
+    (dict(pre_tokenizer=splits({"Regex": "x"}, behavior="MergedWithNext")), "MergedWithNext"),
+    (dict(pre_tokenizer=splits({"Regex": r"\p{N}{1,3}+"})), r"Split with \{1,3\}\+ in its pattern"),
+    (dict(pre_tokenizer=splits({"Regex": r"\s+$|\s"})), r"Split with \$ in its pattern")])
+def test_what_would_not_be_followed_exactly_is_refused_by_name(tmp_path, small, parts, told):
+    with pytest.raises(ValueError, match=told):
+        get_tokenizer(str(changed(small, tmp_path / "tokenizer.json", **parts)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# SentencePiece, folders, fingerprints
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    library = pytest.importorskip("sentencepiece", reason="pip install sentencepiece")
+    prefix = tmp_path_factory.mktemp("sp") / "tokenizer"
+    library.SentencePieceTrainer.train(sentence_iterator=iter((REPO / "tokenizer.py").read_text().splitlines()),
+                                       model_prefix=str(prefix), vocab_size=500, model_type="bpe", byte_fallback=True,
+                                       minloglevel=2)
+    return prefix.with_suffix(".model")
+
+
+def test_sentencepiece_ids_are_those_of_its_library(pieces):
+    reference = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(pieces))
+    encoding = get_tokenizer(str(pieces))
+    for text in TEXTS:
+        ids = encoding.encode_ordinary(text)
+        assert ids == encoding.encode_to_numpy(text, disallowed_special=()).tolist() == reference.encode(text)
+        assert encoding.decode(ids) == reference.decode(ids)
+        assert b"".join(map(encoding.decode_single_token_bytes, ids)).removeprefix(b" ").decode() == encoding.decode(ids)
+    assert (encoding.n_vocab, encoding.max_token_value, encoding.bos, encoding.eos) == (500, 499, None, 2)
+
+
+def test_sentencepiece_errors_say_what_to_do(pieces, tmp_path, monkeypatch):
+    (tmp_path / "x.model").write_bytes(b"\nrubbish")
+    with pytest.raises(ValueError, match="x.model is no SentencePiece model"):
+        get_tokenizer(str(tmp_path / "x.model"))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="needs a package: pip install sentencepiece"):
+        get_tokenizer(str(pieces))
+
+
+def test_a_folder_says_what_begins_and_ends_a_text(tmp_path, small):
+    template = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    post = {"type": "Sequence", "processors": [{**LEVEL, "type": "ByteLevel"}, json.loads(template.__getstate__())]}
+    changed(small, tmp_path / "tokenizer.json", post_processor=post)
+    start, end = "<|im_start|>", "<|endoftext|>"
+    for config, bos, eos in [(None, 1, 0), ({"add_bos_token": False, "bos_token": start}, None, 0), ({}, 1, 0),
+                             ({"add_bos_token": True, "bos_token": end, "eos_token": start}, 0, 1),
+                             ({"add_bos_token": True, "bos_token": {"content": end}, "eos_token": {"content": start}}, 0, 1),
+                             ({"add_bos_token": True}, None, 0), ({"eos_token": None}, 1, 0)]:
+        if config is not None:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        encoding = get_tokenizer(str(tmp_path))
+        assert (encoding.bos, encoding.eos, encoding.name) == (bos, eos, tmp_path.name), config
+
+
+def test_the_file_of_a_folder_that_can_be_followed_is_taken(tmp_path, small):
+    with pytest.raises(ValueError, match="holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json"):
+        get_tokenizer(str(tmp_path))
+    rank_file(tmp_path / "tokenizer.model")
+    assert get_tokenizer(str(tmp_path)).n_vocab == 257
+    changed(small, tmp_path / "tokenizer.json")
+    assert get_tokenizer(str(tmp_path)).n_vocab == 600
+    # as Mistral 7B's: its tokenizer.json is the same vocabulary in a form that is not read
+    changed(small, tmp_path / "tokenizer.json", model__byte_fallback=True, pre_tokenizer=None)
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text().replace("ByteLevel", "Metaspace"))
+    assert get_tokenizer(str(tmp_path)).n_vocab == 257
+
+
+def test_fingerprints_tell_apart_whatever_changes_ids(pieces):
+    ranks = {bytes([i]): i for i in range(256)}
+    base = dict(pat_str=r"\s|\S+", mergeable_ranks=ranks, special_tokens={"<w>": 300})
+    others = [dict(nfc=True), dict(words=["<w>"]), dict(pat_str=r"\S+|\s"), dict(special_tokens={"<w>": 301}),
+              dict(mergeable_ranks={**ranks, b"th": 256})]
+    prints = [fingerprint(Encoding("x", **{**base, **keys})) for keys in [{}, *others]]
+    prints += [fingerprint(BYTES), fingerprint(get_tokenizer(str(pieces)))]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == fingerprint(Encoding("another name", **base))
