@@ -1,4 +1,4 @@
-"""hellaswag.py, eval.py: prepared as the evaluation harness does, packed without loss, scored as transformers scores."""
+"""hellaswag.py, eval.py: prepared as the evaluation harness does, packed without loss, scored as transformers does."""
 
 import http.server
 import json
@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import build, metrics, run, run_many
 
+import configurator
 import eval as scoring
 import hellaswag
 import model as models
@@ -67,7 +68,7 @@ def test_text_is_prepared_by_the_rules_of_the_harness(tmp_path):
     items = hellaswag.read([write(tmp_path / "q.jsonl", [raw, plain])])
     assert items == [{"ind": 7, "query": "Home: How to bake. Mix flour. Stir it. Then you", "label": 1,
                       "endings": ["wait an hour.", "rest. Done.", "a b", "c"]},
-                     {"ind": 8, "query": "Dogs: A dog runs. ", "endings": ["x", "y"], "label": 0}]
+                     {"ind": 8, "query": "Dogs: A dog runs.", "endings": ["x", "y"], "label": 0}]
 
 
 @pytest.mark.parametrize("line, told", [
@@ -250,13 +251,9 @@ def runs(file, tiny_run, tmp_path_factory):
                 "--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]', "--global_batch_size=4",
                 "--micro_batch_size=2", "--eval_hellaswag_items=2"]
     packed = [*unpacked, "--data.packed_sequence_size=256"]
-    one = run_many(folder, {"packed": packed, "unpacked": [*unpacked, "--compile.enabled=True"]})
+    one = run_many(folder, {"packed": packed, "unpacked": unpacked})
     two = run_many(folder, {"packed_2": packed}, ranks=2)
     return packed, folder, one, two["packed_2"]
-
-
-def exact(m):
-    return [{k: v for k, v in row.items() if k not in ("time_s", "tokens_per_s", "peak_gib")} for row in m.rows]
 
 
 def test_fine_tuning_is_the_same_on_two_ranks_and_learns(runs):
@@ -267,10 +264,10 @@ def test_fine_tuning_is_the_same_on_two_ranks_and_learns(runs):
         scored = [row for row in m.rows if "val_loss" in row]
         assert all(row["hellaswag_acc"] in (0, 0.5, 1) and "hellaswag_acc_norm" in row for row in scored)
         assert len(scored) == 2
-    # FP8 rounds inputs that differ in their last bits to neighbouring values, 1/8 apart; over a batch that averages out
-    for a, b in zip(exact(one["packed"]), exact(two), strict=True):
-        assert {k: v for k, v in b.items() if "hella" not in k} == pytest.approx(
-            {k: v for k, v in a.items() if "hella" not in k}, rel=2e-3)
+    # sums in another order differ in their last bits, and FP8 rounds some of those to the neighbouring value
+    for a, b in zip(one["packed"].rows, two.rows, strict=True):
+        for key in {"loss", "grad_norm", "val_loss"}.intersection(a):
+            assert b[key] == pytest.approx(a[key], rel=2e-3)
 
 
 def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs):
@@ -278,7 +275,9 @@ def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs):
     shutil.copytree(folder / "packed", folder / "again")
     shutil.rmtree(folder / "again" / "checkpoints" / "step_00000006")
     assert "3 steps done" in run("train.py", *packed, f"--out_dir={folder / 'again'}").stdout
-    assert exact(metrics(folder / "again")) == exact(one["packed"])
+    again, whole = ([{k: v for k, v in row.items() if k not in ("time_s", "tokens_per_s", "peak_gib")}
+                     for row in m.rows] for m in (metrics(folder / "again"), one["packed"]))
+    assert again == whole
 
 
 def test_mistakes_about_packing_are_told(file):
@@ -291,19 +290,35 @@ def test_mistakes_about_packing_are_told(file):
 # eval.py
 
 
-def test_eval_of_a_run_is_the_same_on_two_ranks(runs, file, tmp_path):
-    outs = [tmp_path / f"{n}.jsonl" for n in (1, 2)]
-    for n, out in enumerate(outs, 1):
-        done = run("eval.py", f"--from={runs[1] / 'packed'}", f"--data={file}", "--limit=9", f"--out={out}", ranks=n)
-        assert "9 questions: acc 0." in done.stdout and f"written: {out}" in done.stdout
-    one, two = ([json.loads(line) for line in out.read_text().splitlines()] for out in outs)
+@pytest.fixture
+def evaluate(monkeypatch):
+    """Call eval.py's main in this process, on the CPU, as its entry point does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *args])
+        configurator.run(scoring.main)
+
+    return call
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_eval_of_a_run_is_the_same_on_two_ranks(runs, file, tmp_path, evaluate, capsys):
+    args = [f"--from={runs[1] / 'packed'}", f"--data={file}", "--limit=9"]
+    evaluate(*args, f"--out={tmp_path / '1'}")
+    done = run("eval.py", *args, f"--out={tmp_path / '2'}", ranks=2)
+    assert done.stdout.splitlines()[0] == capsys.readouterr().out.splitlines()[0]
+    one, two = read(tmp_path / "1"), read(tmp_path / "2")
     assert [row["ind"] for row in one] == list(range(100, 109))
     for a, b in zip(one, two, strict=True):
         assert a.pop("loglikelihood") == pytest.approx(b.pop("loglikelihood"), abs=1e-4) and a == b
         assert list(a) == ["ind", "label", "pred", "pred_norm"]
 
 
-def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path, monkeypatch, capsys):
+def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path, evaluate, capsys):
     import tokenizers
     import transformers
 
@@ -319,11 +334,9 @@ def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path
     model.save_pretrained(tmp_path / "hf")
     tok.save(str(tmp_path / "hf" / "tokenizer.json"))
     out = tmp_path / "scores.jsonl"
-    monkeypatch.setattr(sys, "argv", ["eval.py", f"--from={tmp_path / 'hf'}", f"--data={file}", f"--out={out}"])
-    monkeypatch.setattr(scoring.torch.cuda, "is_available", lambda: False)
-    scoring.main()
-    rows, right = [json.loads(line) for line in out.read_text().splitlines()], 0
-    for row, q in zip(rows, hellaswag.read([file]), strict=True):
+    evaluate(f"--from={tmp_path / 'hf'}", f"--data={file}", f"--out={out}")
+    right = 0
+    for row, q in zip(read(out), hellaswag.read([file]), strict=True):
         expected = []
         for ending in q["endings"]:
             n, ids = len(tok.encode(q["query"]).ids), torch.tensor(tok.encode(f"{q['query']} {ending}").ids)
@@ -341,10 +354,9 @@ def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path
 
 @pytest.mark.parametrize("args, told", [(["--data=nowhere.jsonl"], "--data=nowhere.jsonl: no such file"),
                                         (["--limit=-1"], "--limit=-1"), (["--out=no/such/x.jsonl"], "--out=no/such")])
-def test_eval_mistakes_are_one_line(runs, file, monkeypatch, capsys, args, told):
-    monkeypatch.setattr(sys, "argv", ["eval.py", f"--from={runs[1] / 'packed'}", f"--data={file}", *args])
+def test_eval_mistakes_are_one_line(runs, file, evaluate, capsys, args, told):
     with pytest.raises(SystemExit) as stopped:
-        scoring.configurator.run(scoring.main)
+        evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", *args)
     assert stopped.value.code == 2
     told_lines = capsys.readouterr().err.strip().splitlines()
     assert len(told_lines) == 1 and told in told_lines[0]
