@@ -88,6 +88,8 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if args.data and not Path(args.data).is_file():
         raise ValueError(f"--data={args.data}: no such file")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out={args.out}: its folder does not exist, make it first")
     if rank > 0:
         checkpoint.barrier()
     path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)

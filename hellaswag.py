@@ -8,6 +8,7 @@ EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accur
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -42,7 +43,7 @@ def download(name, folder):
         if (lines := len(aside.read_bytes().splitlines())) != LINES[name]:
             raise OSError(f"{lines} lines came, not {LINES[name]}")
         aside.rename(path)
-    except OSError as error:  # urllib's errors are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise ValueError(f"{URL + name} could not be downloaded ({error}). Without a network put that file at {path}, "
                          "or name files of yours (data.train and data.val; --data for eval.py)") from error
     finally:
@@ -68,7 +69,8 @@ def read(files):
                 context = f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}" if "ctx_a" in raw else raw["ctx"]
                 item = {"ind": raw["ind"], "query": clean(f"{raw['activity_label']}: {context}"),
                         "endings": [clean(ending) for ending in raw["endings"]], "label": int(raw["label"])}
-                item["endings"][item["label"]]
+                if not isinstance(raw["endings"], list) or not 0 <= item["label"] < len(raw["endings"]):
+                    raise IndexError("endings must be a list, and label the place of one in it")
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: no HellaSwag question with ind, activity_label, ctx_a and "
                                  f"ctx_b, endings and label ({type(error).__name__}: {error})") from error

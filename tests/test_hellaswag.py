@@ -1,0 +1,362 @@
+"""hellaswag.py, eval.py: prepared as the evaluation harness does, packed without loss, scored as transformers does."""
+
+import http.server
+import json
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, metrics, run, run_many
+
+import configurator
+import eval as scoring
+import hellaswag
+import model as models
+from data import DataConfig, Loader
+from model import IGNORE
+from tokenizer import get_tokenizer
+
+BYTES = get_tokenizer("bytes")
+WORDS = "the man puts a red hat on his dog then walks it to town and back again in rain".split()
+
+
+def question(i):
+    """A made-up question in the published format; endings differ in length, some come from WikiHow."""
+    rng = np.random.default_rng(i)
+
+    def text(low, high):
+        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    a, b = text(3, 12).capitalize() + ".", text(1, 4)
+    if i % 3 == 0:
+        a, b = f"[header] How to {text(2, 4)} [title] {a} [step] {text(2, 5)}.", ""
+    return {"ind": 100 + i, "activity_label": text(1, 3), "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}",
+            "endings": [text(2, 10) + "." for _ in range(4)], "label": str(rng.integers(4))}
+
+
+def write(path, questions):
+    path.write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("questions") / "q.jsonl", [question(i) for i in range(40)])
+
+
+def config(*files, **keys):
+    return DataConfig(format="hellaswag", train=[str(f) for f in files], tokenizer="bytes", **keys)
+
+
+def decode(ids):
+    return bytes(int(i) for i in ids).decode()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# questions
+
+
+def test_text_is_prepared_by_the_rules_of_the_harness(tmp_path):
+    # expectations written by hand from SPEC: join, brackets away, " [title]" to ". ", double spaces to one
+    raw = {"ind": 7, "activity_label": "Home", "label": "1", "ctx": "unused",
+           "ctx_a": "[header] How to bake [title] Mix flour. [step] Stir it.", "ctx_b": "THEN you",
+           "endings": [" wait [substeps] an hour. ", "rest [title] Done.", "a  b", "c"]}
+    plain = {"ind": 8, "activity_label": "Dogs", "ctx_a": "A dog runs.", "ctx_b": "", "endings": ["x", "y"], "label": 0}
+    items = hellaswag.read([write(tmp_path / "q.jsonl", [raw, plain])])
+    assert items == [{"ind": 7, "query": "Home: How to bake. Mix flour. Stir it. Then you", "label": 1,
+                      "endings": ["wait an hour.", "rest. Done.", "a b", "c"]},
+                     {"ind": 8, "query": "Dogs: A dog runs.", "endings": ["x", "y"], "label": 0}]
+
+
+@pytest.mark.parametrize("line, told", [
+    ('{"ind": 1', "JSONDecodeError"), ("[1]", "TypeError"), (b"\xff", "UnicodeDecodeError"),
+    (json.dumps({**question(0), "label": "4"}), "IndexError"), (json.dumps({**question(0), "label": ""}), "ValueError"),
+    (json.dumps({**question(0), "label": "-1"}), "label"), (json.dumps({**question(0), "endings": "abcd"}), "endings"),
+    (json.dumps({k: v for k, v in question(0).items() if k != "activity_label"}), "activity_label")])
+def test_broken_lines_are_named(tmp_path, line, told):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(json.dumps(question(1)).encode() + b"\n\n" + (line if isinstance(line, bytes) else line.encode()))
+    with pytest.raises(ValueError, match="q.jsonl, line 3: no HellaSwag question") as error:
+        hellaswag.read([path])
+    assert told in str(error.value)
+
+
+def test_every_20th_question_is_for_validation(file, tmp_path):
+    train, val = hellaswag.questions(config(file))
+    assert [q["ind"] for q in val] == [119, 139] and len(train) == 38
+    train, val = hellaswag.questions(config(file, val=[str(write(tmp_path / "v.jsonl", [question(90)]))]))
+    assert [q["ind"] for q in val] == [190] and len(train) == 40
+    with pytest.raises(ValueError, match="0 for validation are too few"):
+        hellaswag.prepare(config(tmp_path / "v.jsonl"), 64, 1)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A local web server in the place of GitHub; the folder that it serves."""
+    (tmp_path / "web").mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "web")
+
+        def log_message(self, *args):
+            pass
+
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{served.server_port}/")
+    monkeypatch.setattr(hellaswag, "LINES", {"hellaswag_val.jsonl": 3})
+    yield tmp_path / "web"
+    served.shutdown()
+    served.server_close()
+
+
+def test_download_is_whole_or_not_there(server, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    where = f"put that file at {cache / 'hellaswag_val.jsonl'}"
+    for count, told in ((None, "404"), (2, "2 lines came, not 3")):
+        if count:
+            write(server / "hellaswag_val.jsonl", [question(i) for i in range(count)])
+        with pytest.raises(ValueError) as error:
+            hellaswag.download("hellaswag_val.jsonl", cache)
+        assert told in str(error.value) and where in str(error.value) and list(cache.iterdir()) == []
+    write(server / "hellaswag_val.jsonl", [question(i) for i in range(3)])
+    path = hellaswag.download("hellaswag_val.jsonl", cache)
+    assert path.read_bytes() == (server / path.name).read_bytes() and list(cache.iterdir()) == [path]
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/")  # the discard port: nobody listens
+    assert hellaswag.download("hellaswag_val.jsonl", cache) == path  # no second download
+    path.unlink()
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        hellaswag.download("hellaswag_val.jsonl", cache)
+    assert list(cache.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# samples
+
+
+class WithBos:
+    """Bytes with a token for " w", which begins in the query's last space where the texts are joined; and BOS."""
+
+    bos = 300
+
+    def encode_ordinary(self, text):
+        return [b for b in text.replace(" w", "\x01").encode()]
+
+
+def test_an_endings_tokens_are_those_of_the_joint_text_beyond_the_query():
+    ids, start, cut = hellaswag.encode(BYTES, "a: b", "cd", 64)
+    assert (decode(ids), start, cut) == ("a: b cd", 4, 0)  # no BOS: the bytes tokenizer has none
+    ids, start, cut = hellaswag.encode(WithBos(), "a: b", "we", 64)
+    assert (ids.tolist(), start, cut) == ([300, *b"a: b\x01e"], 5, 0)
+    # `limit` inputs, and one more target: the beginning goes, BOS stays
+    ids, start, cut = hellaswag.encode(WithBos(), "a: b", "we", 4)
+    assert (ids.tolist(), start, cut) == ([300, *b" b\x01e"], 3, 2)
+    ids, start, cut = hellaswag.encode(BYTES, "a: b", "cdef", 3)  # nothing of the query left: one token must be input
+    assert (decode(ids), start) == ("cdef", 1)
+
+
+def test_too_long_samples_are_reported(file):
+    train, _, _ = hellaswag.prepare(config(file), 64, 1)
+    n = sum(len(f"{q['query']} {q['endings'][q['label']]}") > 65 for q in hellaswag.read([file]))
+    assert n > 5 and f"{n} samples lost their beginning, being longer than 64 tokens" in train.description
+    assert "lost" not in hellaswag.prepare(config(file), 512, 1)[0].description
+
+
+def documents(x, y, positions):
+    """The (ids of x, targets) of each document in a row."""
+    borders = [*np.flatnonzero(positions == 0), len(x)]
+    return [(x[a:b], y[a:b], positions[a:b]) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+
+
+def test_packed_rows_hold_every_sample_once_and_targets_stay_within(file):
+    train, val, _ = hellaswag.prepare(config(file, packed_sequence_size=512), 512, 5)
+    items, found, filler = hellaswag.questions(config(file))[0], [], 0
+    for x, y, positions in map(train.row, range(train.n_rows)):
+        for ids, targets, at in documents(x, y, positions):
+            assert at.tolist() == list(range(len(at))) and len(at) <= train.longest
+            counted = np.flatnonzero(targets != IGNORE)
+            if len(counted) == 0:
+                assert not ids.any()
+                filler += len(ids)
+                continue
+            assert counted.tolist() == list(range(counted[0], len(ids)))  # the ending, up to the border
+            assert (targets[counted[:-1]] == ids[counted[1:]]).all()
+            found.append((decode(ids[: counted[0] + 1]), decode(targets[counted])))
+    assert sorted(found) == sorted((q["query"], " " + q["endings"][q["label"]]) for q in items)
+    assert train.padding == pytest.approx(filler / (train.n_rows * 512)) and train.padding < 0.2
+    assert train.n_rows < len(items) / 3
+    same, other = (hellaswag.prepare(config(file, packed_sequence_size=512), 512, s)[0] for s in (5, 6))
+    assert same.digest == train.digest != other.digest
+    assert all((same.row(i)[0] == train.row(i)[0]).all() for i in range(train.n_rows))
+    assert any((a != b).any() for a, b in ((other.row(i)[0], train.row(i)[0]) for i in range(2)))
+
+
+def test_unpacked_rows_are_one_sample_of_one_length_that_fp8_can_take(file):
+    train, val, _ = hellaswag.prepare(config(file), 512, 1)
+    assert train.block_size == val.block_size == -(-max(train.longest, val.longest) // 16) * 16 < 512
+    assert train.n_rows == 38 and val.n_rows == 2
+    x, y, positions = val.row(1)
+    q = hellaswag.read([file])[39]
+    text, n = f"{q['query']} {q['endings'][q['label']]}", len(q["query"])
+    assert positions is None and decode(x[: len(text) - 1]) == text[:-1] and not x[len(text) - 1 :].any()
+    assert decode(y[n - 1 : len(text) - 1]) == text[n:] and (y != IGNORE).sum() == len(text) - n
+
+
+@pytest.mark.parametrize("size", [0, 256])
+def test_the_global_batch_is_the_same_on_any_number_of_ranks(file, size):
+    rows = hellaswag.prepare(config(file, packed_sequence_size=size), 256, 1)[0]
+    batches = []
+    for n in (1, 2, 4):
+        parts = [Loader(rows, global_batch_size=4, micro_batch_size=1, seed=1, vocab_size=272, rank=r, world_size=n)
+                 .batch(1) for r in range(n)]
+        assert all((part[2] is None) == (size == 0) for part in parts)
+        batches.append([torch.cat(c, 1).flatten(0, 1) for c in zip(*parts, strict=True) if c[0] is not None])
+    assert all(torch.equal(a, b) for other in batches[1:] for a, b in zip(batches[0], other, strict=True))
+
+
+def test_a_packed_batch_gives_the_loss_and_gradients_of_its_samples_one_by_one(file):
+    rows = hellaswag.prepare(config(file, packed_sequence_size=320), 320, 1)[0]
+    model = build(block_size=320)
+    x, y, positions = (torch.from_numpy(np.stack(c)) for c in zip(rows.row(0), rows.row(1), strict=True))
+    packed = model(x, y, 1, positions, models.document_bounds(positions))
+    packed.backward()
+    together, alone = [p.grad.clone() for p in model.parameters()], 0.0
+    model.zero_grad()
+    for k in (*rows.rows[0], *rows.rows[1]):
+        ids, start = rows.samples[k]
+        y = torch.from_numpy(ids[1:].copy())
+        y[: start - 1] = IGNORE
+        loss = model(torch.from_numpy(ids[None, :-1]), y[None])
+        loss.backward()
+        alone += loss.item()
+    assert packed.item() == pytest.approx(alone, rel=1e-5)
+    for p, g in zip(model.parameters(), together, strict=True):  # float32 sums in another order
+        assert (p.grad - g).norm() <= 1e-5 * g.norm()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+@pytest.fixture(scope="module")
+def runs(file, tiny_run, tmp_path_factory):
+    """FP8 runs, packed and not, on 1 and on 2 ranks: (arguments of the packed one, folder, metrics, metrics)."""
+    folder = tmp_path_factory.mktemp("runs")
+    unpacked = [*tiny_run, f'--data.train=["{file}"]', "--data.format=hellaswag", "--model.block_size=256",
+                "--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]', "--global_batch_size=4",
+                "--micro_batch_size=2", "--eval_hellaswag_items=2"]
+    packed = [*unpacked, "--data.packed_sequence_size=256"]
+    one = run_many(folder, {"packed": packed, "unpacked": unpacked})
+    two = run_many(folder, {"packed_2": packed}, ranks=2)
+    return packed, folder, one, two["packed_2"]
+
+
+def test_fine_tuning_is_the_same_on_two_ranks_and_learns(runs):
+    _, _, one, two = runs
+    for name, m in one.items():
+        losses = [row["loss"] for row in m.train.values()]
+        assert len(losses) == 6 and losses[-1] < losses[0] - 0.1, name
+        scored = [row for row in m.rows if "val_loss" in row]
+        assert all(row["hellaswag_acc"] in (0, 0.5, 1) and "hellaswag_acc_norm" in row for row in scored)
+        assert len(scored) == 2
+    # sums in another order differ in their last bits, and FP8 rounds some of those to the neighbouring value
+    for a, b in zip(one["packed"].rows, two.rows, strict=True):
+        for key in {"loss", "grad_norm", "val_loss"}.intersection(a):
+            assert b[key] == pytest.approx(a[key], rel=2e-3)
+
+
+def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs):
+    packed, folder, one, _ = runs
+    shutil.copytree(folder / "packed", folder / "again")
+    shutil.rmtree(folder / "again" / "checkpoints" / "step_00000006")
+    assert "3 steps done" in run("train.py", *packed, f"--out_dir={folder / 'again'}").stdout
+    again, whole = ([{k: v for k, v in row.items() if k not in ("time_s", "tokens_per_s", "peak_gib")}
+                     for row in m.rows] for m in (metrics(folder / "again"), one["packed"]))
+    assert again == whole
+
+
+def test_mistakes_about_packing_are_told(file):
+    with pytest.raises(ValueError, match="packed_sequence_size=512 is more than model.block_size=256"):
+        hellaswag.prepare(config(file, packed_sequence_size=512), 256, 1)
+    assert "text has no padding" in next(DataConfig(packed_sequence_size=64).problems())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# eval.py
+
+
+@pytest.fixture
+def evaluate(monkeypatch):
+    """Call eval.py's main in this process, on the CPU, as its entry point does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *args])
+        configurator.run(scoring.main)
+
+    return call
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_eval_of_a_run_is_the_same_on_two_ranks(runs, file, tmp_path, evaluate, capsys):
+    args = [f"--from={runs[1] / 'packed'}", f"--data={file}", "--limit=9"]
+    evaluate(*args, f"--out={tmp_path / '1'}")
+    done = run("eval.py", *args, f"--out={tmp_path / '2'}", ranks=2)
+    assert done.stdout.splitlines()[0] == capsys.readouterr().out.splitlines()[0]
+    one, two = read(tmp_path / "1"), read(tmp_path / "2")
+    assert [row["ind"] for row in one] == list(range(100, 109))
+    for a, b in zip(one, two, strict=True):
+        assert a.pop("loglikelihood") == pytest.approx(b.pop("loglikelihood"), abs=1e-4) and a == b
+        assert list(a) == ["ind", "label", "pred", "pred_norm"]
+
+
+def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path, evaluate, capsys):
+    import tokenizers
+    import transformers
+
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.train_from_iterator([" ".join(WORDS)] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tok.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=304, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, pad_token_id=None)).eval()
+    model.save_pretrained(tmp_path / "hf")
+    tok.save(str(tmp_path / "hf" / "tokenizer.json"))
+    out = tmp_path / "scores.jsonl"
+    evaluate(f"--from={tmp_path / 'hf'}", f"--data={file}", f"--out={out}")
+    right = 0
+    for row, q in zip(read(out), hellaswag.read([file]), strict=True):
+        expected = []
+        for ending in q["endings"]:
+            n, ids = len(tok.encode(q["query"]).ids), torch.tensor(tok.encode(f"{q['query']} {ending}").ids)
+            assert ids[0] == 0
+            with torch.no_grad():
+                logs = model(ids[None]).logits[0].log_softmax(-1)
+            expected.append(logs[n - 1 : -1].gather(1, ids[n:, None]).sum().item())
+        assert row["loglikelihood"] == pytest.approx(expected, abs=1e-4, rel=1e-5)
+        normed = [value / len(ending) for value, ending in zip(expected, q["endings"], strict=True)]
+        assert (row["pred"], row["pred_norm"]) == (np.argmax(expected), np.argmax(normed))
+        assert (row["ind"], row["label"]) == (q["ind"], q["label"])
+        right += row["pred"] == q["label"]
+    assert f"40 questions: acc {right / 40:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, told", [(["--data=nowhere.jsonl"], "--data=nowhere.jsonl: no such file"),
+                                        (["--limit=-1"], "--limit=-1"), (["--out=no/such/x.jsonl"], "--out=no/such")])
+def test_eval_mistakes_are_one_line(runs, file, evaluate, capsys, args, told):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", *args)
+    assert stopped.value.code == 2
+    told_lines = capsys.readouterr().err.strip().splitlines()
+    assert len(told_lines) == 1 and told in told_lines[0]
