@@ -280,6 +280,18 @@ def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs):
     assert again == whole
 
 
+@pytest.mark.gpu
+def test_packed_fp8_fine_tuning_on_a_gpu_stays_close_to_the_cpu(runs, tmp_path):
+    packed, _, one, _ = runs
+    run("train.py", *packed, "--device=cuda", "--dtype=bfloat16", "--optim.weights=fp32_master", "--fp8.emulate=False",
+        "--compile.enabled=True", "--deterministic=False", f"--out_dir={tmp_path / 'gpu'}")
+    gpu = metrics(tmp_path / "gpu")
+    assert list(gpu.val) == list(one["packed"].val)
+    # bfloat16, and FP8 with other kernels, round activations and gradients: some percent of the loss
+    assert all(gpu.val[step] == pytest.approx(loss, rel=0.05) for step, loss in one["packed"].val.items())
+    assert all("hellaswag_acc" in row for row in gpu.rows if "val_loss" in row)
+
+
 def test_mistakes_about_packing_are_told(file):
     with pytest.raises(ValueError, match="packed_sequence_size=512 is more than model.block_size=256"):
         hellaswag.prepare(config(file, packed_sequence_size=512), 256, 1)
