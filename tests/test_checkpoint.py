@@ -359,7 +359,7 @@ COUNT = """
 
 
 def test_two_ranks_read_their_own_rows_and_export_the_same_bits(folders, tiny_run, tmp_path):
-    args = [a for a in tiny_run if not a.startswith("--model.")]
+    args = ["--data.tokenizer=bytes", *(a for a in tiny_run if not a.startswith("--model."))]
     args += ["--model.block_size=64", "--optim.lr=0", "--optim.min_lr=0", "--max_steps=1", "--eval_interval=0"]
     fp8_args = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.enable_fsdp_float8_all_gather=True",
                 "--fp8.precompute_float8_dynamic_scale_for_fsdp=True"]
@@ -391,6 +391,7 @@ def test_two_ranks_read_their_own_rows_and_export_the_same_bits(folders, tiny_ru
 
 def test_fine_tuning_resumes_from_its_own_checkpoint(folders, tiny_run, tmp_path, monkeypatch, capsys):
     args = [a for a in tiny_run if not a.startswith("--model.") and a != "--deterministic=True"]
+    args.append("--data.tokenizer=bytes")  # the folders hold no real tokenizer
     args += ["--model.block_size=64", "--eval_interval=0", "--optim.min_lr=0.003", f"--out_dir={tmp_path / 'out'}"]
 
     def train_with(family, steps):
