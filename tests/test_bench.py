@@ -64,6 +64,15 @@ def test_mistakes_are_told(keys, told):
     assert told in "".join(BenchConfig(**keys).problems())
 
 
+def test_a_peer_still_fits_what_it_borrows_from_here(tmp_path):
+    pytest.importorskip("transformers")
+    sizes = ["--layers=1", "--width=256", "--vocab=512", "--tokens=128", "--steps=5", "--warmup=5"]
+    done = run("bench/peers/transformers_llama.py", *sizes, f"--out={tmp_path}", f"--cache_dir={tmp_path}",
+               "--variants=tensorwise:gather")
+    row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert row["tokens_per_s"] > 0 and row["loss"] < 7 and "tensorwise:gather" in done.stdout
+
+
 @pytest.mark.gpu
 def test_peers_run_and_report_like_bench(tmp_path):
     pytest.importorskip("transformers")

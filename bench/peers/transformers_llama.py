@@ -30,23 +30,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bench
 import data
 import estimate
+import hf
 import model as models
 
 WORDS = {"best", "all", "gather"}
 
 
-def build(args, words, recipe, device):
+def sizes_of(args):
+    """The ModelConfig of our model of the same sizes."""
+    return models.llama3_1_8b(n_layer=args.layers, block_size=args.tokens, vocab_size=args.vocab, n_embd=args.width,
+                              ffn_dim=args.width * 7 // 2, n_head=args.width // 128,
+                              n_kv_head=max(1, args.width // 512))
+
+
+def build(args, sizes, words, recipe, device):
     """A transformers Llama with random weights, converted, sharded and compiled as the variant says."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = models.llama3_1_8b()
     config = LlamaConfig(
-        hidden_size=args.width, intermediate_size=args.width * 7 // 2, num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 128, num_key_value_heads=max(1, args.width // 512), head_dim=128,
-        vocab_size=args.vocab, max_position_embeddings=args.tokens, tie_word_embeddings=False, use_cache=False,
-        rms_norm_eps=sizes.norm_eps, attn_implementation="sdpa")
+        **{theirs: getattr(sizes, ours) for ours, theirs in hf.SIZES.items()},
+        max_position_embeddings=args.tokens, use_cache=False, attn_implementation="sdpa")
     with torch.device(device):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     if args.layers >= 16:
@@ -78,11 +83,11 @@ def measure(variant, args):
     recipe, *words = variant.split(":")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = time.perf_counter()
-    model = build(args, words, recipe, device)
+    sizes = sizes_of(args)
+    model = build(args, sizes, words, recipe, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens, _, _ = data.prepare(data.DataConfig(cache_dir=args.cache_dir))
-    loader = data.Loader(tokens, block_size=args.tokens, global_batch_size=1, micro_batch_size=1, seed=1337,
-                         vocab_size=args.vocab)
+    rows, _, _ = data.prepare(data.DataConfig(cache_dir=args.cache_dir, tokenizer="bytes"), args.tokens)
+    loader = data.Loader(rows, global_batch_size=1, micro_batch_size=1, seed=1337, vocab_size=args.vocab)
 
     def now():
         if device.type == "cuda":
@@ -111,9 +116,6 @@ def measure(variant, args):
             compile_s = now() - clock
     ms.append(1000 * (now() - clock) / bench.WINDOW)
     middle = statistics.median(ms)
-    sizes = models.llama3_1_8b(n_layer=args.layers, block_size=args.tokens, vocab_size=args.vocab, n_embd=args.width,
-                               ffn_dim=args.width * 7 // 2, n_head=args.width // 128,
-                               n_kv_head=max(1, args.width // 512))
     peak = estimate.bf16_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None
     flops = sum(estimate.matmul_flops_per_token(sizes)) * args.tokens
     return {"variant": variant, "ms_per_step": middle, "spread_ms": max(ms) - min(ms), "speedup": None,
@@ -160,7 +162,7 @@ def main():
         if "error" not in base and "error" not in last:
             last["speedup"] = last["tokens_per_s"] / base["tokens_per_s"]
         (out / "bench.json").write_text(json.dumps(report, indent=1))
-    print(bench.table(report["rows"]), f"written: {out / 'bench.json'}", sep="\n")
+    print(bench.table(report["rows"], bench.COLUMNS), f"written: {out / 'bench.json'}", sep="\n")
     sys.exit(any("error" in row for row in report["rows"]))
 
 
