@@ -47,8 +47,6 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import transpose
-
 # NeMo-Automodel's documentation spells two of the keys in two ways: both name the same field.
 ALIASES = {
     "enable_fsdp_fp8_all_gather": "enable_fsdp_float8_all_gather",
@@ -114,7 +112,6 @@ class CompileConfig:
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"  # torch's
     fullgraph: bool = False  # a graph break is an error
     dynamic: bool | None = False  # None lets torch.compile decide after a recompile
-    transpose_kernel: bool = True  # transposed FP8 copies by transpose.py's kernel instead of torch.compile's own
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -314,8 +311,6 @@ def compile_and_checkpoint(model, cfg, compile_cfg, activation_checkpoint):
     # In 2.11 the fusion of row and column reductions makes RMSNorm's backward, with the transposing FP8 cast that it
     # then pulls in, one kernel of 0.65 ms; apart they take 0.35 (Llama-8B shapes, H100).
     torch._inductor.config.triton.mix_order_reduction = False
-    apart = compile_cfg.transpose_kernel and cfg.enabled
-    torch._inductor.config.post_grad_custom_post_pass = transpose.Apart() if apart else None
     options = dict(mode=compile_cfg.mode, fullgraph=compile_cfg.fullgraph, dynamic=compile_cfg.dynamic)
     for block in model.layers:
         forward = block.forward

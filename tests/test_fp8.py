@@ -1,7 +1,6 @@
 """fp8.py: conversion, numerics of the recipes, and the contract: FP8 works as asked or it is an error."""
 
 import importlib.metadata
-import math
 import warnings
 
 import pytest
@@ -13,7 +12,6 @@ import estimate
 import fp8
 import model as models
 import proof
-import transpose
 from fp8 import CompileConfig, FP8Config
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -339,47 +337,3 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
             warnings.simplefilter("ignore")
             run = lambda model=model, x=x: model(x, x).backward()  # noqa: E731
             assert proof.verify_step(model, cfg, run, shards=1, loss_chunks=1) == per_layer * 8
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# transposed copies
-
-
-@pytest.mark.parametrize("recipe, per_layer", [("tensorwise", 3), ("rowwise", 3), ("rowwise_with_gw_hp", 1)])
-def test_transposed_copies_are_calls_of_the_kernel_and_change_no_bit(recipe, per_layer, monkeypatch):
-    """Real FP8 on a CPU, whose graphs are a GPU's: x, w and g of both layers, or w alone where grad_w is bf16."""
-    found, results, original = [], [], transpose.Apart.__call__
-
-    def watched(self, graph):
-        original(self, graph)
-        found.extend(node.target for node in graph.nodes)
-
-    monkeypatch.setattr(transpose.Apart, "__call__", watched)
-    monkeypatch.setattr(transpose.Apart, "uuid", lambda self: None)  # else a cached graph needs no pass
-    for kernel in (False, True):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        cfg = FP8Config(enabled=True, recipe_name=recipe)
-        model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.SiLU(), nn.Linear(32, 48, bias=False)).bfloat16()
-        fp8.convert(model, cfg, shards=1)
-        x, g = torch.randn(3, 48, 64).bfloat16().requires_grad_(), torch.randn(3, 48, 48).bfloat16()
-        torch._inductor.config.post_grad_custom_post_pass = transpose.Apart() if kernel else None
-        torch.compile(model)(x).backward(g)
-        results.append([x.grad, *(p.grad for p in model.parameters())])
-    assert found.count(torch.ops.nanofp8.transposed.default) == 2 * per_layer
-    assert torch.ops.aten.clone.default not in found
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_the_transposing_kernel_is_its_reference_bit_for_bit(dtype):
-    for m, n in ((8192, 4096), (4096, 14336), (1000, 208), (4, 16)):
-        x = torch.randn(m, n, device="cuda") * 100
-        x[0, 0], x[1, 1], x[2, 2] = math.inf, -math.inf, math.nan
-        for given, scale in ((x.to(dtype), None), (x.bfloat16(), torch.tensor(3.3, device="cuda")),
-                             (x.bfloat16(), torch.rand(1, n, device="cuda"))):
-            theirs, ours = transpose.reference(given, scale, dtype), transpose.launch(given, scale, dtype)
-            nan = theirs.float().isnan()
-            assert torch.equal(nan, ours.float().isnan())
-            assert torch.equal(theirs.view(torch.uint8)[~nan], ours.view(torch.uint8)[~nan])
