@@ -92,7 +92,7 @@ def main():
     logs.check_trackers(config)
     if world_size % config.replicas:
         raise ValueError(f"replicas={config.replicas} must divide the number of ranks, {world_size}")
-    # ranks that FSDP2 cuts one copy of the weights over; 0 without it: its copies would cost one rank 7 to 17% of a step
+    # ranks that FSDP2 cuts a copy of the weights over; 0: it is off, as its copying costs one rank 7 to 17% of the step
     shards = world_size // config.replicas if world_size > 1 or config.shard_one_rank else 0
     per_pass = config.micro_batch_size * world_size
     if config.global_batch_size % per_pass:
