@@ -44,8 +44,8 @@ def memory(config, shards, accumulation):
     table = m.vocab_size * m.n_embd
     n_params = m.n_layer * block + table * (1 if m.tie_embeddings else 2) + m.n_embd
     master = config.optim.weights == "fp32_master" and config.dtype != "float32"
-    state = n_params * (size + (12 if master else 2 * size)) / shards
-    gradients = n_params * (4 if master and accumulation > 1 else size) / shards
+    state = n_params * (size + (12 if master else 2 * size)) / max(1, shards)
+    gradients = n_params * (4 if master and accumulation > 1 else size) / max(1, shards)
     tokens = config.micro_batch_size * m.block_size
     # Values kept of each token and block. A matmul whose weight gradient is in high precision keeps its input; one in
     # FP8 casts it again in backward, from what the op before it keeps anyway (PyTorch's partitioner decides so).
@@ -59,7 +59,7 @@ def memory(config, shards, accumulation):
     if config.fp8.enabled and "lm_head" not in config.fp8.filter_fqns:
         head += logits  # the gradient in FP8
     working = 4 * tokens * m.ffn_dim * size  # inside the one block whose backward runs
-    gathered = (2 * block + n_params - m.n_layer * block) * size if shards > 1 else 0
+    gathered = (2 * block + n_params - m.n_layer * block) * size if shards else 0
     if accumulation > 1:
         peak = gradients + activations + max(head, working)
     else:

@@ -126,7 +126,8 @@ def is_filtered(fqn, filter_fqns):
 def check(cfg, model, *, device, compiled, shards, tokens):
     """Raise one ValueError that lists everything which keeps this model from training in FP8 as asked.
 
-    cfg: an enabled FP8Config. model: may still be on the meta device. shards: ranks that each weight is cut over.
+    cfg: an enabled FP8Config. model: may still be on the meta device. shards: ranks that each weight is cut over by
+    FSDP2; 0: it is off.
     tokens: the row counts of the matmuls' inputs (tokens per forward pass, tokens per piece of the loss).
     """
     problems = list(cfg.problems())
@@ -164,7 +165,7 @@ def check(cfg, model, *, device, compiled, shards, tokens):
         if n % 16:
             problems.append(f"fp8 matmuls need the number of tokens per forward pass and per loss chunk to be "
                             f"divisible by 16, not {n}: change model.block_size, micro_batch_size or loss_chunks")
-    if cfg.enable_fsdp_float8_all_gather and shards > 1:
+    if cfg.enable_fsdp_float8_all_gather and shards:
         others = Counter(id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False))
         tied = [fqn for fqn, m in converted.items() if id(m.weight) in others]
         if tied:
@@ -186,7 +187,7 @@ def check(cfg, model, *, device, compiled, shards, tokens):
 def convert(model, cfg, *, shards):
     """Replace the linear layers that cfg does not filter by torchao's Float8Linear, in place.
 
-    Before fully_shard, on the meta device. shards > 1 with all-gather asked for: weights become GatherInFP8.
+    Before fully_shard, on the meta device. shards > 0 with all-gather asked for: weights become GatherInFP8.
     """
     from torchao.float8 import Float8GemmConfig, Float8LinearConfig, convert_to_float8_training
 
@@ -205,7 +206,7 @@ def convert(model, cfg, *, shards):
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, fqn: fqn in expected)
     found = float8_linears(model)
     assert list(found) == expected, f"torchao converted {len(found)} layers, expected {len(expected)}"
-    if cfg.enable_fsdp_float8_all_gather and shards > 1:
+    if cfg.enable_fsdp_float8_all_gather and shards:
         for linear in found.values():
             wrapper = gather_in_fp8()
             weight = wrapper(linear.weight, linear.linear_mm_config, config.cast_config_weight.target_dtype)
@@ -271,7 +272,7 @@ def gather_in_fp8():
 
 def precompute_scales(model, cfg, *, shards):
     """After every change of the weights: the scales of all gathered FP8 weights with one all-reduce."""
-    if cfg.enabled and cfg.precompute_float8_dynamic_scale_for_fsdp and shards > 1:
+    if cfg.enabled and cfg.precompute_float8_dynamic_scale_for_fsdp and shards:
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
         precompute_float8_dynamic_scale_for_fsdp(model)
@@ -374,8 +375,8 @@ def table(model, cfg, flops_share, *, shards):
             rows[re.sub(r"\.\d+\.", ".*.", fqn), tuple(m.weight.shape), how] += 1
     lines = [f"  {name:<22} {str(shape):<16} x{n:<4} {how}" for (name, shape, how), n in rows.items()]
     total = sum(p.numel() for p in model.parameters())
-    gather = "high precision" if shards > 1 else "nothing (one rank holds whole weights)"
-    if shards > 1 and cfg.enable_fsdp_float8_all_gather:
+    gather = "high precision" if shards else "nothing (one rank holds whole weights)"
+    if shards and cfg.enable_fsdp_float8_all_gather:
         gather = "fp8" + (", scales precomputed" if cfg.precompute_float8_dynamic_scale_for_fsdp else "")
     elif cfg.enable_fsdp_float8_all_gather:
         gather += ": fp8 all-gather" + (" and precomputed scales have" if cfg.precompute_float8_dynamic_scale_for_fsdp

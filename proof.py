@@ -22,7 +22,7 @@ def verify_sharded(model, cfg, expected, *, shards):
     if list(found) != expected:
         raise RuntimeError(f"{len(expected)} layers were converted to fp8, {len(found)} are left: "
                            f"{sorted(set(expected) ^ set(found))}")
-    if shards == 1 or not cfg.enable_fsdp_float8_all_gather:
+    if not shards or not cfg.enable_fsdp_float8_all_gather:
         return
     plain = [fqn for fqn, m in found.items()
              if not (isinstance(m.weight, DTensor) and isinstance(m.weight._local_tensor, fp8.gather_in_fp8()))]
@@ -88,7 +88,7 @@ def verify_step(model, cfg, run, *, shards, loss_chunks):
     if ran < expected:
         raise RuntimeError(f"{len(found)} fp8 layers need at least {expected} fp8 matmuls in a forward and backward "
                            f"pass, {ran} ran: part of the model is not training in fp8")
-    if shards > 1:
+    if shards:
         dtypes = gathered_dtypes(model)
         want_fp8 = cfg.enable_fsdp_float8_all_gather
         wrong = [fqn for fqn in found if (dtypes[f"{fqn}.weight"] == torch.float8_e4m3fn) != want_fp8]
@@ -120,7 +120,7 @@ def self_check(config, micro_batch, device):
         with torch.device("meta"):
             model = models.Transformer(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
         if cfg.enabled:
-            fp8.convert(model, cfg, shards=1)
+            fp8.convert(model, cfg, shards=0)
         compile_cfg = replace(config.compile, enabled=config.compile.enabled and variant == "compiled")
         fp8.compile_and_checkpoint(model, cfg, compile_cfg, config.activation_checkpoint)
         model.to_empty(device=device)

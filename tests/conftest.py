@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fp8
 import model as models
@@ -29,7 +30,7 @@ def build(fp8_config=None, device="cpu", dtype=torch.float32, seed=1, **sizes):
     with torch.device("meta"):
         model = models.Transformer(models.ModelConfig(**{**TINY, **sizes})).to(dtype)
     if fp8_config is not None and fp8_config.enabled:
-        fp8.convert(model, fp8_config, shards=1)
+        fp8.convert(model, fp8_config, shards=0)
     model.to_empty(device=device)
     models.init_weights(model, seed, fp8.plain_local)
     return model
@@ -65,7 +66,7 @@ def run_many(folder, runs, ranks=1):
 def metrics(out_dir):
     """The rows of out_dir/metrics.jsonl: train rows by step, validation losses by step."""
     rows = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
-    return SimpleNamespace(rows=rows, train={r["step"]: r for r in rows if "loss" in r},
+    return SimpleNamespace(out_dir=Path(out_dir), rows=rows, train={r["step"]: r for r in rows if "loss" in r},
                            val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
 
 
@@ -76,6 +77,8 @@ def train_here(*args):
         train.main()
     finally:
         sys.argv = before
+        if dist.is_initialized():
+            dist.destroy_process_group()
         torch.use_deterministic_algorithms(False)
 
 

@@ -18,7 +18,7 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 CPU = torch.device("cpu")
 
 
-def check(cfg, device=CPU, compiled=True, shards=1, tokens=(64,), **sizes):
+def check(cfg, device=CPU, compiled=True, shards=0, tokens=(64,), **sizes):
     with torch.device("meta"):
         model = models.Transformer(models.ModelConfig(**sizes))
     fp8.check(cfg, model, device=device, compiled=compiled, shards=shards, tokens=tokens)
@@ -134,21 +134,21 @@ def test_verify_step_sees_a_layer_that_fell_back():
     model = build(cfg)
     x = torch.randint(0, 256, (2, 64))
     run = lambda: model(x, x).backward()  # noqa: E731
-    assert proof.verify_step(model, cfg, run, shards=1, loss_chunks=1) == 3 * 8
+    assert proof.verify_step(model, cfg, run, shards=0, loss_chunks=1) == 3 * 8
     linear = model.layers[1].mlp.down
     linear.forward = lambda x: nn.functional.linear(x, linear.weight)
     with pytest.raises(RuntimeError, match="at least 24 fp8 matmuls in a forward and backward pass, 21 ran"):
-        proof.verify_step(model, cfg, run, shards=1, loss_chunks=1)
+        proof.verify_step(model, cfg, run, shards=0, loss_chunks=1)
 
 
 def test_verify_sharded_sees_a_layer_that_was_swapped_back():
     cfg = emulated()
     model = build(cfg)
     expected = list(fp8.float8_linears(model))
-    proof.verify_sharded(model, cfg, expected, shards=1)
+    proof.verify_sharded(model, cfg, expected, shards=0)
     model.layers[0].attn.out = nn.Linear(64, 64, bias=False)
     with pytest.raises(RuntimeError, match="9 layers were converted to fp8, 8 are left.*layers.0.attn.out"):
-        proof.verify_sharded(model, cfg, expected, shards=1)
+        proof.verify_sharded(model, cfg, expected, shards=0)
 
 
 def test_verify_sharded_sees_weights_that_would_not_be_gathered_in_fp8():
@@ -172,7 +172,7 @@ def test_table_shows_what_is_covered_and_what_is_not():
     cfg = emulated(filter_fqns=["lm_head"], enable_fsdp_float8_all_gather=True)
     model = build(cfg)
     share = fp8.covered_flops(model, cfg) / sum(estimate.matmul_flops_per_token(model.cfg))
-    table = fp8.table(model, cfg, share, shards=1)
+    table = fp8.table(model, cfg, share, shards=0)
     assert "8 of 9 linear layers converted" in table
     assert "layers.*.attn.qkv      (128, 64)        x2    fp8 tensorwise (emulated)" in table
     assert "lm_head                (272, 64)        x1    float32: fp8.filter_fqns" in table
@@ -214,7 +214,7 @@ def linear_pair(recipe, device, emulate, dtype=torch.bfloat16):
     x, g = torch.randn(512, 256, device=device, dtype=dtype), torch.randn(512, 384, device=device, dtype=dtype)
     exact = outputs_and_gradients(plain[0].double(), x.double(), g.double())
     plain.to(dtype)
-    fp8.convert(plain, FP8Config(enabled=True, recipe_name=recipe, emulate=emulate), shards=1)
+    fp8.convert(plain, FP8Config(enabled=True, recipe_name=recipe, emulate=emulate), shards=0)
     return plain[0], x, g, exact
 
 
@@ -336,4 +336,4 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run = lambda model=model, x=x: model(x, x).backward()  # noqa: E731
-            assert proof.verify_step(model, cfg, run, shards=1, loss_chunks=1) == per_layer * 8
+            assert proof.verify_step(model, cfg, run, shards=0, loss_chunks=1) == per_layer * 8

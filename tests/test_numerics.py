@@ -442,7 +442,7 @@ def linear_pass(recipe, x, w, g, emulate=True, compiled=False):
     if recipe is None:
         layer, x, g = layer.double(), x.double(), g.double()
     else:
-        fp8.convert(layer, FP8Config(enabled=True, emulate=emulate, recipe_name=recipe), shards=1)
+        fp8.convert(layer, FP8Config(enabled=True, emulate=emulate, recipe_name=recipe), shards=0)
     x = x.clone().requires_grad_()
     y = (torch.compile(layer) if compiled else layer)(x)
     y.backward(g)

@@ -1,18 +1,20 @@
 """train.py, run as a user runs it: the same training on any number of ranks, exact resume, and what a run leaves."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
-from conftest import REPO, metrics, run, run_many
+from conftest import REPO, metrics, run, run_many, train_here
 
 import configurator
 
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]']
 GATHER = ["--fp8.enable_fsdp_float8_all_gather=True"]
 PRECOMPUTE = [*GATHER, "--fp8.precompute_float8_dynamic_scale_for_fsdp=True"]
+ONE_SHARD = ["--shard_one_rank=True"]
 COMPILE = ["--compile.enabled=True"]
 BF16 = ["--dtype=bfloat16", "--optim.weights=fp32_master"]
 
@@ -66,7 +68,18 @@ def fleet(tiny_run, tmp_path_factory):
         "accumulation_fp8": [*FP8, *PRECOMPUTE, "--micro_batch_size=1"],
         "tied_fp8": [*FP8, *PRECOMPUTE, "--model.tie_embeddings=True"],
     }
-    one = {name: [*tiny_run, *args] for name, args in (both | {"tied": ["--model.tie_embeddings=True"]}).items()}
+    one_only = {  # the sharded ones last: their process group stays
+        "tied": ["--model.tie_embeddings=True"],
+        "shard_fp32": ONE_SHARD,
+        "shard_bf16": [*BF16, *ONE_SHARD],
+        "shard_rounding": ["--dtype=bfloat16", "--optim.weights=stochastic_rounding", *ONE_SHARD],
+        "shard_accumulation": ["--micro_batch_size=1", *ONE_SHARD],
+        "shard_fp8": [*FP8, *ONE_SHARD],
+        "shard_gather": [*FP8, *GATHER, *ONE_SHARD],
+        "shard_precompute": [*FP8, *PRECOMPUTE, *ONE_SHARD],
+        "shard_precompute_compiled": [*FP8, *PRECOMPUTE, *COMPILE, *ONE_SHARD],
+    }
+    one = {name: [*tiny_run, *args] for name, args in (both | one_only).items()}
     two = {name: [*tiny_run, *args] for name, args in (both | two_only).items()}
     (folder / "one").mkdir()
     (folder / "two").mkdir()
@@ -105,6 +118,46 @@ def test_two_ranks_train_as_one_does(fleet, name, bound):
 def test_switches_of_a_sharded_run_do_not_change_the_training(fleet, name, reference, bound):
     _, two = fleet
     assert largest_gap(two[name], two[reference]) <= bound
+
+
+@pytest.mark.parametrize("name, reference, bound", [
+    # FSDP2 copies weights and gradients and changes none, and a weight is cast with the same scale wherever that is
+    # done: bit for bit
+    ("shard_fp32", "fp32", 0), ("shard_bf16", "bf16", 0), ("shard_rounding", "bf16_rounding", 0),
+    ("shard_accumulation", "accumulation", 0), ("shard_fp8", "fp8", 0), ("shard_gather", "fp8", 0),
+    ("shard_precompute", "fp8", 0),
+    # cast outside of the graph, where a fused kernel may round otherwise
+    ("shard_precompute_compiled", "fp8_compiled", FP8_NOISE)])
+def test_sharded_over_one_rank_trains_as_not_sharded(fleet, name, reference, bound):
+    one, _ = fleet
+    assert largest_gap(one[name], one[reference]) <= bound
+
+
+@pytest.mark.parametrize("first, then", [("fp8", [*PRECOMPUTE, *ONE_SHARD]), ("shard_precompute", PRECOMPUTE)],
+                         ids=["into_shards", "out_of_shards"])
+def test_a_checkpoint_moves_into_and_out_of_shards_on_one_rank(fleet, tiny_run, tmp_path, capsys, first, then):
+    one, _ = fleet
+    shutil.copytree(one[first].out_dir, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_00000006")
+    train_here(*tiny_run, *FP8, *then, f"--out_dir={tmp_path / 'out'}")
+    assert exact(metrics(tmp_path / "out")) == exact(one["fp8"])
+    told = capsys.readouterr().out
+    gathered = "fp8, scales precomputed\n" if then[-1:] == ONE_SHARD else "nothing (one rank holds whole weights): fp8"
+    assert "3 steps done" in told and "fp8: verified" in told and f"all-gather: {gathered}" in told
+
+
+@pytest.mark.gpu
+def test_sharded_over_one_gpu_trains_as_not_sharded(tiny_run, tmp_path):
+    sizes = {"n_embd": 256, "head_dim": 64, "ffn_dim": 512, "block_size": 256}
+    args = [*tiny_run, *(f"--model.{k}={v}" for k, v in sizes.items()), *BF16, *COMPILE, *PRECOMPUTE, *FP8[::2],
+            "--device=cuda", "--deterministic=False", "--max_steps=4", "--eval_interval=4"]
+    told = {name: run("train.py", *args, *keys, f"--out_dir={tmp_path / name}").stdout
+            for name, keys in (("whole", []), ("sharded", ONE_SHARD))}
+    assert "all-gather: fp8, scales precomputed\n" in told["sharded"] and "have nothing to do here" in told["whole"]
+    assert all("fp8: verified, " in text and "emulated" not in text for text in told.values())
+    whole, sharded = metrics(tmp_path / "whole"), metrics(tmp_path / "sharded")
+    assert whole.train[4]["loss"] < whole.train[1]["loss"]
+    assert largest_gap(sharded, whole) < FP8_NOISE  # the same scales; graphs that round in other places
 
 
 def test_four_ranks_train_as_one_does(fleet, tiny_run, tmp_path):
@@ -192,8 +245,8 @@ BREAK = {  # what goes wrong, and what train.py must say about it
 }
 
 
-@pytest.mark.parametrize("case", BREAK)
-def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, case):
+@pytest.mark.parametrize("case, ranks", [*((case, 2) for case in BREAK), ("gathers_in_high_precision", 1)])
+def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, case, ranks):
     breakage, told = BREAK[case]
     script = tmp_path / "broken.py"
     script.write_text(textwrap.dedent(f"""
@@ -206,7 +259,8 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, case):
             {breakage.strip()}
             train.main()
             """))
-    done = run(script, *tiny_run, *FP8, *PRECOMPUTE, f"--out_dir={tmp_path / 'out'}", ranks=2, check=False)
+    done = run(script, *tiny_run, *FP8, *PRECOMPUTE, *ONE_SHARD, f"--out_dir={tmp_path / 'out'}", ranks=ranks,
+               check=False)
     assert done.returncode == 1 and told in done.stderr
     assert not (tmp_path / "out").exists()
 
