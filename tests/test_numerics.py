@@ -608,7 +608,7 @@ def test_forced_recompute_holds_no_fp8_weights_in_gpu_memory(recipe):
         model = build(cfg, "cuda", torch.bfloat16, n_layer=8, n_embd=1024, n_head=16, n_kv_head=4, head_dim=64,
                       ffn_dim=4096)
         fp8.compile_and_checkpoint(model, cfg, CompileConfig(enabled=True), "none")
-        x = torch.randint(0, 256, (2, 64), device="cuda")
+        x = torch.randint(0, 256, (2, 16), device="cuda")
         for _ in range(3):
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -620,7 +620,7 @@ def test_forced_recompute_holds_no_fp8_weights_in_gpu_memory(recipe):
             model.zero_grad(set_to_none=True)
     weights = sum(m.weight.numel() for m in fp8.float8_linears(model).values())  # bytes of one FP8 copy: 120 MB
     print(f"{recipe}: held {held}, peak {peak}, one copy of all weights {weights}")
-    assert held[True] < weights / 8, "128 tokens keep a few MB of activations, not the weights"
+    assert held[True] < weights / 8, "32 tokens keep 8 MB of activations, not the weights"
     assert peak[True] <= peak[False] + 2**20
 
 
