@@ -6,6 +6,7 @@ Text is tokenized once. The loader is a function of the step number: nothing to 
 same global batches on any number of ranks. It takes rows from `Tokens` here, or from `Samples` in hellaswag.py.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -137,7 +138,11 @@ class ShardWriter:
 
 
 def open_shard(path, encoding):
-    """(memory map of the tokens, header) of a shard. ValueError if it is foreign, truncated or corrupt."""
+    """(memory map of the tokens, header) of a shard. ValueError if it is foreign, truncated or corrupt.
+
+    All of it is read once to be hashed. A stamp beside it (.ok) then spares that, to the other ranks too, until the
+    shard's size or time of change is another: delete the stamp to have a shard hashed again.
+    """
     fix = f": delete its folder {path.parent}, it is made again from the text"
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
@@ -148,11 +153,16 @@ def open_shard(path, encoding):
         raise ValueError(f"{path} was made with another tokenizer ({header['tokenizer']}) than {encoding.name}{fix}")
     dtype = np.dtype(header["dtype"])
     expected = HEADER_BYTES + header["tokens"] * dtype.itemsize
-    if path.stat().st_size != expected:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {expected}{fix}")
+    found = path.stat()
+    if found.st_size != expected:
+        raise ValueError(f"{path} has {found.st_size} bytes, its header says {expected}{fix}")
     tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
-    if hashlib.blake2b(tokens, digest_size=16).hexdigest() != header["hash"]:
-        raise ValueError(f"{path} is corrupt: its tokens do not have the hash that its header says{fix}")
+    stamp, hashed = path.with_suffix(".ok"), f"{header['hash']} {found.st_size} bytes, changed at {found.st_mtime_ns}\n"
+    if not stamp.is_file() or stamp.read_text() != hashed:
+        if hashlib.blake2b(tokens, digest_size=16).hexdigest() != header["hash"]:
+            raise ValueError(f"{path} is corrupt: its tokens do not have the hash that its header says{fix}")
+        with contextlib.suppress(OSError):  # a folder that only others may write to: hashed at every start
+            stamp.write_text(hashed)
     return tokens, header
 
 

@@ -18,6 +18,7 @@ import configurator
 import data
 import hf
 import model as models
+from tokenizer import get_tokenizer
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def load_model(folder, device):
         hf.load(folder, model)
     else:
         checkpoint.load(newest, model)
-    return model.eval(), data.get_tokenizer(config.data.tokenizer), config
+    return model.eval(), get_tokenizer(config.data.tokenizer), config
 
 
 def main():

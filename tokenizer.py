@@ -108,11 +108,15 @@ def read_tokenizer(path, name):
     if start != b"{":
         return read_ranks(path, name), None
     spec = read_json(path)
-    if isinstance(spec.get("model"), dict):
-        return read_hugging_face(spec, path, name)
-    if "vocab" in spec and "config" in spec:
-        return read_tekken(spec, name), None
-    raise ValueError(f"{path} is neither a tokenizer.json of Hugging Face nor a tekken.json of Mistral")
+    try:
+        if isinstance(spec.get("model"), dict):
+            return read_hugging_face(spec, path, name)
+        if "vocab" in spec and "config" in spec:
+            return read_tekken(spec, name), None
+    except KeyError as error:
+        raise ValueError(f"{path} is incomplete: it has no {error} where its kind of file has one") from error
+    raise ValueError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a tekken.json of "
+                     "Mistral, which has 'vocab' and 'config'")
 
 
 def read_json(path):

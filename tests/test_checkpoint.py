@@ -14,12 +14,12 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import checkpoint
 import configurator
-import data
 import fp8
 import hf
 import model as models
 import sample
 import train
+from tokenizer import get_tokenizer
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=None, rope_theta=5000.0)
@@ -410,12 +410,11 @@ def test_fine_tuning_resumes_from_its_own_checkpoint(folders, tiny_run, tmp_path
 
 
 def test_sampling_from_a_model_folder(folders, monkeypatch, capsys):
-    def get_tokenizer(name):
+    def named(name):
         assert name == str(folders["mistral"])
-        return data_get_tokenizer("bytes")
+        return get_tokenizer("bytes")
 
-    data_get_tokenizer = data.get_tokenizer
-    monkeypatch.setattr(data, "get_tokenizer", get_tokenizer)
+    monkeypatch.setattr(sample, "get_tokenizer", named)
     args = [f"--from={folders['mistral']}", "--prompt=def f", "--max_new_tokens=20", "--temperature=0"]
     monkeypatch.setattr(sys, "argv", ["sample.py", *args])
     sample.main()

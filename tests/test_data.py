@@ -1,8 +1,10 @@
 """data.py: what is stored is what was written, and the loader shows each token once an epoch on any number of ranks."""
 
 import base64
+import hashlib
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,9 +183,29 @@ def shard(tmp_path, corpus):
 def test_corrupt_shard_is_refused(tmp_path, corpus, shard):
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
+    time.sleep(0.02)  # the time of change is what tells that the shard is no longer the one that was hashed
     shard.write_bytes(content)
     with pytest.raises(ValueError, match="is corrupt.*delete its folder"):
         prepare(config(tmp_path, corpus))
+
+
+def test_a_shard_is_hashed_once_and_again_when_it_or_its_stamp_has_changed(tmp_path, corpus, shard, monkeypatch):
+    first, hashed = prepare(config(tmp_path, corpus))[0].digest, []
+
+    def blake2b(content=b"", **keys):
+        hashed.extend([len(content)] if isinstance(content, np.memmap) else [])
+        return hashlib.blake2b(content, **keys)
+
+    monkeypatch.setattr(data, "hashlib", SimpleNamespace(blake2b=blake2b))
+    assert prepare(config(tmp_path, corpus))[0].digest == first and hashed == []
+    time.sleep(0.02)
+    shard.touch()
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(hashed) == 1
+    shard.with_suffix(".ok").unlink()
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(hashed) == 2
+    shard.with_suffix(".ok").unlink()
+    shard.with_suffix(".ok").mkdir()  # a stamp that cannot be written, even by root
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(hashed) == 3
 
 
 def test_truncated_shard_is_refused(tmp_path, corpus, shard):

@@ -165,6 +165,34 @@ def test_rank_file_of_a_tiktoken_name_is_refused_for_its_pattern(tmp_path):
         get_tokenizer(rank_file(tmp_path / "x.tiktoken", 50256))
 
 
+def without(spec, key):
+    """A copy of nested dicts and lists with every entry of that key left out."""
+    if isinstance(spec, dict):
+        return {k: without(v, key) for k, v in spec.items() if k != key}
+    return [without(part, key) for part in spec] if isinstance(spec, list) else spec
+
+
+@pytest.mark.parametrize("file, key", [
+    *(("tekken.json", key) for key in ("pattern", "default_vocab_size", "default_num_special_tokens", "rank",
+                                       "token_bytes", "token_str", "vocab", "config")),
+    *(("tokenizer.json", key) for key in ("vocab", "merges", "content", "special", "normalized", "lstrip", "model"))])
+def test_a_file_that_lacks_a_part_is_one_line_that_names_file_and_part(tmp_path, small, file, key):
+    spec = json.loads(small.to_str())
+    if file == "tekken.json":
+        spec = {"config": {"pattern": ".", "default_vocab_size": 258, "default_num_special_tokens": 2},
+                "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)],
+                "special_tokens": [{"rank": 0, "token_str": "<s>"}]}
+    else:
+        spec["added_tokens"] += [spec["added_tokens"][0] | {"content": "<word>", "special": False, "id": 600}]
+    (tmp_path / file).write_text(json.dumps(spec))
+    get_tokenizer(str(tmp_path / file))
+    (tmp_path / file).write_text(json.dumps(without(spec, key)))
+    with pytest.raises(ValueError) as caught:
+        get_tokenizer(str(tmp_path / file))
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path / file} is ") and f"'{key}'" in told and "\n" not in told
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_tekken_file_has_its_special_tokens_first(tmp_path, listed):
     vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None}
