@@ -1,5 +1,7 @@
 """Shared by the tests: small models, runs of train.py in processes of their own, and the GPU mark."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import configurator
 import fp8
 import model as models
 import train
@@ -56,11 +59,12 @@ def run(script, *args, ranks=1, check=True, cwd=REPO):
 
 
 def run_many(folder, runs, ranks=1):
-    """Runs of train.py, {name: arguments}, in one process group; {name: metrics}, also of out_dir folder/name."""
+    """Runs of train.py, {name: arguments}, in one process group, out_dir folder/name; {name: metrics, with .text}."""
     listed = folder / f"runs_{ranks}.json"
     listed.write_text(json.dumps([[*map(str, args), f"--out_dir={folder / name}"] for name, args in runs.items()]))
-    run("tests/train_many.py", listed, ranks=ranks)
-    return {name: metrics(folder / name) for name in runs}
+    *texts, _ = run("tests/train_many.py", listed, ranks=ranks).stdout.split("---- end of a run ----\n")
+    return {name: SimpleNamespace(**vars(metrics(folder / name)), text=text)
+            for name, text in zip(runs, texts, strict=True)}
 
 
 def metrics(out_dir):
@@ -80,6 +84,20 @@ def train_here(*args):
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.use_deterministic_algorithms(False)
+
+
+def main_here(main, *argv):
+    """The main() of a script in this process, as its entry point calls it: (exit status, stdout, stderr)."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
+        try:
+            configurator.run(main)
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -3,22 +3,22 @@
 import json
 
 import pytest
-from conftest import run
+from conftest import REPO, main_here, run
 
-from bench import BenchConfig, flags, split
+from bench import BenchConfig, flags, main, split
 
 
 @pytest.fixture(scope="module")
 def bench(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     variants = "bf16,tensorwise:fp8.filter_fqns=[],rowwise:fp8.filter_fqns=['typo']"
-    done = run("bench.py", "config/llama_fp8.py", *tiny_run, f"--out_dir={out}", "--compile.enabled=False",
-               "--steps=10", "--warmup=5", f"--variants={variants}", check=False)
-    return done, out, json.loads((out / "bench.json").read_text())
+    status, text, _ = main_here(main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={out}",
+                                "--compile.enabled=False", "--steps=10", "--warmup=5", f"--variants={variants}")
+    return status, text, out, json.loads((out / "bench.json").read_text())
 
 
 def test_rows_have_the_promised_keys_and_add_up(bench):
-    _, _, report = bench
+    *_, report = bench
     assert {"hardware", "versions", "date", "command", "rows"} <= set(report)
     assert [row["variant"] for row in report["rows"]][:2] == ["bf16", "tensorwise:fp8.filter_fqns=[]"]
     for row in report["rows"][:2]:
@@ -33,18 +33,18 @@ def test_rows_have_the_promised_keys_and_add_up(bench):
 
 
 def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
-    done, out, report = bench
-    assert done.returncode == 1
-    assert "'typo' matches no linear layer" in report["rows"][2]["error"] and "'typo'" in done.stdout
+    status, text, out, report = bench
+    assert status == 1
+    assert "'typo' matches no linear layer" in report["rows"][2]["error"] and "'typo'" in text
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert "say nothing about FP8" in done.stdout
+    assert "say nothing about FP8" in text
 
 
 def test_two_ranks(tiny_run, tmp_path):
     done = run("bench.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False", "--steps=10", "--warmup=0",
-               "--variants=bf16,tensorwise,bf16:replicas=3", ranks=2, check=False)
-    *rows, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["tokens_per_s"] * row["ms_per_step"] for row in rows] == pytest.approx([1000 * 4 * 64] * 2)  # per rank
+               "--variants=bf16,bf16:replicas=3", ranks=2, check=False)
+    bf16, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert bf16["tokens_per_s"] * bf16["ms_per_step"] == pytest.approx(1000 * 4 * 64)  # per rank
     assert "replicas=3 must divide the number of ranks, 2" in failed["error"]
     assert done.returncode == 1 and done.stdout.count("bf16: 0 + 10 steps") == 1  # one rank speaks
 

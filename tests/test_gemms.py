@@ -5,8 +5,9 @@ import textwrap
 
 import pytest
 import torch
-from conftest import REPO, metrics, run
+from conftest import REPO, main_here, metrics, run, train_here
 
+import bench
 import gemms
 from configurator import Config, FP8Config
 from model import ModelConfig
@@ -63,26 +64,29 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
             sys.path.insert(0, {str(REPO)!r})
             import fp8, gemms, train
             fp8.FP8Config.problems = lambda self: ()
-            slow, rank = sys.argv.pop(1), os.environ.get("RANK", "0")
+            rank = os.environ.get("RANK", "0")
             gemms.time_linears = lambda *args: [dict(layer=slow if rank == "0" else "mlp.down", calls=1, fp8=None)]
-            train.main()
+            keys = sys.argv[1:]
+            for slow, steps in (("attn.out", 3), ("attn.qkv", 6)):
+                sys.argv[1:] = [*keys, f"--max_steps={{steps}}"]
+                train.main()
             """))
     keys = [*tiny_run, "--fp8.enabled=True", "--fp8.emulate=True", "--fp8.auto_filter=True",
             '--fp8.filter_fqns=["lm_head"]', f"--out_dir={tmp_path / 'out'}"]
-    done = run(script, "attn.out", *keys, "--max_steps=3", ranks=ranks)
-    assert "no faster: attn.out" in done.stdout and "fp8: 6 of 9 linear layers converted" in done.stdout
-    again = run(script, "attn.qkv", *keys, ranks=ranks)
-    assert "no faster: attn.out" in again.stdout and "fp8: 6 of 9" in again.stdout
+    done, _, again = run(script, *keys, ranks=ranks).stdout.partition("done: 3 steps")
+    assert "no faster: attn.out" in done and "fp8: 6 of 9 linear layers converted" in done
+    assert "no faster: attn.out" in again and "fp8: 6 of 9" in again
     assert list(metrics(tmp_path / "out").train) == [1, 2, 3, 4, 5, 6]
 
 
-def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path):
-    done = run("bench.py", "config/llama_fp8.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False",
-               "--steps=10", "--warmup=5", "--gemms")
+def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "train", lambda args, log: train_here(*args))
+    _, told, _ = main_here(bench.main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={tmp_path}",
+                           "--compile.enabled=False", "--steps=10", "--warmup=5", "--gemms")
     report = json.loads((tmp_path / "gemms.json").read_text())
     assert [row["layer"] for row in report["gemms"]] == ["attn.qkv", "attn.out", "mlp.gate_up", "mlp.down", "lm_head"]
     assert all(ms > 0 for row in report["gemms"] for p in ("bf16", "fp8") for ms in row[p][:1])
-    assert report["rows"][0]["variant"] == "bf16" and "bf16 step, measured" in done.stdout
+    assert report["rows"][0]["variant"] == "bf16" and "bf16 step, measured" in told
     assert not (tmp_path / "bench.json").exists()
 
 

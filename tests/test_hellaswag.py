@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import build, metrics, run, run_many
+from conftest import build, metrics, run, run_many, train_here
 
 import configurator
 import eval as scoring
@@ -251,7 +251,9 @@ def runs(file, tiny_run, tmp_path_factory):
                 "--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]', "--global_batch_size=4",
                 "--micro_batch_size=2", "--eval_hellaswag_items=2"]
     packed = [*unpacked, "--data.packed_sequence_size=256"]
-    one = run_many(folder, {"packed": packed, "unpacked": unpacked})
+    for name, args in (("packed", packed), ("unpacked", unpacked)):
+        train_here(*args, f"--out_dir={folder / name}")
+    one = {name: metrics(folder / name) for name in ("packed", "unpacked")}
     two = run_many(folder, {"packed_2": packed}, ranks=2)
     return packed, folder, one, two["packed_2"]
 
@@ -270,11 +272,12 @@ def test_fine_tuning_is_the_same_on_two_ranks_and_learns(runs):
             assert b[key] == pytest.approx(a[key], rel=2e-3)
 
 
-def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs):
+def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs, capsys):
     packed, folder, one, _ = runs
     shutil.copytree(folder / "packed", folder / "again")
     shutil.rmtree(folder / "again" / "checkpoints" / "step_00000006")
-    assert "3 steps done" in run("train.py", *packed, f"--out_dir={folder / 'again'}").stdout
+    train_here(*packed, f"--out_dir={folder / 'again'}")
+    assert "3 steps done" in capsys.readouterr().out
     again, whole = ([{k: v for k, v in row.items() if k not in ("time_s", "tokens_per_s", "peak_gib")}
                      for row in m.rows] for m in (metrics(folder / "again"), one["packed"]))
     assert again == whole

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,5 +19,7 @@ for argv in json.loads(Path(sys.argv[1]).read_text()):
     torch._inductor.config.emulate_precision_casts = False  # the rowwise recipe turns it on for its process
     sys.argv = ["train.py", *argv]
     train.main()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("---- end of a run ----", flush=True)
 if dist.is_initialized():
     dist.destroy_process_group()
