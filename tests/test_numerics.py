@@ -174,7 +174,8 @@ def sharded(tiny_run, tmp_path_factory):
     # the learning rate depends on max_steps, which is a run's length here: hence it does not decay
     base = [*tiny_run, *FP8, "--max_steps=3", "--optim.min_lr=0.003", "--micro_batch_size=2", "--model.n_layer=1"]
     watch = [*GATHER, "--fp8.stats_interval=3"]
-    compiled = [*base, *GATHER, "--compile.enabled=True", "--activation_checkpoint=selective", "--loss_chunks=2"]
+    compiled = [*base, *GATHER, "--compile.enabled=True", "--activation_checkpoint=selective", "--loss_chunks=2",
+                "--eval_interval=0"]  # graphs of their own
     runs = {"off": [*base, *GATHER], "on": [*base, *watch], "bf16_gather": [*base, "--fp8.stats_interval=3"],
             "hsdp": [*base, *watch, "--replicas=2"], "compiled_off": compiled,
             "compiled_on": [*compiled, "--fp8.stats_interval=3"],
@@ -202,8 +203,11 @@ def test_health_of_weights_gathered_in_fp8_is_that_of_weights_cast_after_the_gat
                            if key != "format")
 
 
-def test_health_of_a_compiled_model_is_that_of_the_eager_one(sharded):
+def test_a_compiled_model_trains_as_the_eager_one_and_has_its_health(sharded):
     runs, *_ = sharded
+    for step, row in runs["compiled_off"].train.items():  # the bound is that of test_train.py
+        assert row["loss"] == pytest.approx(runs["off"].train[step]["loss"], rel=0.05)
+        assert row["grad_norm"] == pytest.approx(runs["off"].train[step]["grad_norm"], rel=0.05)
     for fqn, row in by_layer(runs["on"], 1).items():
         for operand in ("input", "weight", "grad_output") if fqn != "lm_head" else ():  # whose chunks scale apart
             eager, compiled = row[operand], by_layer(runs["compiled_on"], 1)[fqn][operand]

@@ -3,8 +3,6 @@
 import ast
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -19,6 +17,7 @@ GATHER = ["--fp8.enable_fsdp_float8_all_gather=True"]
 PRECOMPUTE = [*GATHER, "--fp8.precompute_float8_dynamic_scale_for_fsdp=True"]
 ONE_SHARD = ["--shard_one_rank=True"]
 COMPILE = ["--compile.enabled=True"]
+FLAT = "--optim.min_lr=0.003"  # for parts of a run: the learning rate would else decay to the end of each
 BF16 = ["--dtype=bfloat16", "--optim.weights=fp32_master"]
 
 
@@ -47,7 +46,11 @@ def exact(m):
 def fleet(tiny_run, tmp_path_factory):
     """The same configs on 1 and on 2 ranks: ({name: metrics}, {name: metrics})."""
     folder = tmp_path_factory.mktemp("fleet")
+    # 10 windows in the text, the last one short, 8 a step: step 2 has the short one on one of the ranks
+    text = folder / "short.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(64 * 9 + 10)))
     both = {
+        "unequal": [f'--data.train=["{text}"]', f'--data.val=["{text}"]', "--micro_batch_size=1"],
         "fp32": [],
         "bf16": BF16,
         "bf16_rounding": ["--dtype=bfloat16", "--optim.weights=stochastic_rounding"],
@@ -66,7 +69,8 @@ def fleet(tiny_run, tmp_path_factory):
         "hsdp": ["--replicas=2"],
         "hsdp_fp8": [*FP8, *PRECOMPUTE, "--replicas=2"],
         "zero2_fp8": [*FP8, *PRECOMPUTE, "--reshard_after_forward=False"],
-        "selective_fp8": [*FP8, *PRECOMPUTE, *COMPILE, "--activation_checkpoint=selective", "--loss_chunks=4"],
+        # compiled in test_numerics.py
+        "selective_fp8": [*FP8, *PRECOMPUTE, "--activation_checkpoint=selective", "--loss_chunks=4"],
         "full_fp8": [*FP8, *PRECOMPUTE, "--activation_checkpoint=full"],
         "accumulation_fp8": [*FP8, *PRECOMPUTE, "--micro_batch_size=1"],
         "tied_fp8": [*FP8, *PRECOMPUTE, "--model.tie_embeddings=True"],
@@ -86,7 +90,10 @@ def fleet(tiny_run, tmp_path_factory):
     two = {name: [*tiny_run, *args] for name, args in (both | two_only).items()}
     (folder / "one").mkdir()
     (folder / "two").mkdir()
-    return run_many(folder / "one", one, ranks=1), run_many(folder / "two", two, ranks=2)
+    moving = [*tiny_run, *FP8, *PRECOMPUTE, "--checkpoint_interval=2", FLAT]
+    done = run_many(folder / "one", {**one, "moving": [*moving, "--max_steps=2"], "stays": moving}, ranks=1)
+    shutil.copytree(folder / "one" / "moving", folder / "two" / "moving")
+    return done, run_many(folder / "two", {**two, "moving": [*moving, "--max_steps=4"]}, ranks=2)
 
 
 # float32: sums in another order differ by some 1e-7, which Adam's first steps (update = sign of the gradient) amplify
@@ -184,14 +191,9 @@ def test_tied_embeddings_stay_tied_under_fsdp(fleet):
     assert largest_gap(two["tied_fp8"], one["tied"]) < 2 * FP8_NOISE
 
 
-def test_ranks_with_unequal_numbers_of_targets_weigh_every_token_the_same(tiny_run, tmp_path):
-    # 10 windows in the text, the last one short, 8 a step: step 2 has the short one on one of the ranks
-    text = tmp_path / "short.txt"
-    text.write_text("".join(chr(97 + i * i % 26) for i in range(64 * 9 + 10)))
-    args = [*tiny_run, f'--data.train=["{text}"]', f'--data.val=["{text}"]', "--micro_batch_size=1"]
-    one = run_many(tmp_path, {"one": args})["one"]
-    two = run_many(tmp_path, {"two": args}, ranks=2)["two"]
-    assert largest_gap(two, one) < FLOAT_NOISE
+def test_ranks_with_unequal_numbers_of_targets_weigh_every_token_the_same(fleet):
+    one, two = fleet
+    assert largest_gap(two["unequal"], one["unequal"]) < FLOAT_NOISE
 
 
 @pytest.fixture(scope="module")
@@ -310,15 +312,17 @@ checkpoint.flush = die"""}
 def finished(tiny_run, tmp_path_factory):
     """A run of 6 steps that nothing interrupted, and runs that died, are resumed, or repeat its resolved config.
 
-    Tensorwise FP8 in bf16, compiled: (arguments, folder, {name: metrics}, {name: what its dead process left}).
+    Tensorwise FP8, compiled into graphs that `fleet` has compiled before: (arguments, folder, {name: metrics}, {name:
+    what its dead process left}).
     """
     folder = tmp_path_factory.mktemp("finished")
-    args = [*tiny_run, *FP8, "--dtype=bfloat16", "--optim.weights=stochastic_rounding", *COMPILE]
+    args = [*tiny_run, *FP8, *COMPILE]
     left = {}
     for name, die in DEATHS.items():
-        script = f"import os, checkpoint, train\n{die}\ntrain.main()\n"
-        dead = subprocess.run([sys.executable, "-c", script, *args, f"--out_dir={folder / name}"], cwd=REPO,
-                              capture_output=True, text=True)
+        script = folder / f"{name}.py"
+        script.write_text(f"import os, sys\nsys.path.insert(0, {str(REPO)!r})\nimport checkpoint, train\n{die}\n"
+                          "train.main()\n")
+        dead = run(script, *args, f"--out_dir={folder / name}", check=False)
         assert dead.returncode == 9, dead.stderr
         left[name] = (list(metrics(folder / name).train),
                       sorted(path.name for path in (folder / name / "checkpoints").iterdir()))
@@ -349,25 +353,32 @@ def test_the_resolved_config_repeats_the_run(finished):
     assert exact(runs["repeated"]) == exact(runs["whole"])
 
 
-def test_resume_on_two_ranks_and_back_on_one(tiny_run, tmp_path, capsys):
-    out = [f"--out_dir={tmp_path / 'out'}"]
-    args = [*tiny_run, *FP8, *PRECOMPUTE, "--checkpoint_interval=2"]
-    # the learning rate depends on max_steps, here the number of steps of each part: hence none of it decays
-    flat = ["--optim.min_lr=0.003"]
-    train_here(*args, *flat, f"--out_dir={tmp_path / 'whole'}")
-    train_here(*args, *flat, *out, "--max_steps=2")
-    assert "2 steps done" in run("train.py", *args, *flat, *out, "--max_steps=4", ranks=2).stdout
-    capsys.readouterr()
-    train_here(*args, *flat, *out, "--max_steps=6")
+def test_resume_on_two_ranks_and_back_on_one(fleet, tiny_run, capsys):
+    one, two = fleet  # the first two steps on one rank, the next two on two
+    assert "2 steps done" in two["moving"].text
+    train_here(*tiny_run, *FP8, *PRECOMPUTE, FLAT, "--max_steps=6", f"--out_dir={two['moving'].out_dir}")
     assert "4 steps done" in capsys.readouterr().out
-    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "out")
+    whole, parts = one["stays"], metrics(two["moving"].out_dir)
     assert list(parts.train) == [1, 2, 3, 4, 5, 6]
     assert all(abs(a - b) < FP8_NOISE * b for a, b in zip(losses(parts), losses(whole), strict=True))
 
 
+@pytest.mark.parametrize("keys", [BF16, ["--dtype=bfloat16", "--optim.weights=stochastic_rounding"]],
+                         ids=["fp32_master", "stochastic_rounding"])
+def test_resumed_bf16_run_is_bit_for_bit_the_uninterrupted_one(tiny_run, tmp_path, capsys, keys):
+    args = [*tiny_run, *FP8, *keys]
+    train_here(*args, f"--out_dir={tmp_path / 'whole'}")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000006")
+    capsys.readouterr()
+    train_here(*args, f"--out_dir={tmp_path / 'again'}")
+    assert "3 steps done" in capsys.readouterr().out
+    assert exact(metrics(tmp_path / "again")) == exact(metrics(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("first, then", [(FP8, []), ([], FP8)], ids=["fp8_to_bf16", "bf16_to_fp8"])
 def test_fp8_and_bf16_runs_read_each_others_checkpoints(tiny_run, tmp_path, capsys, first, then):
-    out = [f"--out_dir={tmp_path / 'out'}", *BF16, "--optim.min_lr=0.003"]
+    out = [f"--out_dir={tmp_path / 'out'}", *BF16, FLAT]
     train_here(*tiny_run, *first, *out, "--max_steps=3")
     capsys.readouterr()
     train_here(*tiny_run, *then, *out, "--max_steps=6")
