@@ -189,30 +189,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down(SwiGLU.apply(self.gate_up(x)))
-
-
-@torch._dynamo.allow_in_graph
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of (..., 2F) -> (..., F). Source: Shazeer, arXiv 2002.05202.
-
-    Backward is written out because autograd's joins two gradients by `cat`, with which no FP8 cast fuses.
-    """
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, = ctx.saved_tensors
-        gate, up = gate_up.unflatten(-1, (2, -1)).float().split(1, dim=-2)  # (..., 1, F)
-        s, grad = gate.sigmoid(), grad.unsqueeze(-2).float()
-        is_gate = torch.arange(2, device=grad.device)[:, None] == 0  # (2, 1)
-        both = torch.where(is_gate, up * (s + gate * s * (1 - s)), gate * s) * grad
-        return both.flatten(-2).to(gate_up.dtype)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
