@@ -131,18 +131,19 @@ def plot(results, report, path):
     runs = [run for run in results if not isinstance(run[2], str)]
     twin, band, final = runs[0][2], report["band"], report["rows"][0]["final_val_loss"]
     scale, late_gaps, colors = report["tokens_per_step"] / 1e6, [band], iter(COLORS * 3)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
     for variant, seed, curves in runs:
         style = {"color": "black", "lw": 2.2} if curves is twin else {"color": "0.6", "lw": 1}
         label = f"bf16, seed {seed}"
         if variant != "bf16":
-            style, label = {"color": next(colors), "lw": 1.3}, variant.replace(":fp8.", ", ").replace(":", ", ")
+            style = {"color": next(colors), "lw": 1.3}
+            label = variant.replace(":fp8.", ", ").replace(":", ", ").replace("=True", "")
         axes[0].plot(curves["val_step"], curves["val_loss"], label=label, **style)
         axes[1].plot(curves["val_time_s"], curves["val_loss"], **style)
         if variant != "bf16":
             axes[2].plot(*paired_gap(curves, twin), **style)
             gaps = np.subtract(curves["val_loss"], twin["val_loss"])
-            late_gaps += abs(gaps[len(gaps) // 4:]).tolist()
+            late_gaps += abs(gaps[len(gaps) // 2:]).tolist()
             axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
     late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 4:]]
     margin = 0.05 * (max(late) - min(late))
@@ -153,13 +154,15 @@ def plot(results, report, path):
     axes[1].set(xlabel=f"seconds of training, {report['hardware']}", ylim=limits)
     axes[2].axhspan(-band, band, color="0.88", label=f"noise of bf16 seeds: ±{band:.4f}")
     axes[2].axhline(0, color="black", lw=1)
-    axes[2].set(xlabel="step", ylabel="nats", title="gap to bf16: training (lines), validation (dots)")
+    axes[2].set(xlabel="step", ylabel="nats", title="gap to bf16: training (line), validation (dots)")
     axes[2].set_ylim(-1.3 * max(late_gaps), 1.3 * max(late_gaps))
     percent = lambda g: 100 * g / final, lambda p: p * final / 100
     axes[2].secondary_yaxis("right", functions=percent).set_ylabel("% of the final loss")
     for ax in axes:
         ax.grid(alpha=0.3)
+    for ax in axes[1:]:
         ax.legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=200)
 
 
