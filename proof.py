@@ -1,9 +1,12 @@
-"""The proof that a run trains in FP8, all of it as asked, and that what it computes is right: before the first step."""
+"""What of a run is in FP8, and the proof before the first step: it is so, as asked, and computes what it should."""
 
 import math
+import re
+from collections import Counter
 from dataclasses import replace
 
 import torch
+import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +14,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fp8
 import model as models
 import telemetry
+
+
+def covered_flops(model, cfg):
+    """FLOPs per token of the matmuls that run in FP8, forward and backward."""
+    per_weight = 4 if cfg.recipe_name == "rowwise_with_gw_hp" else 6
+    return per_weight * sum(m.weight.numel() for m in fp8.float8_linears(model).values())
+
+
+def table(model, cfg, flops_share, *, shards):
+    """The report of a converted model: a line per kind of layer, then how much of the model FP8 covers.
+
+    flops_share: covered_flops over all matmul FLOPs of the model, attention included.
+    """
+    recipe = cfg.recipe_name or "tensorwise"
+    found = fp8.float8_linears(model)
+    rows, covered_params = Counter(), sum(m.weight.numel() for m in found.values())
+    for fqn, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            kept = f"{str(m.weight.dtype).removeprefix('torch.')}: fp8.filter_fqns"
+            how = f"fp8 {recipe}" + (" (emulated)" if cfg.emulate else "") if fqn in found else kept
+            rows[re.sub(r"\.\d+\.", ".*.", fqn), tuple(m.weight.shape), how] += 1
+    lines = [f"  {name:<22} {str(shape):<16} x{n:<4} {how}" for (name, shape, how), n in rows.items()]
+    total = sum(p.numel() for p in model.parameters())
+    gather = "high precision" if shards else "nothing (one rank holds whole weights)"
+    if shards and cfg.enable_fsdp_float8_all_gather:
+        gather = "fp8" + (", scales precomputed" if cfg.precompute_float8_dynamic_scale_for_fsdp else "")
+    elif cfg.enable_fsdp_float8_all_gather:
+        gather += ": fp8 all-gather" + (" and precomputed scales have" if cfg.precompute_float8_dynamic_scale_for_fsdp
+                                        else " has") + " nothing to do here"
+    return "\n".join([
+        f"fp8: {len(found)} of {sum(rows.values())} linear layers converted", *lines,
+        f"  covers {covered_params / total:.1%} of parameters, {flops_share:.1%} of matmul FLOPs",
+        f"  all-gather: {gather}"])
 
 
 def verify_sharded(model, cfg, expected, *, shards):

@@ -179,8 +179,8 @@ def main():
         if config.fp8.self_check:
             say(proof.self_check(config, micro_batches(0)[0], device))
         fp8.convert(model, config.fp8, shards=shards)
-        fp8_flops = fp8.covered_flops(model, config.fp8) / flops_per_token
-        say(fp8.table(model, config.fp8, fp8_flops, shards=shards))
+        fp8_flops = proof.covered_flops(model, config.fp8) / flops_per_token
+        say(proof.table(model, config.fp8, fp8_flops, shards=shards))
         converted = list(fp8.float8_linears(model))
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if use_cuda else math.inf
     gib = estimate.check_memory(real, shards, accumulation, capacity)

@@ -171,8 +171,8 @@ def test_both_spellings_set_the_same_field():
 def test_table_shows_what_is_covered_and_what_is_not():
     cfg = emulated(filter_fqns=["lm_head"], enable_fsdp_float8_all_gather=True)
     model = build(cfg)
-    share = fp8.covered_flops(model, cfg) / sum(estimate.matmul_flops_per_token(model.cfg))
-    table = fp8.table(model, cfg, share, shards=0)
+    share = proof.covered_flops(model, cfg) / sum(estimate.matmul_flops_per_token(model.cfg))
+    table = proof.table(model, cfg, share, shards=0)
     assert "8 of 9 linear layers converted" in table
     assert "layers.*.attn.qkv      (128, 64)        x2    fp8 tensorwise (emulated)" in table
     assert "lm_head                (272, 64)        x1    float32: fp8.filter_fqns" in table
