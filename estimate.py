@@ -44,8 +44,9 @@ def memory(config, shards, accumulation):
     table = m.vocab_size * m.n_embd
     n_params = m.n_layer * block + table * (1 if m.tie_embeddings else 2) + m.n_embd
     master = config.optim.weights == "fp32_master" and config.dtype != "float32"
-    state = n_params * (size + (12 if master else 2 * size)) / max(1, shards)
-    gradients = n_params * (4 if master and accumulation > 1 else size) / max(1, shards)
+    held = n_params / max(1, shards)  # by this rank
+    state = held * (size + (12 if master else 2 * size))
+    gradients = held * (4 if master and accumulation > 1 else size)
     tokens = config.micro_batch_size * m.block_size
     # Values kept of each token and block. A matmul whose weight gradient is in high precision keeps its input; one in
     # FP8 casts it again in backward, from what the op before it keeps anyway (PyTorch's partitioner decides so).

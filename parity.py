@@ -160,9 +160,7 @@ def plot(results, report, path):
     axes[2].secondary_yaxis("right", functions=percent).set_ylabel("% of the final loss")
     for ax in axes:
         ax.grid(alpha=0.3)
-    for ax in axes[1:]:
-        ax.legend(fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=200)
 
 
