@@ -42,9 +42,9 @@ def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
 
 def test_two_ranks(tiny_run, tmp_path):
     done = run("bench.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False", "--steps=10", "--warmup=0",
-               "--variants=bf16,bf16:replicas=3", ranks=2, check=False)
-    bf16, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert bf16["tokens_per_s"] * bf16["ms_per_step"] == pytest.approx(1000 * 4 * 64)  # per rank
+               "--variants=bf16,tensorwise,bf16:replicas=3", ranks=2, check=False)
+    *rows, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["tokens_per_s"] * row["ms_per_step"] for row in rows] == pytest.approx([1000 * 4 * 64] * 2)  # per rank
     assert "replicas=3 must divide the number of ranks, 2" in failed["error"]
     assert done.returncode == 1 and done.stdout.count("bf16: 0 + 10 steps") == 1  # one rank speaks
 

@@ -326,7 +326,7 @@ def finished(tiny_run, tmp_path_factory):
         assert dead.returncode == 9, dead.stderr
         left[name] = (list(metrics(folder / name).train),
                       sorted(path.name for path in (folder / name / "checkpoints").iterdir()))
-    (folder / "same.py").write_text(configurator.to_python(configurator.load(args)))
+    (folder / "same.py").write_text(main_here(train.main, *args, "--print_config")[1])
     runs = run_many(folder, {"whole": args, **dict.fromkeys(DEATHS, args), "repeated": [folder / "same.py"]})
     return args, folder, runs, left
 
