@@ -32,7 +32,8 @@ def llama_8b(**changes):
                             optim=OptimConfig(weights="stochastic_rounding")), **changes})
 
 
-MEASURED = [(name, row["variant"], row["peak_gib"]) for name in ("bench_8_layers", "bench_32_layers", "bench_32_layers_gw_hp")
+MEASURED = [(name, row["variant"], row["peak_gib"])
+            for name in ("bench_8_layers", "bench_32_layers", "bench_32_layers_gw_hp")
             for row in json.loads((REPO / f"docs/results/{name}.json").read_text())["rows"]]
 
 
