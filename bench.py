@@ -179,7 +179,7 @@ def main():
     config, base = prepared
     out_dir = Path(config.out_dir)
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
-              "command": sys.argv, "tokens_per_step": config.global_batch_size * config.model.block_size, "rows": []}
+              "command": sys.argv, "tokens_per_step": None, "rows": []}
     rows = report["rows"]
     if own.gemms:
         own.variants = "bf16"
@@ -189,7 +189,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         row, run = measure(variant, base, folder, own)
         rows.append(row)
-        report |= {key: run[key] for key in ("hardware", "versions", "git_commit") if key in run}
+        report |= {key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step") if key in run}
         if "error" not in row and "error" not in rows[0]:
             row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         print("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)

@@ -2,9 +2,11 @@
 
 FP8 halves a matmul's time and adds casts whose cost grows with the operands, not with the matmul: small layers lose.
 `bench.py --gemms` prints these timings; `fp8.auto_filter` leaves out what does not pay. In the whole model the casts
-fuse with their neighbours and cost somewhat less than here.
+fuse with their neighbours and cost somewhat less than here. What Python takes to start kernels is not in these times:
+where the GPU waits for it, as with small models and without cuda_graph, FP8 with its many kernels costs more than here.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -55,23 +57,24 @@ def time_linears(config, device, passes):
 
 
 def milliseconds(device, run, *args, calls=20):
-    """Median time of run(*args) in ms, after a few calls that compile and warm up."""
-    times = []
-    for i in range(-5, calls):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(*args)
-            end.record()
-            end.synchronize()
-            ms = start.elapsed_time(end)
-        else:
-            clock = time.perf_counter()
-            run(*args)
-            ms = 1000 * (time.perf_counter() - clock)
-        if i >= 0:
-            times.append(ms)
-    return statistics.median(times)
+    """Median time of run(*args) in ms, after a few calls that compile and warm up. Of a GPU, its own time alone."""
+    seconds = []
+    for _ in range(5 + calls):
+        clock = time.perf_counter()
+        run(*args)
+        seconds.append(time.perf_counter() - clock)
+    if device.type != "cuda":
+        return 1000 * statistics.median(seconds[5:])
+    torch.cuda.synchronize()
+    # first some cycles of nothing, at up to 2 GHz: when the first call begins, all of them wait in line
+    torch.cuda._sleep(int(2e9 * 2 * sum(seconds[5:])))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run(*args)
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))
 
 
 def gain(row):

@@ -182,9 +182,8 @@ def main():
         print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)
     judged = judge(results)
     run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
-    report = {**{key: run[key] for key in ("hardware", "versions", "git_commit")}, "command": sys.argv,
-              "date": datetime.date.today().isoformat(), "max_steps": config.max_steps,
-              "tokens_per_step": config.global_batch_size * config.model.block_size, **judged,
+    report = {**{key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step")},
+              "command": sys.argv, "date": datetime.date.today().isoformat(), "max_steps": config.max_steps, **judged,
               "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
     plot(results, report, out_dir / "parity.png")

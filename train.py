@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
+import cudagraph
 import data
 import estimate
 import fp8
@@ -154,6 +155,7 @@ def main():
         return [on_device(x[i], y[i], None if positions is None else positions[i], device) for i in range(accumulation)]
 
     length = train_rows.block_size  # of the rows that the model sees; model.block_size is the longest that it could
+    cudagraph.check(config, shards, device, length)
     tokens_per_step = round(config.global_batch_size * length * (1 - train_rows.padding))  # of text, on average
     real = replace(config, model=replace(config.model, block_size=length))  # what a step costs
 
@@ -262,8 +264,8 @@ def main():
     # 6) the loop
 
     run = {**logs.provenance(), "hardware": f"{world_size} x {hardware}", "ranks": world_size, "compile_s": compile_s,
-           "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak,
-           "auto_filtered": auto_filtered}
+           "tokens_per_step": tokens_per_step, "flops_per_token": flops_per_token, "fp8_flops": fp8_flops,
+           "peak_flops": peak, "auto_filtered": auto_filtered}
     if first:
         out_dir.mkdir(parents=True, exist_ok=True)
         if folder is None:
@@ -286,6 +288,7 @@ def main():
 
     if use_cuda:
         torch.cuda.reset_peak_memory_stats()
+    run_pass = cudagraph.GraphedPass(micro_step, model, accumulation > 1) if config.cuda_graph else micro_step
     progress = tqdm(initial=start, total=config.max_steps, unit="step", disable=None if first else True)
     clock, last_logged, n_skipped = now(), start, 0
     bad = torch.zeros(3, device=device)  # the first step since the last look with inf or nan, its loss, gradient norm
@@ -301,7 +304,7 @@ def main():
             say(f"step {step}/{config.max_steps} | {telemetry.worst(health)}")
         loss = torch.zeros((), device=device)
         for micro_batch in batch:
-            loss += micro_step(*micro_batch, n_tokens)
+            loss += run_pass(*micro_batch, n_tokens)
             if accumulation > 1:
                 optimizer.accumulate()
         lr = get_lr(config.optim, step, config.max_steps)

@@ -6,9 +6,11 @@ import shutil
 import textwrap
 
 import pytest
+import torch
 from conftest import REPO, main_here, metrics, run, run_many, train_here
 
 import configurator
+import cudagraph
 import sample
 import train
 
@@ -168,6 +170,40 @@ def test_sharded_over_one_gpu_trains_as_not_sharded(tiny_run, tmp_path):
     whole, sharded = metrics(tmp_path / "whole"), metrics(tmp_path / "sharded")
     assert whole.train[4]["loss"] < whole.train[1]["loss"]
     assert largest_gap(sharded, whole) < FP8_NOISE  # the same scales; graphs that round in other places
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_a_recorded_pass_trains_as_one_that_python_starts(tiny_run, tmp_path, recipe):
+    sizes = {"n_embd": 256, "head_dim": 64, "ffn_dim": 512, "block_size": 256}
+    args = [*tiny_run, *(f"--model.{k}={v}" for k, v in sizes.items()), *COMPILE, "--device=cuda",
+            "--dtype=bfloat16", "--deterministic=False", "--eval_interval=3", "--loss_chunks=2"]
+    if recipe:
+        args += [*FP8[::2], f"--fp8.recipe_name={recipe}", "--fp8.stats_interval=2"]
+    for weights, batch in (("fp32_master", 8), ("fp32_master", 4), ("stochastic_rounding", 4)):
+        found = {}
+        for graph in (False, True):
+            out_dir = tmp_path / f"{weights}_{batch}_{graph}"
+            train_here(*args, f"--optim.weights={weights}", f"--micro_batch_size={batch}", f"--cuda_graph={graph}",
+                       f"--out_dir={out_dir}")
+            found[graph] = metrics(out_dir)
+        assert found[True].train[6]["loss"] < found[True].train[1]["loss"]
+        assert largest_gap(found[True], found[False]) < 1e-4, (weights, batch)  # the same kernels
+        assert found[True].train[6]["peak_gib"] > 0.5 * found[False].train[6]["peak_gib"]  # what it reserved counts
+
+
+def test_a_pass_that_cannot_be_recorded_is_an_error(tiny_run, tmp_path):
+    with pytest.raises(ValueError, match="^cuda_graph=True: there is no GPU here; or set cuda_graph=False$"):
+        train_here(*tiny_run, "--cuda_graph=True", f"--out_dir={tmp_path}")
+    config, gpu = configurator.Config(cuda_graph=True), torch.device("cuda")
+    cudagraph.check(config, 0, gpu, 256)
+    with pytest.raises(ValueError, match="FSDP2's communication is not recorded"):
+        cudagraph.check(config, 1, gpu, 256)
+    config.model.sliding_window = 256
+    cudagraph.check(config, 0, gpu, 256)
+    config.model.sliding_window = 255
+    with pytest.raises(ValueError, match="sliding windows"):
+        cudagraph.check(config, 0, gpu, 256)
 
 
 def test_four_ranks_train_as_one_does(fleet, tiny_run, tmp_path):
