@@ -145,7 +145,7 @@ def plot(results, report, path):
             gaps = np.subtract(curves["val_loss"], twin["val_loss"])
             late_gaps += abs(gaps[len(gaps) // 2:]).tolist()
             axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
-    late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 4:]]
+    late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 5:]]
     margin = 0.05 * (max(late) - min(late))
     limits = min(late) - margin, max(late) + margin
     axes[0].set(xlabel="step", ylabel="validation loss, nats per token", ylim=limits)

@@ -49,6 +49,17 @@ def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, measur
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(measured, rel=0.05)
 
 
+RECIPES = json.loads((REPO / "docs/results/recipes_one_h100.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("row", RECIPES, ids=lambda row: f"{row['config']}-{'fp8' if row['fp8'] else 'bf16'}")
+def test_memory_of_the_recipes_is_within_5_percent_of_what_they_took(row):
+    config = configurator.read_file(str(REPO / f"config/{row['config']}.py"))
+    config.fp8.enabled = row["fp8"]
+    measured = max(step["peak_gib"] for step in row["steps"])
+    assert estimate.memory(config, shards=0, accumulation=32) == pytest.approx(measured, rel=0.05)
+
+
 def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help():
     assert estimate.check_memory(llama_8b(), 0, 1, capacity=79.2) < 75
     with pytest.raises(ValueError) as error:  # a second pass would keep the gradients of the first beside activations

@@ -188,7 +188,11 @@ def test_a_recorded_pass_trains_as_one_that_python_starts(tiny_run, tmp_path, re
                        f"--out_dir={out_dir}")
             found[graph] = metrics(out_dir)
         assert found[True].train[6]["loss"] < found[True].train[1]["loss"]
-        assert largest_gap(found[True], found[False]) < 1e-4, (weights, batch)  # the same kernels
+        first, plain = found[True].train[1], found[False].train[1]
+        assert first["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+        # the same kernels, but cuDNN's attention adds a query's gradient up in any order, and Adam amplifies that
+        assert largest_gap(found[True], found[False]) < FP8_NOISE, (weights, batch)
         assert found[True].train[6]["peak_gib"] > 0.5 * found[False].train[6]["peak_gib"]  # what it reserved counts
 
 
