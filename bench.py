@@ -18,13 +18,14 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import configurator
 import gemms
+import logs
 
 REPO = Path(__file__).parent
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -124,8 +125,8 @@ def measure(variant, base, folder, own):
     if error:
         return {"variant": variant, "error": error}, {}
     run = json.loads((folder / "run.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = [row for row in rows if row["step"] > own.warmup and row["step"] % WINDOW == 0]
+    rows = logs.read_metrics(folder)
+    timed = [row for row in rows if "loss" in row and row["step"] > own.warmup and row["step"] % WINDOW == 0]
     per_rank = timed[0]["tokens"] / timed[0]["step"] / run["ranks"]
     ms = [1000 * per_rank / row["tokens_per_s"] for row in timed]
     middle = statistics.median(ms)
@@ -200,7 +201,9 @@ def main():
             raise RuntimeError(f"the bf16 run failed: {rows[0]['error']}")
         device = torch.device("cpu" if on_cpu(config) else "cuda")
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
-        report["gemms"] = gemms.time_linears(config, device, passes)
+        ran = configurator.read_file(out_dir / "bf16" / "config.py")  # init_from's model, rows as long as the data's
+        ran = replace(ran, model=replace(ran.model, block_size=run["block_size"]), fp8=config.fp8)
+        report["gemms"] = gemms.time_linears(ran, device, passes)
         (out_dir / "gemms.json").write_text(json.dumps(report, indent=1))
         print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
         print(f"written: {out_dir / 'gemms.json'}")

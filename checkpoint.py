@@ -70,7 +70,7 @@ def like(p, local):
 def save(out_dir, step, model, optimizer, run, *, keep):
     """Write checkpoint `step`, then remove all but the newest `keep` (0: remove none). Called on every rank.
 
-    run: what the run was, a JSON-able dict; comes back from load.
+    run: what the run was, a JSON-able dict; comes back from read_run.
     """
     folder = Path(out_dir, "checkpoints", f"step_{step:08d}")
     aside = folder.with_name(folder.name + ".tmp")
@@ -125,9 +125,7 @@ def load(folder, model, optimizer=None):
     state = tensors(model, optimizer)
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name in [n for n in state if n.startswith("optim.master.") and n not in saved]:
-        weight = name.replace("optim.master.", "model.")
         del state[name]
-        assert weight in saved, name
     differ = [f"{n}: {tuple(saved[n].size) if n in saved else 'missing'} for {tuple(t.shape)}"
               for n, t in state.items() if n not in saved or saved[n].size != t.shape]
     if differ:

@@ -6,11 +6,8 @@ the field's type. All mistakes of a call are told together, before anything slow
 dataclass: nothing here has to change.
 """
 
-import ast
 import copy
-import difflib
 import inspect
-import io
 import os
 import re
 import runpy
@@ -19,9 +16,7 @@ import signal
 import sys
 import textwrap
 import time
-import tokenize
 import traceback
-import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -34,6 +29,7 @@ from data import DataConfig
 from fp8 import CompileConfig, FP8Config
 from model import ModelConfig
 from optim import OptimConfig
+from schema import closest, comments, fits, parse, sections, to_python, type_name
 
 __all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
            "load", "read_file", "run", "to_python"]
@@ -196,84 +192,6 @@ def read_file(path):
     return copy.deepcopy(config)  # the object may belong to a module that others import too
 
 
-def sections(config, prefix=""):
-    """Yield ("", config), ("model.", config.model), ...: the dataclasses in a config by the prefix of their keys."""
-    yield prefix, config
-    for f in fields(config):
-        if is_dataclass(value := getattr(config, f.name)):
-            yield from sections(value, f"{prefix}{f.name}.")
-
-
-def closest(name, names):
-    """The likeliest of `names`, compared whole and by the part behind the last dot."""
-    def score(other):
-        pairs = (name, other), (name.split(".")[-1], other.split(".")[-1])
-        whole, leaf = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return max(whole, leaf), whole
-
-    return max(names, key=score, default="")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# types
-
-
-def alternatives(kind):
-    """The members of a union; of anything else, itself."""
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-
-
-def fits(value, kind):
-    """Whether `value` is of the annotated type. An int is a fine float, a bool is no int, nan and inf are nothing."""
-    if len(kinds := alternatives(kind)) > 1:
-        return any(fits(value, k) for k in kinds)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return any(value == a and type(value) is type(a) for a in args)
-    if origin in (list, tuple):
-        if not isinstance(value, origin):
-            return False
-        every = [args[0]] * len(value) if origin is list or args[-1] is ... else args
-        return len(value) == len(every) and all(map(fits, value, every))
-    if kind is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def parse(text, kind):
-    """The value that a command-line text means for a field of this type, or the text itself if it means none."""
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError, TypeError):  # not a literal: text as it stands
-        return text
-    if isinstance(value, list) and typing.get_origin(kind) is tuple:
-        value = tuple(value)
-    if isinstance(value, str) or not fits(value, kind):
-        return text
-    return float(value) if kind is float else value
-
-
-def type_name(kind):
-    if typing.get_origin(kind) is Literal:
-        return " | ".join(map(repr, typing.get_args(kind)))
-    if len(kinds := alternatives(kind)) > 1:
-        return " | ".join(map(type_name, kinds))
-    return str(kind) if typing.get_origin(kind) else kind.__name__.replace("NoneType", "None")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# showing
-
-
-def comments(kind):
-    """{field: the comment on its line} of a dataclass."""
-    source = inspect.getsource(kind)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    lines = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: notes.get(node.end_lineno, "") for node in lines}
-
-
 def help_text(parts):
     """The script's docstring, and every key with type, default and meaning. parts: (prefix, section) pairs."""
     lines = [sys.modules["__main__"].__doc__ or "", "Keys with type, default and meaning, set by --key=value:"]
@@ -294,26 +212,6 @@ def help_text(parts):
             lines.append(textwrap.fill(meaning or "-", width, initial_indent=head, subsequent_indent=" " * start))
     lines += ["", "Other names of the same keys:", *(f"  fp8.{a} = fp8.{name}" for a, name in fp8.ALIASES.items())]
     return "\n".join(lines).strip()
-
-
-def to_python(config):
-    """A Config as the text of a Python config file that reads back as an equal one."""
-    imports = {}
-
-    def show(value, indent):
-        if not is_dataclass(value):
-            return repr(value)
-        kind, notes, lines = type(value), comments(type(value)), []
-        imports.setdefault(kind.__module__, set()).add(kind.__name__)
-        for f in fields(value):
-            line = f"{indent}    {f.name}={show(getattr(value, f.name), indent + '    ')},"
-            noted = f"{line}  # {notes[f.name]}"
-            lines.append(line if "\n" in line or len(noted) > 120 else noted)
-        return "\n".join([f"{kind.__name__}(", *lines, f"{indent})"])
-
-    body = show(config, "")
-    head = "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items()))
-    return f"{head}\nconfig = {body}\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -12,14 +12,19 @@ import torch
 
 def check(config, shards, device, length):
     """ValueError where a pass of a configurator.Config cannot be recorded. length: tokens of a row."""
-    if config.cuda_graph:
-        window = config.model.sliding_window or length
-        for wrong, why in ((device.type != "cuda", "there is no GPU here"),
-                           (shards, "FSDP2's communication is not recorded: use one rank, shard_one_rank=False"),
-                           (config.data.format == "hellaswag" or window < length,
-                            "documents in rows, and sliding windows, have other shapes in every batch")):
-            if wrong:
-                raise ValueError(f"cuda_graph=True: {why}; or set cuda_graph=False")
+    if not config.cuda_graph:
+        return
+    window = config.model.sliding_window or length
+    for wrong, why in (
+        (device.type != "cuda", "there is no GPU here"),
+        (shards, "FSDP2's communication is not recorded: use one rank, shard_one_rank=False"),
+        (config.data.format == "hellaswag" or window < length,
+         "documents in rows, and sliding windows, have other shapes in every batch"),
+        (config.compile.enabled and config.compile.mode in ("reduce-overhead", "max-autotune"),
+         f"compile.mode={config.compile.mode} records graphs of its own, which cannot be part of one"),
+    ):
+        if wrong:
+            raise ValueError(f"cuda_graph=True: {why}; or set cuda_graph=False")
 
 
 class GraphedPass:

@@ -210,7 +210,7 @@ def prepare(cfg, block_size):
     With several ranks call it on rank 0 first. Raises ValueError for text that cannot be found, read or used.
     """
     encoding = get_tokenizer(cfg.tokenizer)
-    train, val = (find_files(cfg.train), find_files(cfg.val)) if cfg.train else (embedded_files(), [])
+    train, val = find_files(cfg.train) if cfg.train else embedded_files(), find_files(cfg.val)
     identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files] for files in (train, val)]
     key = hashlib.blake2b(repr((identity, cfg.text_key, fingerprint(encoding))).encode(), digest_size=8).hexdigest()
     name = Path(cfg.train[0]).stem if cfg.train else "python_stdlib"
@@ -226,6 +226,9 @@ def prepare(cfg, block_size):
     if len(streams) == 1:  # too few documents to set some aside: the end of the text is for validation
         whole, cut = streams[0], len(streams[0]) - len(streams[0]) // VAL_EVERY
         streams = [Tokens(whole.shards, headers, block_size, *part) for part in ((0, cut), (cut, len(whole)))]
+    if len(streams[1]) < 2:
+        raise ValueError(f"data: {len(streams[0])} tokens for training leave {len(streams[1])} for validation, which "
+                         "takes 2: give more text, or data.val")
     source = f"{len(train)} files" + (f" of {', '.join(cfg.train)}" if cfg.train else " of Python's standard library")
     for stream in streams:
         stream.description = (f"{source}, {len(streams[0]):,} training and {len(streams[1]):,} validation tokens in "
@@ -260,8 +263,9 @@ def build(folder, train, val, cfg, encoding):
                     bar.update(len(text))
                 for writer in writers.values():
                     writer.close()
-        if not any(aside.glob("train_*.bin")):
-            raise ValueError(f"data: no text in {', '.join(map(str, train[:3]))}: the corpus is empty")
+        for split, files in (("train", train), ("val", val)):
+            if files and not any(aside.glob(f"{split}_*.bin")):
+                raise ValueError(f"data.{split}: no text in {', '.join(map(str, files[:3]))}")
         if not folder.is_dir():  # else another process was quicker, with the same result
             aside.rename(folder)
     finally:

@@ -123,12 +123,11 @@ def is_filtered(fqn, filter_fqns):
     return any(f".{entry}." in f".{fqn}." for entry in filter_fqns)
 
 
-def check(cfg, model, *, device, compiled, shards, tokens):
+def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
     """Raise one ValueError that lists everything which keeps this model from training in FP8 as asked.
 
     cfg: an enabled FP8Config. model: may still be on the meta device. shards: ranks that each weight is cut over by
-    FSDP2; 0: it is off.
-    tokens: the row counts of the matmuls' inputs (tokens per forward pass, tokens per piece of the loss).
+    FSDP2; 0: it is off. tokens: of a forward pass on a rank; lm_head takes them in loss_chunks pieces.
     """
     problems = list(cfg.problems())
     try:
@@ -161,7 +160,7 @@ def check(cfg, model, *, device, compiled, shards, tokens):
     bad = [f"{fqn} {tuple(m.weight.shape)}" for fqn, m in converted.items() if any(n % 16 for n in m.weight.shape)]
     if bad:
         problems.append("fp8 matmuls need dimensions divisible by 16, add these to fp8.filter_fqns: " + ", ".join(bad))
-    for n in tokens:
+    for n in {tokens, math.ceil(tokens / loss_chunks) if "lm_head" in converted else tokens}:
         if n % 16:
             problems.append(f"fp8 matmuls need the number of tokens per forward pass and per loss chunk to be "
                             f"divisible by 16, not {n}: change model.block_size, micro_batch_size or loss_chunks")
@@ -336,7 +335,8 @@ def recompute(forward, policy):
         if policy is drop_fp8_copies and not torch.compiler.is_compiling():
             # eager, torchao keeps no FP8 copy, and the policy would keep views of weights that FSDP2 frees
             return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False, **context)
+        # nothing here draws random numbers, and their state cannot be read while a CUDA graph is recorded
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **context)
 
     return checkpointed
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-import configurator
 import model as models
+import schema
 from fp8 import plain_local
 
 # Our modules by their names in the files; where there are several, ours has their rows one below the other.
@@ -111,8 +111,8 @@ def model_config(folder, wanted=None):
     if other := set(source.get("layer_types") or ()) - {layers}:
         problems.append(f"layer_types with {', '.join(sorted(other))} are not supported here, only {layers}")
     types = {f.name: f.type for f in fields(models.ModelConfig)}
-    problems += [f"{SIZES.get(ours, ours)}={value!r} in config.json: expected {configurator.type_name(types[ours])}"
-                 for ours, value in values.items() if not configurator.fits(value, types[ours])]
+    problems += [f"{SIZES.get(ours, ours)}={value!r} in config.json: expected {schema.type_name(types[ours])}"
+                 for ours, value in values.items() if not schema.fits(value, types[ours])]
     if problems:
         raise ValueError("\n".join(f"{folder}: {p}" for p in problems))
 

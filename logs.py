@@ -50,6 +50,11 @@ def peak_memory(use_cuda):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)  # KiB, B
 
 
+def read_metrics(out_dir):
+    """The rows of out_dir/metrics.jsonl, a dict for each."""
+    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+
+
 def open_metrics(out_dir, start):
     """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`."""
     path = out_dir / "metrics.jsonl"
@@ -76,7 +81,7 @@ def open_trackers(config):
     if config.wandb_project:
         import wandb
 
-        run = wandb.init(project=config.wandb_project, config=asdict(config), resume="allow")
+        run = wandb.init(project=config.wandb_project, config=asdict(config))
         trackers.append(lambda row: run.log(row, step=row["step"]))
     return trackers
 
@@ -88,7 +93,7 @@ def plot_losses(out_dir):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(out_dir)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, style in (("loss", {"lw": 1, "label": "train"}), ("val_loss", {"marker": "o", "label": "validation"})):
         points = [(row["step"], row[key]) for row in rows if key in row]
@@ -98,3 +103,4 @@ def plot_losses(out_dir):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out_dir / "loss.png", dpi=150)
+    plt.close(figure)

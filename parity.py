@@ -24,6 +24,7 @@ import torch
 
 import bench
 import configurator
+import logs
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
            "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
@@ -68,11 +69,11 @@ def plan(own, config, base):
 
 def read(folder):
     """What a run has left so far: step, loss, time_s, and of its evaluations val_step, val_loss, val_time_s."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = logs.read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
     curves = {key: [row[key] for row in train] for key in ("step", "loss", "time_s")}
-    curves |= {"val_step": [row["step"] for row in val], "val_loss": [row["val_loss"] for row in val]}
+    curves |= {"val_step": [row["step"] for row in val],
+               "val_loss": [math.nan if row["val_loss"] is None else row["val_loss"] for row in val]}
     # the clock stands still in evaluations, and training rows need not fall on their steps
     times = np.interp(curves["val_step"], [0, *curves["step"]], [0.0, *curves["time_s"]])
     return {**curves, "val_time_s": times.tolist()}
@@ -178,7 +179,10 @@ def main():
         failure = None
         if again or read(folder)["val_step"][-1:] != [config.max_steps]:
             failure = bench.train([folder / "wanted.py", *again], folder / "log.txt")
-        results.append((variant, seed, failure or read(folder)))
+        curves = read(folder)
+        if not failure and not math.isfinite(curves["val_loss"][-1]):
+            failure = "its validation loss ends as inf or nan"
+        results.append((variant, seed, failure or curves))
         print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)
     judged = judge(results)
     run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())

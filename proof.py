@@ -165,8 +165,6 @@ def self_check(config, micro_batch, device):
         loss = model(x, y, config.loss_chunks, *documents)
         loss.backward()
         results[variant] = loss.item(), {name: p.grad for name, p in model.named_parameters()}
-    del model, loss
-    torch.cuda.empty_cache()  # the run's own model is not there yet, and may need all of it
     told, wrong = [], []
     for reference in ("eager", "bf16"):
         (loss, grads), (want, wanted) = results["compiled"], results[reference]
@@ -175,6 +173,8 @@ def self_check(config, micro_batch, device):
         told.append(f"loss {gap:.1e}, gradients {least:.0f} dB ({name}) from {reference}")
         if not gap <= SELF_CHECK_LOSS or not least >= SELF_CHECK_DB:
             wrong.append(told[-1])
+    del model, loss, results, grads, wanted
+    torch.cuda.empty_cache()  # the run's own model is not there yet, and may need all of it
     if wrong:
         raise RuntimeError(f"fp8 does not compute here what it should: {'; '.join(wrong)}. Rounding explains "
                            f"{SELF_CHECK_LOSS} of the loss and {SELF_CHECK_DB} dB. Try another version of torch, or "

@@ -14,7 +14,6 @@ are what they were: the training is the same bit for bit with and without, and a
 
 import copy
 import functools
-import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import fp8
+import logs
 
 # The casts of a layer: operand, the tensor, torchao's setting for it, the dimension that shares a scale in a row-wise
 # recipe. The last three are the second matmul that reads the tensor; tensorwise they are the same cast again.
@@ -206,8 +206,7 @@ def plot_health(out_dir):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "fp8_layer" in row]
+    rows = [row for row in logs.read_metrics(out_dir) if "fp8_layer" in row]
     if not rows:
         return None
     layers, steps = list(dict.fromkeys(r["fp8_layer"] for r in rows)), sorted({r["step"] for r in rows})

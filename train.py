@@ -176,8 +176,8 @@ def main():
                 auto_filtered = gemms.choose(real, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
             config.fp8.filter_fqns += auto_filtered
-        fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards,
-                  tokens={tokens, tokens // config.loss_chunks})
+        fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards, tokens=tokens,
+                  loss_chunks=config.loss_chunks)
         if config.fp8.self_check:
             say(proof.self_check(config, micro_batches(0)[0], device))
         fp8.convert(model, config.fp8, shards=shards)
@@ -264,8 +264,8 @@ def main():
     # 6) the loop
 
     run = {**logs.provenance(), "hardware": f"{world_size} x {hardware}", "ranks": world_size, "compile_s": compile_s,
-           "tokens_per_step": tokens_per_step, "flops_per_token": flops_per_token, "fp8_flops": fp8_flops,
-           "peak_flops": peak, "auto_filtered": auto_filtered}
+           "block_size": length, "tokens_per_step": tokens_per_step, "flops_per_token": flops_per_token,
+           "fp8_flops": fp8_flops, "peak_flops": peak, "auto_filtered": auto_filtered}
     if first:
         out_dir.mkdir(parents=True, exist_ok=True)
         if folder is None:
@@ -330,12 +330,12 @@ def main():
             health = []
             if config.fp8.enabled:
                 health = telemetry.health(model, lambda: dry_run(batch, count_targets(batch)), bad_step)  # noqa: B023
-            folder, told = telemetry.keep_nonfinite(out_dir, *bad.tolist(), new, health, loader)
+            evidence, told = telemetry.keep_nonfinite(out_dir, *bad.tolist(), new, health, loader)
             if config.on_nonfinite == "stop":
                 if config.checkpoint_interval:
                     kept = {**identity, **run, "time_s": seconds}
-                    checkpoint.save(folder, bad_step - 1, model, optimizer, kept, keep=0)
-                    told += f" Take the step again: the same command with --out_dir={folder}"
+                    checkpoint.save(evidence, bad_step - 1, model, optimizer, kept, keep=0)
+                    told += f" Take the step again: the same command with --out_dir={evidence}"
                 raise RuntimeError(told)
             say(told)
             if in_a_row >= 10:
@@ -364,7 +364,8 @@ def main():
                 batches = data.eval_batches(val_rows, n=config.eval_sequences, rank=rank, world_size=world_size,
                                             micro_batch_size=config.micro_batch_size)
                 val_loss = evaluate(model, batches, device, config.loss_chunks, reduce)
-                row, told = {"step": step, "val_loss": val_loss}, f"validation loss {val_loss:.4f} nats per token"
+                row = {"step": step, "val_loss": val_loss if math.isfinite(val_loss) else None}  # JSON has no nan
+                told = f"validation loss {val_loss:.4f} nats per token"
                 if questions:
                     with torch.compiler.set_stance("force_eager"):  # rows of many lengths are not worth their graphs
                         scored = score(model, encoding, questions, device=device, rank=rank, world_size=world_size,

@@ -11,7 +11,7 @@ from bench import BenchConfig, flags, main, split
 @pytest.fixture(scope="module")
 def bench(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
-    variants = "bf16,tensorwise:fp8.filter_fqns=[],rowwise:fp8.filter_fqns=['typo']"
+    variants = "bf16,tensorwise:fp8.filter_fqns=[]:fp8.stats_interval=4,rowwise:fp8.filter_fqns=['typo']"
     status, text, _ = main_here(main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={out}",
                                 "--compile.enabled=False", "--steps=10", "--warmup=5", f"--variants={variants}")
     return status, text, out, json.loads((out / "bench.json").read_text())
@@ -20,7 +20,8 @@ def bench(tiny_run, tmp_path_factory):
 def test_rows_have_the_promised_keys_and_add_up(bench):
     *_, report = bench
     assert {"hardware", "versions", "date", "command", "rows"} <= set(report)
-    assert [row["variant"] for row in report["rows"]][:2] == ["bf16", "tensorwise:fp8.filter_fqns=[]"]
+    assert [row["variant"] for row in report["rows"]][:2] == [
+        "bf16", "tensorwise:fp8.filter_fqns=[]:fp8.stats_interval=4"]
     for row in report["rows"][:2]:
         assert {"variant", "ms_per_step", "spread_ms", "tokens_per_s", "speedup", "mfu", "peak_gib",
                 "compile_s"} <= set(row)

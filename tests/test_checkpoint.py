@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, run
+from conftest import REPO, build, run
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -19,6 +19,7 @@ import hf
 import model as models
 import sample
 import train
+from optim import AdamW, OptimConfig
 from tokenizer import get_tokenizer
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -407,6 +408,14 @@ def test_fine_tuning_resumes_from_its_own_checkpoint(folders, tiny_run, tmp_path
         train_with("nemo", 4)
     cfg = configurator.read_file(tmp_path / "out" / "config.py").model
     assert cfg.sliding_window == 16 and cfg.block_size == 64 and cfg.n_embd == 64
+
+
+def test_a_checkpoint_of_another_model_is_told(tmp_path):
+    small, large = (build(dtype=torch.bfloat16, n_layer=n) for n in (2, 3))
+    checkpoint.save(tmp_path, 1, small, AdamW(small, OptimConfig(), seed=1, compiled=False), {}, keep=1)
+    for optimizer in (None, AdamW(large, OptimConfig(), seed=1, compiled=False)):
+        with pytest.raises(ValueError, match=r"of another model: model.layers.2.*missing for .* and \d+ more"):
+            checkpoint.load(checkpoint.latest(tmp_path), large, optimizer)
 
 
 def test_sampling_from_a_model_folder(folders, monkeypatch, capsys):

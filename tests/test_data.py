@@ -241,8 +241,24 @@ def test_a_pattern_without_files_is_an_error(tmp_path):
 @pytest.mark.parametrize("text", ["", "\n"])
 def test_an_empty_corpus_is_an_error(tmp_path, text):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="the corpus is empty"):
+    with pytest.raises(ValueError, match="data.train: no text in .*empty.txt"):
         prepare(config(tmp_path, tmp_path / "empty.txt"))
+
+
+def test_validation_text_that_is_empty_too_short_or_given_alone(tmp_path):
+    for name, text in (("empty.txt", ""), ("full.txt", "text " * 40), ("short.txt", "a text of 31 tokens is too few"),
+                       ("val.txt", "validation")):
+        (tmp_path / name).write_text(text)
+    cfg = config(tmp_path, tmp_path / "full.txt")
+    cfg.val = [str(tmp_path / "empty.txt")]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="data.val: no text in .*empty.txt"):
+            prepare(cfg)
+    with pytest.raises(ValueError, match="30 tokens for training leave 1 for validation"):
+        prepare(config(tmp_path, tmp_path / "short.txt"))
+    cfg = config(tmp_path)  # the embedded corpus
+    cfg.val = [str(tmp_path / "val.txt")]
+    assert len(prepare(cfg)[1]) == len("validation") + 1
 
 
 @pytest.mark.parametrize("line, told", [

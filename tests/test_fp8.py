@@ -18,10 +18,11 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 CPU = torch.device("cpu")
 
 
-def check(cfg, device=CPU, compiled=True, shards=0, tokens=(64,), **sizes):
+def check(cfg, device=CPU, compiled=True, shards=0, tokens=64, loss_chunks=1, **sizes):
     with torch.device("meta"):
         model = models.Transformer(models.ModelConfig(**sizes))
-    fp8.check(cfg, model, device=device, compiled=compiled, shards=shards, tokens=tokens)
+    fp8.check(cfg, model, device=device, compiled=compiled, shards=shards, tokens=tokens,
+              loss_chunks=loss_chunks)
 
 
 def emulated(**keys):
@@ -93,7 +94,11 @@ def test_dimensions_that_fp8_cannot_take_are_named():
 
 def test_number_of_tokens_that_fp8_cannot_take_is_an_error():
     with pytest.raises(ValueError, match="divisible by 16, not 40"):
-        check(emulated(), tokens=(64, 40))
+        check(emulated(), tokens=40)
+    with pytest.raises(ValueError, match="divisible by 16, not 49"):
+        check(emulated(), tokens=1600, loss_chunks=33)  # torch.chunk rounds up: 32 pieces of 49 and one of 32
+    check(emulated(filter_fqns=["lm_head"]), tokens=1600, loss_chunks=33)  # no fp8 matmul sees the pieces
+    check(emulated(), tokens=1600, loss_chunks=34)
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
@@ -121,7 +126,7 @@ def test_all_gather_of_uneven_shards_is_an_error():
 
 def test_all_problems_are_reported_at_once():
     with pytest.raises(ValueError) as error:
-        check(FP8Config(enabled=True, filter_fqns=["typo"], precompute_float8_dynamic_scale_for_fsdp=True), tokens=(8,))
+        check(FP8Config(enabled=True, filter_fqns=["typo"], precompute_float8_dynamic_scale_for_fsdp=True), tokens=8)
     assert all(part in str(error.value) for part in ("'typo'", "on the cpu", "precompute", "not 8"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+import time
 
 import pytest
 import torch
@@ -85,9 +86,32 @@ def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypat
                            "--compile.enabled=False", "--steps=10", "--warmup=5", "--gemms")
     report = json.loads((tmp_path / "gemms.json").read_text())
     assert [row["layer"] for row in report["gemms"]] == ["attn.qkv", "attn.out", "mlp.gate_up", "mlp.down", "lm_head"]
-    assert all(ms > 0 for row in report["gemms"] for p in ("bf16", "fp8") for ms in row[p][:1])
+    assert all(len(row[p]) == 2 for row in report["gemms"] for p in ("bf16", "fp8"))
     assert report["rows"][0]["variant"] == "bf16" and "bf16 step, measured" in told
     assert not (tmp_path / "bench.json").exists()
+
+
+def test_bench_gemms_times_the_shapes_that_the_run_has(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "train", lambda args, log: train_here(*args))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"ind": i, "activity_label": "A", "ctx_a": f"One {i}", "ctx_b": "then",
+                                             "endings": list("abcd"), "label": 0}) + "\n" for i in range(40)))
+    main_here(bench.main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False",
+              "--data.format=hellaswag", f'--data.train=["{questions}"]', f'--data.val=["{questions}"]',
+              "--steps=10", "--warmup=5", "--gemms")
+    report = json.loads((tmp_path / "gemms.json").read_text())
+    assert {row["tokens"] for row in report["gemms"]} == {4 * 16}  # rows as long as the longest sample, not block_size
+
+
+@pytest.mark.gpu
+def test_the_gpus_time_is_without_the_time_that_python_takes():
+    x = torch.zeros(1, device="cuda")
+
+    def slow_to_start():
+        time.sleep(0.002)
+        x.add_(1)
+
+    assert gemms.milliseconds(x.device, slow_to_start) < 0.5
 
 
 @pytest.mark.gpu

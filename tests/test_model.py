@@ -20,7 +20,7 @@ def test_models_have_the_published_number_of_parameters_and_fit_fp8(name, count)
     assert sum(p.numel() for p in model.parameters()) == count
     assert not list(model.cfg.problems())
     fp8.check(fp8.FP8Config(enabled=True, emulate=True, enable_fsdp_float8_all_gather=True, filter_fqns=["lm_head"]),
-              model, device=torch.device("cpu"), compiled=True, shards=8, tokens={8192})
+              model, device=torch.device("cpu"), compiled=True, shards=8, tokens=8192)
 
 
 def test_models_share_no_rope_scaling():
@@ -263,7 +263,7 @@ def test_fp8_trains_layers_with_a_bias_and_names_sizes_it_cannot_take():
         a, b = a.attn.qkv.bias.grad, b.attn.qkv.bias.grad
         assert 1e-6 < (a - b).norm() / a.norm() < 0.2
     with pytest.raises(ValueError, match=r"add these to fp8.filter_fqns: lm_head \(250, 64\)"):
-        fp8.check(config, build(vocab_size=250), device=torch.device("cpu"), compiled=True, shards=0, tokens={64})
+        fp8.check(config, build(vocab_size=250), device=torch.device("cpu"), compiled=True, shards=0, tokens=64)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -61,7 +61,7 @@ def test_recipes_are_the_published_models_and_keep_the_contract(name, ranks, mon
     assert config.fp8.enable_fsdp_float8_all_gather and config.fp8.precompute_float8_dynamic_scale_for_fsdp
     shards = ranks if ranks > 1 else 0
     fp8.check(config.fp8, model, device=torch.device("cuda"), compiled=config.compile.enabled, shards=shards,
-              tokens={config.micro_batch_size * packed, config.micro_batch_size * packed // config.loss_chunks})
+              tokens=config.micro_batch_size * packed, loss_chunks=config.loss_chunks)
     row = replace(config, model=replace(config.model, block_size=packed))
     gib = estimate.memory(row, shards, batch // (config.micro_batch_size * ranks))
     assert (gib < 79.2 * 0.95) == (ranks > 1 or fits_one), gib

@@ -4,6 +4,7 @@ import ast
 import json
 import shutil
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,11 +182,11 @@ def test_a_recorded_pass_trains_as_one_that_python_starts(tiny_run, tmp_path, re
     if recipe:
         args += [*FP8[::2], f"--fp8.recipe_name={recipe}", "--fp8.stats_interval=2"]
     for weights, batch in (("fp32_master", 8), ("fp32_master", 4), ("stochastic_rounding", 4)):
-        found = {}
+        found, recomputed = {}, "none" if weights == "fp32_master" else "selective"
         for graph in (False, True):
             out_dir = tmp_path / f"{weights}_{batch}_{graph}"
-            train_here(*args, f"--optim.weights={weights}", f"--micro_batch_size={batch}", f"--cuda_graph={graph}",
-                       f"--out_dir={out_dir}")
+            train_here(*args, f"--optim.weights={weights}", f"--activation_checkpoint={recomputed}",
+                       f"--micro_batch_size={batch}", f"--cuda_graph={graph}", f"--out_dir={out_dir}")
             found[graph] = metrics(out_dir)
         assert found[True].train[6]["loss"] < found[True].train[1]["loss"]
         first, plain = found[True].train[1], found[False].train[1]
@@ -205,9 +206,41 @@ def test_a_pass_that_cannot_be_recorded_is_an_error(tiny_run, tmp_path):
         cudagraph.check(config, 1, gpu, 256)
     config.model.sliding_window = 256
     cudagraph.check(config, 0, gpu, 256)
+    config.compile.enabled, config.compile.mode = True, "reduce-overhead"
+    with pytest.raises(ValueError, match="compile.mode=reduce-overhead records graphs of its own"):
+        cudagraph.check(config, 0, gpu, 256)
     config.model.sliding_window = 255
     with pytest.raises(ValueError, match="sliding windows"):
         cudagraph.check(config, 0, gpu, 256)
+
+
+class PretendGraph(cudagraph.GraphedPass):
+    """Without a GPU: a replay overwrites the loss and the gradients of the one before, as a CUDA graph's does."""
+
+    def record(self, x, y, divisor):
+        self.inputs, self.loss = [t.clone() for t in (x, y, divisor)], torch.zeros(())
+        self.grads = [(p, torch.empty_like(p)) for p in self.params]
+        self.graph = SimpleNamespace(replay=self.replay)
+
+    def replay(self):
+        before = self.take_gradients()  # recorded kernels know no p.grad
+        self.loss.copy_(self.run(*self.inputs[:2], (), self.inputs[2]))
+        for (_, grad), (_, new) in zip(self.grads, self.take_gradients(), strict=True):
+            grad.copy_(new)
+        for p, grad in before:
+            p.grad = grad
+
+
+@pytest.mark.parametrize("batch", [8, 4])  # one pass, and two that add up
+@pytest.mark.parametrize("keys", [["--optim.weights=plain"], BF16, ["--dtype=bfloat16",
+                                                                    "--optim.weights=stochastic_rounding"]])
+def test_a_replay_overwrites_no_gradient_that_is_still_needed(tiny_run, tmp_path, monkeypatch, keys, batch):
+    monkeypatch.setattr(cudagraph, "check", lambda *_: None)
+    monkeypatch.setattr(cudagraph, "GraphedPass", PretendGraph)
+    for graph in (False, True):
+        train_here(*tiny_run, *FP8, *keys, "--fp8.stats_interval=4", "--checkpoint_interval=0",
+                   f"--micro_batch_size={batch}", f"--cuda_graph={graph}", f"--out_dir={tmp_path / str(graph)}")
+    assert exact(metrics(tmp_path / "True")) == exact(metrics(tmp_path / "False"))
 
 
 def test_four_ranks_train_as_one_does(fleet, tiny_run, tmp_path):
