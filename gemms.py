@@ -66,7 +66,7 @@ def milliseconds(device, run, *args, calls=20):
     if device.type != "cuda":
         return 1000 * statistics.median(seconds[5:])
     torch.cuda.synchronize()
-    # first some cycles of nothing, at up to 2 GHz: when the first call begins, all of them wait in line
+    # cycles of nothing, at up to 2 GHz, for twice as long as Python took: no call then has to wait for Python
     torch.cuda._sleep(int(2e9 * 2 * sum(seconds[5:])))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     events[0].record()
@@ -102,9 +102,9 @@ def table(rows, step_ms):
     lines = [f"{'layer':<14} {'shape':<16} {'calls':>5}  {'bf16: fwd + bwd ms':>18} {'fp8: fwd + bwd ms':>18}  "
              "saves per step"]
     for row in rows:
-        bf16, low = ("{:7.3f} + {:7.3f}".format(*row[p]) if row[p] else "not possible" for p in ("bf16", "fp8"))
+        bf16, fp8_ms = ("{:7.3f} + {:7.3f}".format(*row[p]) if row[p] else "not possible" for p in ("bf16", "fp8"))
         pays = "no" if row["layer"] in not_paying(rows) else "pays"
-        lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<16} {row['calls']:>5}  {bf16:>18} {low:>18}  "
+        lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<16} {row['calls']:>5}  {bf16:>18} {fp8_ms:>18}  "
                      f"{gain(row):+8.2f} ms  {pays}")
     every, best = (step_ms - sum(gains) for gains in (map(gain, rows), (max(0, gain(row)) for row in rows)))
     lines += ["", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with FP8 wherever it can: {every:.1f} ms "

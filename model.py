@@ -127,17 +127,17 @@ def document_starts(positions):
 
 
 def document_bounds(positions):
-    """(edges, longest) of the documents of a micro-batch of positions (B, T), laid out as one row of B * T tokens.
+    """(cu_seqlens, max_seqlen) of the documents in positions (B, T), laid out as one row of B * T tokens.
 
-    edges: int32, where each document starts, then B * T; longest: an int that no document is longer than. Both are
-    rounded up (edges by empty documents at the end) so that torch.compile sees few shapes. Call it before positions
-    go to the GPU: their number depends on the values, and asking a GPU for that stalls it.
+    cu_seqlens: int32, where each document starts, then B * T; max_seqlen: an int that no document is longer than. Both
+    are rounded up (cu_seqlens by empty documents at the end) so that torch.compile sees few shapes. Call it before
+    positions go to the GPU: their number depends on the values, and asking a GPU for that stalls it.
     """
-    edges = document_starts(positions).flatten().nonzero().flatten()
-    edges = F.pad(edges, (0, 1), value=positions.numel())
-    longest = max(128, 1 << (int(edges.diff().max()) - 1).bit_length())  # 128: rows that a CUDA block takes at once
-    n = max(16, 1 << (len(edges) - 1).bit_length())
-    return F.pad(edges, (0, n - len(edges)), value=positions.numel()).int(), longest
+    cu_seqlens = document_starts(positions).flatten().nonzero().flatten()
+    cu_seqlens = F.pad(cu_seqlens, (0, 1), value=positions.numel())
+    max_seqlen = max(128, 1 << (int(cu_seqlens.diff().max()) - 1).bit_length())  # 128: what a CUDA block takes at once
+    n = max(16, 1 << (len(cu_seqlens) - 1).bit_length())
+    return F.pad(cu_seqlens, (0, n - len(cu_seqlens)), value=positions.numel()).int(), max_seqlen
 
 
 def document_mask(positions, T, window, device):
@@ -165,9 +165,10 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if isinstance(mask, tuple):
-            edges, longest = mask
+            cu_seqlens, max_seqlen = mask
             q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B*T, heads, D)
-            y = varlen_attn(q, k, v, edges, edges, longest, longest, window_size=self.window, **VARLEN_GQA)
+            lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen  # of queries and of keys
+            y = varlen_attn(q, k, v, *lengths, window_size=self.window, **VARLEN_GQA)
             return self.out(y.reshape(B, T, -1))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.n_kv_head < self.n_head}

@@ -445,8 +445,13 @@ def test_comments_are_read_from_the_source_not_guessed():
 # nothing in it is dead
 
 
+# what the code calls a config, a section, or something like it; an attribute of anything else is another thing
+CONFIGS = {"config", "cfg", "compile_cfg", "real", "other", "wanted", "m", "fp8", "optim", "data", "model", "compile",
+           "rope_scaling", "s", "scaling"}
+
+
 class Reads(ast.NodeVisitor):
-    """The attributes that a file reads outside of the config's own dataclasses."""
+    """The attributes of configs that a file reads outside of the config's own dataclasses."""
 
     def __init__(self, own):
         self.own, self.names = own, set()
@@ -456,7 +461,8 @@ class Reads(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Attribute(self, node):
-        if isinstance(node.ctx, ast.Load):
+        base = getattr(node.value, "id", getattr(node.value, "attr", None))
+        if isinstance(node.ctx, ast.Load) and base in CONFIGS:
             self.names.add(node.attr)
         self.generic_visit(node)
 

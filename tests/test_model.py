@@ -164,11 +164,11 @@ def test_what_the_gpu_kernel_is_given_means_the_same_as_the_mask(switches, monke
 
 def test_document_bounds_are_padded_to_few_shapes():
     _, _, positions = packed()
-    edges, longest = models.document_bounds(positions)
-    assert edges.tolist() == [0, 10, 40, 41, 64] + [128] * 11 and longest == 128
+    cu_seqlens, max_seqlen = models.document_bounds(positions)
+    assert cu_seqlens.tolist() == [0, 10, 40, 41, 64] + [128] * 11 and max_seqlen == 128
     long = torch.cat([torch.arange(300), torch.arange(212)])[None].expand(2, -1)
-    edges, longest = models.document_bounds(long)
-    assert edges.tolist() == [0, 300, 512, 812] + [1024] * 12 and longest == 512
+    cu_seqlens, max_seqlen = models.document_bounds(long)
+    assert cu_seqlens.tolist() == [0, 300, 512, 812] + [1024] * 12 and max_seqlen == 512
     many = torch.zeros(1, 40, dtype=torch.int64)
     assert len(models.document_bounds(many)[0]) == 64
     # a row that starts within a document starts one all the same
@@ -318,8 +318,8 @@ def test_varlen_attention_on_a_gpu_is_masked_attention():
     cos, sin = models.rope_tables(cfg, "cuda")
     positions = torch.cat([torch.arange(n) for n in (300, 1, 211)])[None].expand(2, -1)
     x = torch.randn(2, 512, cfg.n_embd, device="cuda", dtype=torch.bfloat16)
-    edges, longest = models.document_bounds(positions)
-    y = attn(x, cos[positions], sin[positions], (edges.cuda(), longest))
+    cu_seqlens, max_seqlen = models.document_bounds(positions)
+    y = attn(x, cos[positions], sin[positions], (cu_seqlens.cuda(), max_seqlen))
     mask = models.document_mask(positions, 512, 100, "cpu")
     exact = attn.cpu().float()(x.cpu().float(), cos.cpu()[positions], sin.cpu()[positions], mask)
     assert (y.cpu().float() - exact).norm() < 1e-2 * exact.norm()  # bf16
