@@ -179,6 +179,8 @@ def main():
         return
     config, base = prepared
     out_dir = Path(config.out_dir)
+    for variant in split(own.variants):  # the mistakes of all, before anything slow
+        configurator.load([str(base), *flags(variant)])
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
               "command": sys.argv, "tokens_per_step": None, "rows": []}
     rows = report["rows"]

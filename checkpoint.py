@@ -44,9 +44,12 @@ def latest(out_dir):
 
 def open_run(out_dir):
     """(newest checkpoint folder, Config) of a run of train.py. Raises ValueError if there is none."""
+    if not Path(out_dir).is_dir():
+        raise ValueError(f"{out_dir}: no such folder")
     newest = latest(out_dir)
     if newest is None or not Path(out_dir, "config.py").is_file():
-        raise ValueError(f"{out_dir} holds no checkpoint of train.py: give the out_dir of a run that has saved one")
+        raise ValueError(f"{out_dir} holds no checkpoint of train.py and no config.json: give the out_dir of a run "
+                         "that has saved one, or a Hugging Face model folder")
     return newest, configurator.read_file(Path(out_dir, "config.py"))
 
 
@@ -108,12 +111,19 @@ def set_aside(out_dir):
         folder.rename(before)
 
 
-def read_run(folder):
-    """The `run` of a checkpoint folder: step and what the run was. Raises ValueError if the folder is none."""
+def read_run(folder, **wanted):
+    """The `run` of a checkpoint folder: step and what the run was.
+
+    Raises ValueError if the folder is none, or if the run was another than `wanted` says.
+    """
     path = Path(folder, "run.json")
     if not path.is_file():
         raise ValueError(f"{folder} is no checkpoint of nanofp8: it has no run.json")
-    return json.loads(path.read_text())
+    run = json.loads(path.read_text())
+    if changed := [key for key in wanted if run.get(key) != wanted[key]]:
+        raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that run. "
+                         "Give another out_dir, or set resume=never to start over")
+    return run
 
 
 def load(folder, model, optimizer=None):

@@ -80,6 +80,10 @@ class Config:
         for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must not be negative"
+        for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
+            path = Path(folder).absolute()
+            if not (there := next(p for p in (path, *path.parents) if p.exists())).is_dir():
+                yield f"{key}={folder}: {there} is a file, name a folder"
         if (self.fp8.enabled and self.fp8.force_recompute_fp8_weight_in_bwd and not self.reshard_after_forward
                 and self.fp8.enable_fsdp_float8_all_gather):
             yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
@@ -104,7 +108,9 @@ def load(argv, own=None):
     detached = {i + 1 for i, arg in enumerate(argv) if arg.startswith("-") and "=" not in arg and arg not in bare}
     files = [arg for i, arg in enumerate(argv) if not arg.startswith("-") and i not in detached]
     config, mistakes, broken = Config(), [], set()
-    if len(files) > 1:
+    if bare_keys := [arg for arg in files if "=" in arg and not Path(arg).exists()]:
+        mistakes += [f"{arg}: write --{arg}" for arg in bare_keys]
+    elif len(files) > 1:
         mistakes.append(f"{' '.join(files)}: one config file at most")
     elif files:
         try:

@@ -10,15 +10,15 @@ Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
 import torch
 
 
-def check(config, shards, device, length):
-    """ValueError where a pass of a configurator.Config cannot be recorded. length: tokens of a row."""
+def check(config, shards, device):
+    """ValueError where a pass of a configurator.Config cannot be recorded."""
     if not config.cuda_graph:
         return
-    window = config.model.sliding_window or length
+    length = config.model.block_size
     for wrong, why in (
         (device.type != "cuda", "there is no GPU here"),
         (shards, "FSDP2's communication is not recorded: use one rank, shard_one_rank=False"),
-        (config.data.format == "hellaswag" or window < length,
+        (config.data.format == "hellaswag" or (config.model.sliding_window or length) < length,
          "documents in rows, and sliding windows, have other shapes in every batch"),
         (config.compile.enabled and config.compile.mode in ("reduce-overhead", "max-autotune"),
          f"compile.mode={config.compile.mode} records graphs of its own, which cannot be part of one"),

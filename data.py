@@ -148,18 +148,21 @@ def open_shard(path, encoding):
         head = file.read(HEADER_BYTES)
     if not head.startswith(MAGIC) or len(head) < HEADER_BYTES:
         raise ValueError(f"{path} is no token shard of this version of nanofp8{fix}")
-    header = json.loads(head[len(MAGIC) :].rstrip(b"\0"))
-    if header["fingerprint"] != fingerprint(encoding):
-        raise ValueError(f"{path} was made with another tokenizer ({header['tokenizer']}) than {encoding.name}{fix}")
-    dtype = np.dtype(header["dtype"])
-    expected = HEADER_BYTES + header["tokens"] * dtype.itemsize
+    try:
+        header = json.loads(head[len(MAGIC) :].rstrip(b"\0"))
+        made_with, print_of_it, dtype = header["tokenizer"], header["fingerprint"], np.dtype(header["dtype"])
+        expected, hash_of_it = HEADER_BYTES + header["tokens"] * dtype.itemsize, header["hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is corrupt: its header cannot be read{fix}") from error
+    if print_of_it != fingerprint(encoding):
+        raise ValueError(f"{path} was made with another tokenizer ({made_with}) than {encoding.name}{fix}")
     found = path.stat()
     if found.st_size != expected:
         raise ValueError(f"{path} has {found.st_size} bytes, its header says {expected}{fix}")
     tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
-    stamp, hashed = path.with_suffix(".ok"), f"{header['hash']} {found.st_size} bytes, changed at {found.st_mtime_ns}\n"
+    stamp, hashed = path.with_suffix(".ok"), f"{hash_of_it} {found.st_size} bytes, changed at {found.st_mtime_ns}\n"
     if not stamp.is_file() or stamp.read_text() != hashed:
-        if hashlib.blake2b(tokens, digest_size=16).hexdigest() != header["hash"]:
+        if hashlib.blake2b(tokens, digest_size=16).hexdigest() != hash_of_it:
             raise ValueError(f"{path} is corrupt: its tokens do not have the hash that its header says{fix}")
         with contextlib.suppress(OSError):  # a folder that only others may write to: hashed at every start
             stamp.write_text(hashed)
@@ -217,6 +220,10 @@ def prepare(cfg, block_size):
     folder = Path(cfg.cache_dir, f"{name}-{encoding.name}-{key}")
     if not folder.is_dir():
         build(folder, train, val, cfg, encoding)
+    listed = folder / "shards.txt"
+    names = listed.read_text().split() if listed.is_file() else [listed.name]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing[:3])}: delete it, it is made again from the text")
     streams = []
     for split in ("train", "val"):
         opened = [open_shard(p, encoding) for p in sorted(folder.glob(f"{split}_*.bin"))]
@@ -266,6 +273,7 @@ def build(folder, train, val, cfg, encoding):
         for split, files in (("train", train), ("val", val)):
             if files and not any(aside.glob(f"{split}_*.bin")):
                 raise ValueError(f"data.{split}: no text in {', '.join(map(str, files[:3]))}")
+        (aside / "shards.txt").write_text("\n".join(sorted(p.name for p in aside.glob("*.bin"))))
         if not folder.is_dir():  # else another process was quicker, with the same result
             aside.rename(folder)
     finally:

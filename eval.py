@@ -79,6 +79,7 @@ def main():
     parser.add_argument("--data", help="questions as JSONL (default: HellaSwag's validation, downloaded if need be)")
     parser.add_argument("--limit", type=int, default=0, help="score the first N questions; 0: all (0)")
     parser.add_argument("--out", help="write a row for each question to this JSONL file")
+    parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that holds none")
     args = parser.parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu", int(os.environ.get("LOCAL_RANK", 0)))
@@ -86,10 +87,12 @@ def main():
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not Path(args.folder).is_dir():
+        raise ValueError(f"--from={args.folder}: no such folder")
     if args.data and not Path(args.data).is_file():
         raise ValueError(f"--data={args.data}: no such file")
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out={args.out}: its folder does not exist, make it first")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        raise ValueError(f"--out={args.out}: name a file, in a folder that exists")
     if rank > 0:
         checkpoint.barrier()
     path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
@@ -98,7 +101,7 @@ def main():
     questions = hellaswag.read([path])[: args.limit or None]
     if args.limit < 0 or not questions:
         raise ValueError(f"--limit={args.limit} of {path} leaves no question to score")
-    model, encoding, _ = load_model(args.folder, device)
+    model, encoding, _ = load_model(args.folder, device, args.tokenizer)
 
     def reduce(sums):
         if world_size > 1:

@@ -157,9 +157,10 @@ def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
     if not converted:
         problems.append(f"fp8.filter_fqns={cfg.filter_fqns} leaves no linear layer to convert: "
                         "remove an entry, or set fp8.enabled=False")
-    bad = [f"{fqn} {tuple(m.weight.shape)}" for fqn, m in converted.items() if any(n % 16 for n in m.weight.shape)]
+    bad = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", f"{fqn} {tuple(m.weight.shape)}")
+                        for fqn, m in converted.items() if any(n % 16 for n in m.weight.shape))
     if bad:
-        problems.append("fp8 matmuls need dimensions divisible by 16, add these to fp8.filter_fqns: " + ", ".join(bad))
+        problems.append("fp8 matmuls need sizes divisible by 16, or add these to fp8.filter_fqns: " + ", ".join(bad))
     for n in {tokens, math.ceil(tokens / loss_chunks) if "lm_head" in converted else tokens}:
         if n % 16:
             problems.append(f"fp8 matmuls need the number of tokens per forward pass and per loss chunk to be "

@@ -1,6 +1,7 @@
 """Generate text from a checkpoint of train.py, or from a Hugging Face model folder.
 
     python sample.py --from=DIR [--prompt=TEXT] [--max_new_tokens=N] [--temperature=T] [--top_k=K] [--seed=S]
+        [--tokenizer=bytes]
 
 Runs in the precision that the weights were trained in, without FP8: the checkpoint holds plain tensors. The whole
 context goes through the model for every token: short to read, and quick enough for a look at what a run has learnt.
@@ -40,10 +41,10 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
         yield int(token)
 
 
-def load_model(folder, device):
+def load_model(folder, device, tokenizer=None):
     """(model, encoding, config) of an out_dir's newest checkpoint, or of a Hugging Face folder.
 
-    Raises ValueError if it is neither.
+    tokenizer: as data.tokenizer, where it is not the run's or the folder's. Raises ValueError if the folder is neither.
     """
     if Path(folder, "config.json").is_file():
         source, _ = hf.read_config(folder)
@@ -61,7 +62,7 @@ def load_model(folder, device):
         hf.load(folder, model)
     else:
         checkpoint.load(newest, model)
-    return model.eval(), get_tokenizer(config.data.tokenizer), config
+    return model.eval(), get_tokenizer(tokenizer or config.data.tokenizer), config
 
 
 def main():
@@ -72,9 +73,13 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: bolder (0.7)")
     parser.add_argument("--top_k", type=int, default=50, help="choose among the K likeliest; 0: among all (50)")
     parser.add_argument("--seed", type=int, default=1337, help="of the random choices (1337)")
+    parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that holds none")
     args = parser.parse_args()
+    for name in ("max_new_tokens", "temperature", "top_k"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name}={getattr(args, name)} must not be negative")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, encoding, config = load_model(args.folder, device)
+    model, encoding, config = load_model(args.folder, device, args.tokenizer)
     prompt = encoding.encode_ordinary(args.prompt)
     if not prompt:
         raise ValueError("--prompt is empty: give at least one character")

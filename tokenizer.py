@@ -94,7 +94,8 @@ def find_file(folder):
     """The tokenizer's file in a Hugging Face folder: tokenizer.json, unless it is of a kind that another one serves."""
     found = [folder / n for n in ("tokenizer.json", "tokenizer.model", "tekken.json") if (folder / n).is_file()]
     if not found:
-        raise ValueError(f"{folder} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json")
+        raise ValueError(f"{folder} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
+                         "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
     if len(found) > 1 and found[0].name == "tokenizer.json" and "ByteLevel" not in found[0].read_text(encoding="utf-8"):
         return found[1]  # Mistral 7B: its tokenizer.json is SentencePiece's vocabulary in another form
     return found[0]

@@ -129,9 +129,18 @@ def main():
     folder = checkpoint.latest(out_dir) if config.resume != "never" else None
     if config.resume == "must" and folder is None:
         raise ValueError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
-    if folder is not None and checkpoint.read_run(folder)["step"] >= config.max_steps:
-        say(f"nothing to do: {folder} is at max_steps={config.max_steps} already. Set resume=never to start over")
+    identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
+                "init_from": Path(config.init_from).name}  # a folder may move
+    if folder is not None and (done := checkpoint.read_run(folder, **identity)["step"]) >= config.max_steps:
+        say(f"nothing to do: {folder} has {done} of {config.max_steps} steps. Set another out_dir, or resume=never")
         return
+    with torch.device("meta"):  # no memory is taken yet: what cannot work is told before anything slow
+        model = models.Transformer(config.model).to(dtype)
+    cudagraph.check(config, shards, device)
+    check_fp8 = functools.partial(fp8.check, config.fp8, model, device=device, compiled=config.compile.enabled,
+                                  shards=shards, loss_chunks=config.loss_chunks)
+    if config.fp8.enabled:  # how long rows of HellaSwag are depends on the data
+        check_fp8(tokens=config.micro_batch_size * config.model.block_size if config.data.format == "text" else 0)
 
     # ------------------------------------------------------------------------------------------------------------
     # 2) data: rank 0 tokenizes, the others wait and then find it done
@@ -155,7 +164,6 @@ def main():
         return [on_device(x[i], y[i], None if positions is None else positions[i], device) for i in range(accumulation)]
 
     length = train_rows.block_size  # of the rows that the model sees; model.block_size is the longest that it could
-    cudagraph.check(config, shards, device, length)
     tokens_per_step = round(config.global_batch_size * length * (1 - train_rows.padding))  # of text, on average
     real = replace(config, model=replace(config.model, block_size=length))  # what a step costs
 
@@ -164,20 +172,16 @@ def main():
     #    block's forward, then FSDP2 cuts the parameters (its hooks stay outside of the compiled graphs), and only then
     #    is memory taken: by each rank for its own shards, so that no rank ever holds the whole model.
 
-    with torch.device("meta"):
-        model = models.Transformer(config.model).to(dtype)
     flops_per_token, fp8_flops = sum(estimate.matmul_flops_per_token(config.model, train_rows.document)), 0.0
     auto_filtered = None
     if config.fp8.enabled:
-        tokens = config.micro_batch_size * length
         if config.fp8.auto_filter:  # a resumed run keeps what it chose, whatever a new timing would say
             auto_filtered = checkpoint.read_run(folder)["auto_filtered"] if folder else None
             if auto_filtered is None:
                 auto_filtered = gemms.choose(real, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
             config.fp8.filter_fqns += auto_filtered
-        fp8.check(config.fp8, model, device=device, compiled=config.compile.enabled, shards=shards, tokens=tokens,
-                  loss_chunks=config.loss_chunks)
+        check_fp8(tokens=config.micro_batch_size * length)
         if config.fp8.self_check:
             say(proof.self_check(config, micro_batches(0)[0], device))
         fp8.convert(model, config.fp8, shards=shards)
@@ -208,14 +212,10 @@ def main():
 
     optimizer = AdamW(model, config.optim, seed=config.seed, compiled=config.compile.enabled)
     n_params = sum(p.numel() for p in model.parameters())
-    identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
-                "data": train_rows.digest, "init_from": Path(config.init_from).name}  # a folder may move
+    identity["data"] = train_rows.digest
     start, seconds = 0, 0.0  # optimizer steps done, time spent on them
     if folder is not None:
-        before = checkpoint.read_run(folder)
-        if changed := [k for k in identity if before.get(k) != identity[k]]:
-            raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that "
-                             "run. Set resume=never to start over, or another out_dir")
+        before = checkpoint.read_run(folder, **identity)
         checkpoint.load(folder, model, optimizer)
         start, seconds = before["step"], before["time_s"]
         say(f"resuming from {folder}, {start} steps done")

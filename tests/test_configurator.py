@@ -236,6 +236,17 @@ def test_a_value_apart_from_its_key_is_one_mistake_and_no_config_file():
     assert mistakes("--max_steps", "20", "--seed=1") == ["--max_steps: write --max_steps=VALUE"]
 
 
+def test_a_key_without_its_dashes_is_one_mistake():
+    assert mistakes("config/llama_fp8.py", "max_steps=20") == ["max_steps=20: write --max_steps=20"]
+
+
+def test_folders_that_are_files_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    told = mistakes(f"--out_dir={tmp_path}/file", f"--data.cache_dir={tmp_path}/file/below")
+    assert told == [f"out_dir={tmp_path}/file: {tmp_path}/file is a file, name a folder",
+                    f"data.cache_dir={tmp_path}/file/below: {tmp_path}/file is a file, name a folder"]
+
+
 def test_two_config_files_are_too_many():
     assert mistakes("config/a.py", "config/b.py") == ["config/a.py config/b.py: one config file at most"]
 

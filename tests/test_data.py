@@ -229,6 +229,30 @@ def test_shard_of_another_tokenizer_is_refused(shard, tmp_path):
         data.open_shard(shard, other)
 
 
+@pytest.mark.parametrize("before, after", [(b'"tokens"', b'"tokenz"'), (b"{", b"\xff"), (b'"<u2"', b'"<u9"')])
+def test_a_damaged_header_is_one_line(tmp_path, before, after):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    prepare(config(tmp_path, tmp_path / "a.txt"))
+    shard = next(tmp_path.glob("cache/*/train_00000.bin"))
+    head, tokens = shard.read_bytes()[: data.HEADER_BYTES], shard.read_bytes()[data.HEADER_BYTES :]
+    assert before in head
+    shard.write_bytes(head.replace(before, after) + tokens)
+    with pytest.raises(ValueError, match="train_00000.bin is corrupt: its header cannot be read: delete its folder"):
+        prepare(config(tmp_path, tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["train_00001.bin", "val_00000.bin", "shards.txt"])
+def test_a_missing_shard_is_told(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 200)
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text("text " * 20)
+    files = [tmp_path / f"{i}.txt" for i in range(20)]
+    prepare(config(tmp_path, *files))
+    next(tmp_path.glob(f"cache/*/{name}")).unlink()
+    with pytest.raises(ValueError, match=f"lacks {name}: delete it, it is made again from the text"):
+        prepare(config(tmp_path, *files))
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # mistakes in the text
 

@@ -201,17 +201,17 @@ def test_a_pass_that_cannot_be_recorded_is_an_error(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="^cuda_graph=True: there is no GPU here; or set cuda_graph=False$"):
         train_here(*tiny_run, "--cuda_graph=True", f"--out_dir={tmp_path}")
     config, gpu = configurator.Config(cuda_graph=True), torch.device("cuda")
-    cudagraph.check(config, 0, gpu, 256)
+    cudagraph.check(config, 0, gpu)
     with pytest.raises(ValueError, match="FSDP2's communication is not recorded"):
-        cudagraph.check(config, 1, gpu, 256)
+        cudagraph.check(config, 1, gpu)
     config.model.sliding_window = 256
-    cudagraph.check(config, 0, gpu, 256)
+    cudagraph.check(config, 0, gpu)
     config.compile.enabled, config.compile.mode = True, "reduce-overhead"
     with pytest.raises(ValueError, match="compile.mode=reduce-overhead records graphs of its own"):
-        cudagraph.check(config, 0, gpu, 256)
+        cudagraph.check(config, 0, gpu)
     config.model.sliding_window = 255
     with pytest.raises(ValueError, match="sliding windows"):
-        cudagraph.check(config, 0, gpu, 256)
+        cudagraph.check(config, 0, gpu)
 
 
 class PretendGraph(cudagraph.GraphedPass):
@@ -472,7 +472,9 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
         train_here(*out, "--resume=must")
     told("--checkpoint_interval=1", "--keep=2")
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000006"]
-    assert "nothing to do" in told()
+    assert "has 6 of 6 steps. Set another out_dir, or resume=never" in told()
+    with pytest.raises(ValueError, match="was made with another model, seed: .*Give another out_dir"):
+        told("--model.n_layer=1", "--seed=3")
     assert "resuming" not in told("--resume=never", "--max_steps=2")
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000002"]  # what was there is set aside, not mixed in
     assert (tmp_path / "out" / "checkpoints_before" / "step_00000006").is_dir()
