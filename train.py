@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -83,8 +84,7 @@ def main():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    dtype = getattr(torch, config.dtype)
-    scratch = config.init_from == "scratch"
+    dtype, scratch = getattr(torch, config.dtype), config.init_from == "scratch"
     if not scratch:
         config.init_from = str(Path(config.init_from).expanduser().resolve())
         config.model = hf.model_config(config.init_from, config.model)
@@ -105,8 +105,8 @@ def main():
     if shards:
         if not dist.is_initialized():
             alone = dict(init_method="tcp://localhost:0", rank=0, world_size=1)  # port 0: any that is free
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo",
-                                    **({} if "RANK" in os.environ else alone))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(hours=6),
+                                    **({} if "RANK" in os.environ else alone))  # ranks wait while rank 0 tokenizes
         shape, names = ((shards,), ("shard",)) if config.replicas == 1 else (
             (config.replicas, shards), ("replicate", "shard"))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
