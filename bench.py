@@ -179,13 +179,13 @@ def main():
         return
     config, base = prepared
     out_dir = Path(config.out_dir)
-    for variant in split(own.variants):  # the mistakes of all, before anything slow
-        configurator.load([str(base), *flags(variant)])
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
               "command": sys.argv, "tokens_per_step": None, "rows": []}
     rows = report["rows"]
     if own.gemms:
         own.variants = "bf16"
+    for variant in split(own.variants):  # the mistakes of all, before anything slow
+        configurator.load([str(base), *flags(variant)])
     for variant in split(own.variants):
         print(f"{variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
         folder = out_dir / slug(variant)

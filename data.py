@@ -150,19 +150,20 @@ def open_shard(path, encoding):
         raise ValueError(f"{path} is no token shard of this version of nanofp8{fix}")
     try:
         header = json.loads(head[len(MAGIC) :].rstrip(b"\0"))
-        made_with, print_of_it, dtype = header["tokenizer"], header["fingerprint"], np.dtype(header["dtype"])
-        expected, hash_of_it = HEADER_BYTES + header["tokens"] * dtype.itemsize, header["hash"]
+        made_with, made_with_print, digest = (header[key] for key in ("tokenizer", "fingerprint", "hash"))
+        dtype = np.dtype(header["dtype"])
+        expected = HEADER_BYTES + header["tokens"] * dtype.itemsize
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is corrupt: its header cannot be read{fix}") from error
-    if print_of_it != fingerprint(encoding):
+    if made_with_print != fingerprint(encoding):
         raise ValueError(f"{path} was made with another tokenizer ({made_with}) than {encoding.name}{fix}")
     found = path.stat()
     if found.st_size != expected:
         raise ValueError(f"{path} has {found.st_size} bytes, its header says {expected}{fix}")
     tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
-    stamp, hashed = path.with_suffix(".ok"), f"{hash_of_it} {found.st_size} bytes, changed at {found.st_mtime_ns}\n"
+    stamp, hashed = path.with_suffix(".ok"), f"{digest} {found.st_size} bytes, changed at {found.st_mtime_ns}\n"
     if not stamp.is_file() or stamp.read_text() != hashed:
-        if hashlib.blake2b(tokens, digest_size=16).hexdigest() != hash_of_it:
+        if hashlib.blake2b(tokens, digest_size=16).hexdigest() != digest:
             raise ValueError(f"{path} is corrupt: its tokens do not have the hash that its header says{fix}")
         with contextlib.suppress(OSError):  # a folder that only others may write to: hashed at every start
             stamp.write_text(hashed)
@@ -226,7 +227,7 @@ def prepare(cfg, block_size):
         raise ValueError(f"{folder} lacks {', '.join(missing[:3])}: delete it, it is made again from the text")
     streams = []
     for split in ("train", "val"):
-        opened = [open_shard(p, encoding) for p in sorted(folder.glob(f"{split}_*.bin"))]
+        opened = [open_shard(folder / name, encoding) for name in names if name.startswith(split)]
         if opened:
             shards, headers = zip(*opened, strict=True)
             streams.append(Tokens(shards, headers, block_size))
@@ -270,10 +271,11 @@ def build(folder, train, val, cfg, encoding):
                     bar.update(len(text))
                 for writer in writers.values():
                     writer.close()
+        names = sorted(path.name for path in aside.glob("*.bin"))
         for split, files in (("train", train), ("val", val)):
-            if files and not any(aside.glob(f"{split}_*.bin")):
+            if files and not any(name.startswith(split) for name in names):
                 raise ValueError(f"data.{split}: no text in {', '.join(map(str, files[:3]))}")
-        (aside / "shards.txt").write_text("\n".join(sorted(p.name for p in aside.glob("*.bin"))))
+        (aside / "shards.txt").write_text("\n".join(names))
         if not folder.is_dir():  # else another process was quicker, with the same result
             aside.rename(folder)
     finally:

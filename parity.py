@@ -179,8 +179,7 @@ def main():
         failure = None
         if again or read(folder)["val_step"][-1:] != [config.max_steps]:
             failure = bench.train([folder / "wanted.py", *again], folder / "log.txt")
-        curves = read(folder)
-        if not failure and not math.isfinite(curves["val_loss"][-1]):
+        if not failure and not math.isfinite((curves := read(folder))["val_loss"][-1]):
             failure = "its validation loss ends as inf or nan"
         results.append((variant, seed, failure or curves))
         print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)

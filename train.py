@@ -131,8 +131,10 @@ def main():
         raise ValueError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
                 "init_from": Path(config.init_from).name}  # a folder may move
-    if folder is not None and (done := checkpoint.read_run(folder, **identity)["step"]) >= config.max_steps:
-        say(f"nothing to do: {folder} has {done} of {config.max_steps} steps. Set another out_dir, or resume=never")
+    before = folder and checkpoint.read_run(folder, **identity)
+    start, seconds = (before["step"], before["time_s"]) if before else (0, 0.0)  # steps done, time spent on them
+    if start >= config.max_steps:
+        say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Set another out_dir, or resume=never")
         return
     with torch.device("meta"):  # no memory is taken yet: what cannot work is told before anything slow
         model = models.Transformer(config.model).to(dtype)
@@ -176,7 +178,7 @@ def main():
     auto_filtered = None
     if config.fp8.enabled:
         if config.fp8.auto_filter:  # a resumed run keeps what it chose, whatever a new timing would say
-            auto_filtered = checkpoint.read_run(folder)["auto_filtered"] if folder else None
+            auto_filtered = before["auto_filtered"] if before else None
             if auto_filtered is None:
                 auto_filtered = gemms.choose(real, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
@@ -213,11 +215,9 @@ def main():
     optimizer = AdamW(model, config.optim, seed=config.seed, compiled=config.compile.enabled)
     n_params = sum(p.numel() for p in model.parameters())
     identity["data"] = train_rows.digest
-    start, seconds = 0, 0.0  # optimizer steps done, time spent on them
-    if folder is not None:
-        before = checkpoint.read_run(folder, **identity)
+    if before:
+        checkpoint.read_run(folder, data=train_rows.digest)
         checkpoint.load(folder, model, optimizer)
-        start, seconds = before["step"], before["time_s"]
         say(f"resuming from {folder}, {start} steps done")
     elif not scratch:
         hf.load(config.init_from, model, optimizer)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import configurator
 import fp8
+import logs
 import model as models
 import train
 
@@ -70,7 +71,7 @@ def run_many(folder, runs, ranks=1):
 
 def metrics(out_dir):
     """The rows of out_dir/metrics.jsonl: train rows by step, validation losses by step."""
-    rows = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+    rows = logs.read_metrics(out_dir)
     return SimpleNamespace(out_dir=Path(out_dir), rows=rows, train={r["step"]: r for r in rows if "loss" in r},
                            val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
 

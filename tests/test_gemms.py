@@ -86,6 +86,7 @@ def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypat
                            "--compile.enabled=False", "--steps=10", "--warmup=5", "--gemms")
     report = json.loads((tmp_path / "gemms.json").read_text())
     assert [row["layer"] for row in report["gemms"]] == ["attn.qkv", "attn.out", "mlp.gate_up", "mlp.down", "lm_head"]
+    assert all(ms > 0 for row in report["gemms"] for p in ("bf16", "fp8") for ms in row[p][:1])
     assert all(len(row[p]) == 2 for row in report["gemms"] for p in ("bf16", "fp8"))
     assert report["rows"][0]["variant"] == "bf16" and "bf16 step, measured" in told
     assert not (tmp_path / "bench.json").exists()
