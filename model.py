@@ -160,8 +160,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
 
     def forward(self, x, cos, sin, mask=None):
-        B, T, _ = x.shape  # (B, T, C)
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim)
+        T = cos.shape[-2]
+        qkv = self.qkv(x).view(-1, T, self.n_head + 2 * self.n_kv_head, self.head_dim)  # (B, T, heads, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if isinstance(mask, tuple):
@@ -169,7 +169,7 @@ class Attention(nn.Module):
             q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B*T, heads, D)
             lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen  # of queries and of keys
             y = varlen_attn(q, k, v, *lengths, window_size=self.window, **VARLEN_GQA)
-            return self.out(y.reshape(B, T, -1))
+            return self.out(y.flatten(1))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.n_kv_head < self.n_head}
         if x.is_cuda:
@@ -180,7 +180,7 @@ class Attention(nn.Module):
                 y = F.scaled_dot_product_attention(q, k, v, **how)
         else:
             y = F.scaled_dot_product_attention(q, k, v, **how)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out(y.transpose(1, 2).reshape(x.shape[0], -1))
 
 
 class MLP(nn.Module):
@@ -190,7 +190,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B*T, F) each
         return self.down(F.silu(gate) * up)
 
 
@@ -242,11 +242,14 @@ class Transformer(nn.Module):
         x = self.embed(tokens)  # (B, T, C)
         cos, sin = (table[:T] if positions is None else table[positions] for table in (self.cos, self.sin))
         mask = self.attention_mask(x, positions, bounds)
+        # All tokens in one dimension, as torchao's backward has them: the compiler then sees that a linear layer's
+        # input has the amax that it had in forward, and does not compute it twice.
+        x = x.flatten(0, 1)  # (B*T, C)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         if targets is None:
-            return self.lm_head(self.norm(x))
-        x, targets = x.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T,)
+            return self.lm_head(self.norm(x)).unflatten(0, tokens.shape)
+        targets = targets.flatten()
         if loss_chunks == 1:
             return self.head_loss(x, targets)
         if not torch.is_grad_enabled():

@@ -283,6 +283,21 @@ def saved_fp8_bytes(loss):
     return total
 
 
+@pytest.mark.parametrize("activation_checkpoint", ["none", "selective"])
+def test_backward_computes_no_amax_that_forward_has(activation_checkpoint):
+    """Tensorwise, a block's backward computes the amax of its four layers' output gradients, and of nothing else."""
+    torch._dynamo.reset()
+    cfg = emulated(filter_fqns=["lm_head"])
+    model = build(cfg, n_layer=1)
+    fp8.compile_and_checkpoint(model, cfg, CompileConfig(enabled=True), activation_checkpoint)
+    amaxes = []  # in each graph that is compiled: forward, then backward
+    count = lambda graph: amaxes.append(sum(n.target is torch.ops.aten.max.default for n in graph.nodes))  # noqa: E731
+    x, (cos, sin) = torch.randn(64, 64, requires_grad=True), (t[:64] for t in (model.cos, model.sin))
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=count):
+        model.layers[0](x, cos, sin).sum().backward()
+    assert amaxes == [8, 4]  # forward: of four inputs and four weights
+
+
 @pytest.mark.parametrize("activation_checkpoint", ["selective", "full"])
 def test_recompute_changes_nothing_but_memory(activation_checkpoint):
     x = torch.randint(0, 256, (2, 64))
