@@ -82,6 +82,16 @@ def test_a_stale_scale_shows_as_saturation_and_a_huge_tensor_does_not_overflow()
     assert found["noise"] == pytest.approx(9e60 * 4 * 16, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_what_rounds_to_the_largest_value_is_not_saturated(dtype):
+    top = torch.finfo(dtype).max
+    step = 32 if dtype is E4M3 else 8192  # from 416 to 448, from 49152 to 57344
+    x = torch.tensor([top, top + 0.49 * step, -top - 0.49 * step, top + 0.51 * step, -top - 2 * step])
+    one = torch.tensor(1.0)
+    stats = dict(zip(telemetry.SUMS, telemetry.cast_stats(x, fp8.cast_to_fp8(x, one, dtype), one).tolist(), strict=False))
+    assert stats["saturated"] == 2
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_health_reports_the_very_casts_that_torchao_makes(recipe, monkeypatch):
     """Every cast of a pass is recorded where torchao makes it; each reported operand has the numbers of one of them."""
