@@ -22,11 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 import configurator
 import hf
-from fp8 import plain_local
+from shards import like, plain_local
 
 SHARD_BYTES = 2**31  # of an exported file, and about what exporting needs of memory
 # what an export takes along from the folder that training began with
@@ -61,13 +60,6 @@ def tensors(model, optimizer=None):
         for kind, of in (optimizer.state if optimizer else {}).items():
             state[f"optim.{kind}.{name}"] = like(p, of[name])
     return state
-
-
-def like(p, local):
-    """`local` as a tensor laid out over the ranks as parameter p is."""
-    if not isinstance(p, DTensor):
-        return local
-    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def save(out_dir, step, model, optimizer, run, *, keep):

@@ -42,7 +42,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.attention.varlen  # registers the op in SAVED_OPS
-from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -276,12 +275,6 @@ def precompute_scales(model, cfg, *, shards):
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
         precompute_float8_dynamic_scale_for_fsdp(model)
-
-
-def plain_local(p):
-    """The plain tensor that parameter `p` is stored in on this rank, without DTensor and FP8 wrappers; no copy."""
-    t = p._local_tensor if isinstance(p, DTensor) else p
-    return getattr(t, "_tensor", t).detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------

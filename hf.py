@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 import model as models
 import schema
-from fp8 import plain_local
+from shards import plain_local, shard_rows
 
 # Our modules by their names in the files; where there are several, ours has their rows one below the other.
 SPLIT = {
@@ -236,7 +236,7 @@ def load(folder, model, optimizer=None):
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(where.values())}
         for name, (ours, first, shape) in layout(model.cfg, read_config(folder)[1]).items():
-            held = models.shard_rows(torch.arange(params[ours].shape[0]), params[ours])
+            held = shard_rows(torch.arange(params[ours].shape[0]), params[ours])
             begin, end = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
             start, stop = max(begin, first), min(end, first + shape[0])
             if start < stop:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from shards import plain_local, shard_rows
+
 IGNORE = -100  # a target with this value is no part of the loss
 # torch 2.11 takes fewer key/value heads than query heads as they come, later ones want to be told
 VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -311,40 +313,26 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def init_weights(model, seed, local):
+def init_weights(model, seed):
     """Fill every parameter and buffer: normal(0, 0.02), projections into the residual stream scaled by depth.
 
     The values depend on seed and parameter name alone, never on the number of ranks: each rank draws the whole
-    tensor (one at a time) and keeps its rows. `local(p)` gives the plain tensor that a parameter's shard is stored
-    in. Source of the scaling: GPT-2 (Radford et al. 2019, section 2.3).
+    tensor (one at a time) and keeps its rows. Source of the scaling: GPT-2 (Radford et al. 2019, section 2.3).
     """
     init_buffers(model)
     cfg, device = model.cfg, model.cos.device
     for i, (name, p) in enumerate(model.named_parameters()):
         if name.endswith(("norm.weight", "bias")):
-            local(p).fill_(0.0 if name.endswith("bias") else 1.0)
+            plain_local(p).fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
         std = 0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
         full = torch.empty(p.shape, device=device, dtype=torch.float32).normal_(std=std, generator=generator)
-        local(p).copy_(shard_rows(full, p))
+        plain_local(p).copy_(shard_rows(full, p))
 
 
 def init_buffers(model):
     """After to_empty: what is no parameter, or shares one. Enough where a file holds the parameters."""
     model.tie_weights()
     model.cos, model.sin = rope_tables(model.cfg, model.cos.device)
-
-
-def shard_rows(full, p):
-    """The rows of `full` that this rank's shard of parameter `p` holds (all of them where p is not sharded)."""
-    if not hasattr(p, "placements"):
-        return full
-    for dim, placement in enumerate(p.placements):
-        if placement.is_shard():
-            # chunk() cuts as FSDP2 does: equal pieces, the last ones shorter or empty
-            pieces = full.chunk(p.device_mesh.size(dim), dim=placement.dim)
-            rank = p.device_mesh.get_local_rank(dim)
-            full = pieces[rank] if rank < len(pieces) else full[:0]
-    return full

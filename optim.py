@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from fp8 import plain_local
+from shards import plain_local
 
 
 @dataclass(kw_only=True)

@@ -160,7 +160,7 @@ def self_check(config, micro_batch, device):
         compile_cfg = replace(config.compile, enabled=config.compile.enabled and variant == "compiled")
         fp8.compile_and_checkpoint(model, cfg, compile_cfg, config.activation_checkpoint)
         model.to_empty(device=device)
-        models.init_weights(model, config.seed, fp8.plain_local)
+        models.init_weights(model, config.seed)
         x, y, documents = micro_batch
         loss = model(x, y, config.loss_chunks, *documents)
         loss.backward()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import checkpoint
@@ -38,6 +38,7 @@ import proof
 import telemetry
 from eval import accuracies, score
 from optim import AdamW, get_lr
+from shards import plain_local, reshard
 
 
 def on_device(x, y, positions, device):
@@ -62,13 +63,6 @@ def evaluate(model, batches, device, loss_chunks, reduce):
     reshard(model)
     loss, tokens = reduce(totals).tolist()
     return loss / max(1, tokens)
-
-
-def reshard(model):
-    """After forward passes alone: FSDP2 keeps what it gathered last for a backward pass, which does not come."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def main():
@@ -203,9 +197,9 @@ def main():
     model.to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():
-            fp8.plain_local(p).fill_(float("nan"))  # so that a weight which nothing fills shows
+            plain_local(p).fill_(float("nan"))  # so that a weight which nothing fills shows
     if scratch and folder is None:
-        models.init_weights(model, config.seed, fp8.plain_local)
+        models.init_weights(model, config.seed)
     else:  # the weights come from a file, below
         models.init_buffers(model)
 
@@ -222,7 +216,7 @@ def main():
     elif not scratch:
         hf.load(config.init_from, model, optimizer)
         say(f"weights: {config.init_from}")
-    unfilled = [name for name, p in model.named_parameters() if fp8.plain_local(p).isnan().any()]
+    unfilled = [name for name, p in model.named_parameters() if plain_local(p).isnan().any()]
     assert not unfilled, f"weights that nothing filled: {unfilled}"
     fp8.precompute_scales(model, config.fp8, shards=shards)
     say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")

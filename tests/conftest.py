@@ -37,7 +37,7 @@ def build(fp8_config=None, device="cpu", dtype=torch.float32, seed=1, **sizes):
     if fp8_config is not None and fp8_config.enabled:
         fp8.convert(model, fp8_config, shards=0)
     model.to_empty(device=device)
-    models.init_weights(model, seed, fp8.plain_local)
+    models.init_weights(model, seed)
     return model
 
 

@@ -14,12 +14,12 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import checkpoint
 import configurator
-import fp8
 import hf
 import model as models
 import sample
 import train
 from optim import AdamW, OptimConfig
+from shards import plain_local
 from tokenizer import get_tokenizer
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -235,7 +235,7 @@ def test_every_rank_gets_its_rows(folders, world):
             for name, p in model.named_parameters():
                 pieces = whole[name].chunk(world)
                 expected = pieces[rank] if rank < len(pieces) else pieces[0][:0]
-                assert torch.equal(fp8.plain_local(p), expected), name
+                assert torch.equal(plain_local(p), expected), name
         finally:
             torch.distributed.destroy_process_group()
 
