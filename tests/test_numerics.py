@@ -21,6 +21,7 @@ import telemetry
 from configurator import Config
 from fp8 import CompileConfig, FP8Config
 from optim import AdamW, OptimConfig
+from shards import plain_local
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True"]
@@ -294,10 +295,10 @@ def poison(steps=(), masked=0):
     """Patch train.py: the batches of `steps` hold a token whose embedding is inf, that of `masked` has no target."""
     init, load = models.init_weights, data.Loader.batch
 
-    def init_weights(model, seed, local):
-        init(model, seed, local)
+    def init_weights(model, seed):
+        init(model, seed)
         if int(os.environ.get("RANK", 0)) == 0:  # which has the first rows
-            local(model.embed.weight)[1].fill_(math.inf)
+            plain_local(model.embed.weight)[1].fill_(math.inf)
 
     def batch(self, step):
         x, y, *more = load(self, step)
