@@ -84,6 +84,14 @@ class Config:
             path = Path(folder).absolute()
             if not (there := next(p for p in (path, *path.parents) if p.exists())).is_dir():
                 yield f"{key}={folder}: {there} is a file, name a folder"
+            elif key == "out_dir" and not os.access(there, os.W_OK):
+                yield f"out_dir={folder}: {there} cannot be written to, name another folder"
+        tokens = self.micro_batch_size * self.model.block_size  # of text; rows of HellaSwag depend on the data
+        if self.data.format == "text" and self.loss_chunks > 0 and tokens % self.loss_chunks:
+            yield (f"loss_chunks={self.loss_chunks} must divide the tokens of a forward pass, "
+                   f"micro_batch_size x model.block_size = {tokens}")
+        if self.seed >= 2**40:
+            yield f"seed={self.seed} must be below 2**40"  # times a million it has to fit 64 bits
         if (self.fp8.enabled and self.fp8.force_recompute_fp8_weight_in_bwd and not self.reshard_after_forward
                 and self.fp8.enable_fsdp_float8_all_gather):
             yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "

@@ -45,8 +45,9 @@ class DataConfig:
 
     def problems(self):
         """What is wrong with these values taken together, one sentence each."""
-        if self.packed_sequence_size < 0:
-            yield f"data.packed_sequence_size={self.packed_sequence_size} must not be negative"
+        for name in ("packed_sequence_size", "workers"):
+            if getattr(self, name) < 0:
+                yield f"data.{name}={getattr(self, name)} must not be negative"
         if self.packed_sequence_size and self.format == "text":
             yield ("data.packed_sequence_size packs HellaSwag samples, text has no padding to save: set "
                    "data.format=hellaswag, or model.block_size for the length of text")

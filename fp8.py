@@ -85,10 +85,10 @@ class FP8Config:
 
     def problems(self):
         """What is wrong with these values taken together, one sentence each (needs no GPU and no model)."""
-        if self.stats_interval < 0:
-            yield f"fp8.stats_interval={self.stats_interval} must not be negative"
         if not self.enabled:
             return
+        if self.stats_interval < 0:
+            yield f"fp8.stats_interval={self.stats_interval} must not be negative"
         if self.enable_fsdp_float8_all_gather and self.recipe_name not in (None, "tensorwise"):
             yield ("fp8.enable_fsdp_float8_all_gather works with the tensorwise recipe only, not with "
                    f"{self.recipe_name!r}: set fp8.recipe_name=tensorwise or turn all-gather off")
@@ -126,7 +126,7 @@ def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
     """Raise one ValueError that lists everything which keeps this model from training in FP8 as asked.
 
     cfg: an enabled FP8Config. model: may still be on the meta device. shards: ranks that each weight is cut over by
-    FSDP2; 0: it is off. tokens: of a forward pass on a rank; lm_head takes them in loss_chunks pieces.
+    FSDP2; 0: it is off. tokens: of a forward pass on a rank; lm_head takes them in loss_chunks equal pieces.
     """
     problems = list(cfg.problems())
     try:
@@ -160,7 +160,7 @@ def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
                         for fqn, m in converted.items() if any(n % 16 for n in m.weight.shape))
     if bad:
         problems.append("fp8 matmuls need sizes divisible by 16, or add these to fp8.filter_fqns: " + ", ".join(bad))
-    for n in {tokens, math.ceil(tokens / loss_chunks) if "lm_head" in converted else tokens}:
+    for n in {tokens, tokens // loss_chunks if "lm_head" in converted else tokens}:
         if n % 16:
             problems.append(f"fp8 matmuls need the number of tokens per forward pass and per loss chunk to be "
                             f"divisible by 16, not {n}: change model.block_size, micro_batch_size or loss_chunks")

@@ -51,8 +51,9 @@ def peak_memory(use_cuda):
 
 
 def read_metrics(out_dir):
-    """The rows of out_dir/metrics.jsonl, a dict for each."""
-    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+    """The rows of out_dir/metrics.jsonl, a dict for each, without one that a killed run wrote half of."""
+    lines = Path(out_dir, "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def open_metrics(out_dir, start):

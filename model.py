@@ -68,9 +68,13 @@ class ModelConfig:
             yield f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}"
         if self.head_dim % 2:
             yield f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs"
-        if not 0 < self.rope_fraction <= 1 or int(self.head_dim * self.rope_fraction) % 2:
+        turned = int(self.head_dim * self.rope_fraction)
+        if not 0 < self.rope_fraction <= 1 or turned % 2 or turned < min(2, self.head_dim):
             yield (f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of "
                    f"model.head_dim={self.head_dim}")
+        if self.rope_theta <= 0 or self.norm_eps < 0:
+            yield (f"model.rope_theta={self.rope_theta} must be above 0, model.norm_eps={self.norm_eps} not "
+                   "negative")
         if self.sliding_window is not None and self.sliding_window < 1:
             yield f"model.sliding_window={self.sliding_window} must be at least 1, or None"
 
@@ -94,7 +98,7 @@ smollm2_135m = partial(ModelConfig, vocab_size=49152, block_size=2048, n_layer=3
                        head_dim=64, ffn_dim=1536, rope_theta=1e5, tie_embeddings=True)  # 134,515,008
 llama_100m = partial(ModelConfig, vocab_size=512, block_size=1024, n_layer=12, n_head=12, n_kv_head=4, n_embd=768,
                      head_dim=64, ffn_dim=3072)  # wide enough for FP8 to be worth trying; for experiments
-llama_tiny = partial(ModelConfig)  # 1.8M: learns to write bytes that look like Python in minutes on two CPU cores
+llama_tiny = partial(ModelConfig)  # 1.9M: learns to write bytes that look like Python in minutes on two CPU cores
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ class OptimConfig:
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps"):
             if getattr(self, name) < 0:
                 yield f"optim.{name}={getattr(self, name)} must not be negative"
+        if self.eps <= 0:  # a weight without a gradient would be 0 / 0
+            yield f"optim.eps={self.eps} must be above 0"
         if not all(0 <= b < 1 for b in self.betas):
             yield f"optim.betas={self.betas} must both be at least 0 and below 1"
 

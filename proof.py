@@ -83,55 +83,73 @@ def gathered_dtypes(model):
 
 
 class CountFloat8Matmuls(TorchDispatchMode):
-    """Counts matmuls that are given FP8 operands: how emulated FP8, which ends in a plain mm, can be seen."""
+    """Counts matmuls with FP8 operands by the operands' shapes: how emulated FP8, which ends in a plain mm, is seen."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.seen = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
         if func is torch.ops.aten.mm.default and any(isinstance(a, Float8TrainingTensor) for a in args):
-            self.count += 1
+            self.seen[tuple(args[0].shape), tuple(args[1].shape)] += 1
         return func(*args, **(kwargs or {}))
 
 
-def verify_step(model, cfg, run, *, shards, loss_chunks):
+def needed_matmuls(model, cfg, tokens, loss_chunks):
+    """{shapes of the two operands: how many such FP8 matmuls} of a forward and backward pass over `tokens` tokens."""
+    needed = Counter()
+    for fqn, m in fp8.float8_linears(model).items():
+        n_out, n_in = m.weight.shape
+        pieces = loss_chunks if fqn == "lm_head" else 1
+        t = tokens // pieces
+        needed[(t, n_in), (n_in, n_out)] += pieces  # y = x @ w.T
+        needed[(t, n_out), (n_out, n_in)] += pieces  # grad_x = g @ w
+        if cfg.recipe_name != "rowwise_with_gw_hp":
+            needed[(n_out, t), (t, n_in)] += pieces  # grad_w = g.T @ x
+    return needed
+
+
+def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
     """Call `run` (a forward and backward pass that leaves no gradients) twice and look at what ran.
 
     The first call compiles. The second is counted: by the profiler, or emulated FP8 by a dispatch mode in eager, since
-    a compiled emulated matmul looks like any other. Returns the number of FP8 matmuls. Raises RuntimeError if they
-    are fewer than the converted layers need, or if a weight was gathered in another dtype than asked for.
+    a compiled emulated matmul looks like any other. By shape, so that forward matmuls which are recomputed do not stand
+    in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. Raises RuntimeError if the
+    converted layers need some that did not run, or if a weight was gathered in another dtype than asked for.
     """
     run()
     if cfg.emulate:
         with torch.compiler.set_stance("force_eager"), CountFloat8Matmuls() as counter:
             run()
-        ran = counter.count
+        seen, triton = counter.seen, 0
     else:
         cuda = torch.profiler.ProfilerActivity.CUDA
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda], acc_events=True) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda], acc_events=True,
+                                    record_shapes=True) as profile:
             run()
             torch.cuda.synchronize()
-        # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_..., pointwise kernels
-        # that were fused around them as triton_poi_fused__scaled_mm_...: not matmuls
-        ran = sum(e.name == "aten::_scaled_mm" or (e.device_type.name == "CUDA" and e.name.startswith("triton_tem")
-                                                   and "scaled_mm" in e.name) for e in profile.events())
-    found = fp8.float8_linears(model)
-    per_layer = 2 if cfg.recipe_name == "rowwise_with_gw_hp" else 3
-    expected = per_layer * sum(loss_chunks if fqn == "lm_head" else 1 for fqn in found)
-    if ran < expected:
-        raise RuntimeError(f"{len(found)} fp8 layers need at least {expected} fp8 matmuls in a forward and backward "
-                           f"pass, {ran} ran: part of the model is not training in fp8")
+        # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_... (without shapes),
+        # pointwise kernels that were fused around them as triton_poi_fused__scaled_mm_...: not matmuls
+        events = profile.events()
+        seen = Counter(tuple(map(tuple, e.input_shapes[:2])) for e in events if e.name == "aten::_scaled_mm")
+        triton = sum(e.device_type.name == "CUDA" and e.name.startswith("triton_tem") and "scaled_mm" in e.name
+                     for e in events)
+    found, needed = fp8.float8_linears(model), needed_matmuls(model, cfg, tokens, loss_chunks)
+    missing = (needed - seen).total() - triton
+    if missing > 0:
+        raise RuntimeError(f"{len(found)} fp8 layers need {needed.total()} fp8 matmuls in a forward and backward pass, "
+                           f"{missing} of them did not run: part of the model is not training in fp8")
     if shards:
-        dtypes = gathered_dtypes(model)
+        dtypes, names = gathered_dtypes(model), {id(p): name for name, p in model.named_parameters()}
+        gathered = {fqn: dtypes[names[id(m.weight)]] for fqn, m in found.items()}  # tied weights go by one name
         want_fp8 = cfg.enable_fsdp_float8_all_gather
-        wrong = [fqn for fqn in found if (dtypes[f"{fqn}.weight"] == torch.float8_e4m3fn) != want_fp8]
+        wrong = [f"{fqn}: {dtype}" for fqn, dtype in gathered.items() if (dtype == torch.float8_e4m3fn) != want_fp8]
         if wrong:
             raise RuntimeError(f"fp8 all-gather is {'on' if want_fp8 else 'off'}, but these weights were gathered as "
-                               + ", ".join(f"{fqn}: {dtypes[f'{fqn}.weight']}" for fqn in wrong))
-    return ran
+                               + ", ".join(wrong))
+    return seen.total() + triton
 
 
 # The gradients of one layer pass up to seven FP8 matmuls, each with the noise of its two operands (e5m2 26 dB, e4m3

@@ -160,6 +160,9 @@ def main():
         return [on_device(x[i], y[i], None if positions is None else positions[i], device) for i in range(accumulation)]
 
     length = train_rows.block_size  # of the rows that the model sees; model.block_size is the longest that it could
+    tokens = config.micro_batch_size * length  # of a forward pass on a rank
+    if tokens % config.loss_chunks:
+        raise ValueError(f"loss_chunks={config.loss_chunks} must divide the tokens of a forward pass, {tokens}")
     tokens_per_step = round(config.global_batch_size * length * (1 - train_rows.padding))  # of text, on average
     real = replace(config, model=replace(config.model, block_size=length))  # what a step costs
 
@@ -177,7 +180,7 @@ def main():
                 auto_filtered = gemms.choose(real, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
             config.fp8.filter_fqns += auto_filtered
-        check_fp8(tokens=config.micro_batch_size * length)
+        check_fp8(tokens=tokens)
         if config.fp8.self_check:
             say(proof.self_check(config, micro_batches(0)[0], device))
         fp8.convert(model, config.fp8, shards=shards)
@@ -247,7 +250,8 @@ def main():
     first_pass = functools.partial(dry_run, batch[:1], batch[0][1].numel())
     if config.fp8.enabled:
         proof.verify_sharded(model, config.fp8, converted, shards=shards)
-        ran = proof.verify_step(model, config.fp8, first_pass, shards=shards, loss_chunks=config.loss_chunks)
+        ran = proof.verify_step(model, config.fp8, first_pass, shards=shards, tokens=tokens,
+                                loss_chunks=config.loss_chunks)
         say(f"fp8: verified, {ran} {'emulated ' if config.fp8.emulate else ''}fp8 matmuls ran in one pass")
     else:
         first_pass()
@@ -370,7 +374,7 @@ def main():
                 log(row)
                 say(f"step {step}/{config.max_steps} | {told}")
             if saves:
-                kept = {**identity, **run, "time_s": seconds}
+                kept = {**identity, **run, "time_s": seconds + pause - clock}
                 checkpoint.save(out_dir, step, model, optimizer, kept, keep=config.keep)
             clock += now() - pause  # not training time
     progress.close()

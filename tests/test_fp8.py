@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -98,9 +99,9 @@ def test_number_of_tokens_that_fp8_cannot_take_is_an_error():
     with pytest.raises(ValueError, match="divisible by 16, not 40"):
         check(emulated(), tokens=40)
     with pytest.raises(ValueError, match="divisible by 16, not 49"):
-        check(emulated(), tokens=1600, loss_chunks=33)  # torch.chunk rounds up: 32 pieces of 49 and one of 32
-    check(emulated(filter_fqns=["lm_head"]), tokens=1600, loss_chunks=33)  # no fp8 matmul sees the pieces
-    check(emulated(), tokens=1600, loss_chunks=34)
+        check(emulated(), tokens=49 * 32, loss_chunks=32)
+    check(emulated(filter_fqns=["lm_head"]), tokens=49 * 32, loss_chunks=32)  # no fp8 matmul sees the pieces
+    check(emulated(), tokens=48 * 32, loss_chunks=32)
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
@@ -141,11 +142,26 @@ def test_verify_step_sees_a_layer_that_fell_back():
     model = build(cfg)
     x = torch.randint(0, 256, (2, 64))
     run = lambda: model(x, x).backward()  # noqa: E731
-    assert proof.verify_step(model, cfg, run, shards=0, loss_chunks=1) == 3 * 8
+    assert proof.verify_step(model, cfg, run, shards=0, tokens=128, loss_chunks=1) == 3 * 8
     linear = model.layers[1].mlp.down
     linear.forward = lambda x: nn.functional.linear(x, linear.weight)
-    with pytest.raises(RuntimeError, match="at least 24 fp8 matmuls in a forward and backward pass, 21 ran"):
-        proof.verify_step(model, cfg, run, shards=0, loss_chunks=1)
+    with pytest.raises(RuntimeError, match="need 24 fp8 matmuls in a forward and backward pass, 3 of them did not run"):
+        proof.verify_step(model, cfg, run, shards=0, tokens=128, loss_chunks=1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("activation_checkpoint", ["selective", "full"])
+def test_recomputed_matmuls_do_not_stand_in_for_those_of_a_block_that_fell_back(activation_checkpoint, recipe):
+    cfg = emulated(recipe_name=recipe)
+    model = build(cfg, n_layer=4)
+    fp8.compile_and_checkpoint(model, cfg, CompileConfig(), activation_checkpoint)
+    x = torch.randint(0, 256, (2, 64))
+    run = lambda: model(x, x, 2).backward()  # noqa: E731
+    proof.verify_step(model, cfg, run, shards=0, tokens=128, loss_chunks=2)
+    for linear in [m for fqn, m in fp8.float8_linears(model).items() if fqn.startswith("layers.0.")]:
+        linear.forward = partial(nn.functional.linear, weight=linear.weight)
+    with pytest.raises(RuntimeError, match="did not run: part of the model is not training in fp8"):
+        proof.verify_step(model, cfg, run, shards=0, tokens=128, loss_chunks=2)
 
 
 def test_verify_sharded_sees_a_layer_that_was_swapped_back():
@@ -358,4 +374,4 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run = lambda model=model, x=x: model(x, x).backward()  # noqa: E731
-            assert proof.verify_step(model, cfg, run, shards=0, loss_chunks=1) == per_layer * 8
+            assert proof.verify_step(model, cfg, run, shards=0, tokens=128, loss_chunks=1) == per_layer * 8

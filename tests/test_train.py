@@ -67,6 +67,7 @@ def fleet(tiny_run, tmp_path_factory):
         "fp8_bf16": [*FP8, *PRECOMPUTE, *BF16],
         "rowwise": [*FP8, "--fp8.recipe_name=rowwise"],
         "gw_hp": [*FP8, "--fp8.recipe_name=rowwise_with_gw_hp"],
+        "tied_fp8_head": [*FP8, "--model.tie_embeddings=True", "--fp8.filter_fqns=[]"],
     }
     two_only = {
         "hsdp": ["--replicas=2"],
@@ -114,7 +115,7 @@ FP8_NOISE = 0.05
     ("fp32", FLOAT_NOISE), ("accumulation", FLOAT_NOISE), ("fp32_compiled", FLOAT_NOISE), ("bf16", BF16_NOISE),
     ("bf16_rounding", BF16_NOISE), ("fp8", FP8_NOISE), ("fp8_gather", FP8_NOISE), ("fp8_precompute", FP8_NOISE),
     ("fp8_compiled", FP8_NOISE), ("fp8_precompute_compiled", FP8_NOISE), ("fp8_bf16", FP8_NOISE),
-    ("rowwise", FP8_NOISE), ("gw_hp", FP8_NOISE)])
+    ("rowwise", FP8_NOISE), ("gw_hp", FP8_NOISE), ("tied_fp8_head", FP8_NOISE)])
 def test_two_ranks_train_as_one_does(fleet, name, bound):
     one, two = fleet
     assert len(one[name].train) == 6 and one[name].train[6]["loss"] < one[name].train[1]["loss"] - 0.3
