@@ -29,6 +29,8 @@ import logs
 
 REPO = Path(__file__).parent
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+# what makes the runs comparable, or finds what they leave
+OWN = {"seed", "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "out_dir", "resume"}
 WINDOW = 5  # steps per timing: waiting for the GPU after every one would cost a little of each
 COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_s": ",.0f", "speedup": ".2f",
            "mfu": ".1%", "peak_gib": ".2f", "compile_s": ".1f"}
@@ -58,8 +60,11 @@ def split(variants):
 def unknown(variants):
     """What is wrong with --variants, one sentence each."""
     for variant in split(variants):
-        if variant.split(":")[0] not in ("bf16", *RECIPES):
+        base, *keys = variant.split(":")
+        if base not in ("bf16", *RECIPES):
             yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
+        if mine := sorted(OWN.intersection(key.partition("=")[0] for key in keys)):
+            yield f"--variants: {variant!r} sets {', '.join(mine)}, which this script sets for all of them"
 
 
 def on_cpu(config):
@@ -134,7 +139,7 @@ def measure(variant, base, folder, own):
     return {"variant": variant, "ms_per_step": middle, "spread_ms": max(ms) - min(ms),
             "tokens_per_s": 1000 * per_rank / middle, "speedup": None, "mfu": mfu,
             "peak_gib": timed[-1]["peak_gib"], "compile_s": run["compile_s"], "loss": timed[-1]["loss"],
-            "fp8_flops": run["fp8_flops"], "ms": ms}, run
+            "fp8_flops": run["fp8_flops"], "auto_filtered": run["auto_filtered"], "ms": ms}, run
 
 
 def table(rows, columns):
@@ -200,7 +205,7 @@ def main():
             (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
     if own.gemms:
         if "error" in rows[0]:
-            raise RuntimeError(f"the bf16 run failed: {rows[0]['error']}")
+            raise ValueError(f"the bf16 run failed: {rows[0]['error']}")
         device = torch.device("cpu" if on_cpu(config) else "cuda")
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
         ran = configurator.read_file(out_dir / "bf16" / "config.py")  # init_from's model, rows as long as the data's

@@ -111,7 +111,10 @@ def read_run(folder, **wanted):
     path = Path(folder, "run.json")
     if not path.is_file():
         raise ValueError(f"{folder} is no checkpoint of nanofp8: it has no run.json")
-    run = json.loads(path.read_text())
+    try:
+        run = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is damaged: delete {folder}, and the run goes on from the one before") from None
     if changed := [key for key in wanted if run.get(key) != wanted[key]]:
         raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that run. "
                          "Give another out_dir, or set resume=never to start over")
@@ -198,6 +201,8 @@ def export(out_dir, folder):
         index = {"metadata": {"total_size": total}, "weight_map": where}
         aside.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     aside.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
+    for file in aside.glob("*.safetensors"):  # which the library makes for its owner alone
+        shutil.copymode(aside / "config.json", file)
     if config.init_from != "scratch":
         for path in {p for pattern in CARRIED for p in Path(config.init_from).glob(pattern) if p.is_file()}:
             shutil.copy(path, aside)
@@ -205,6 +210,8 @@ def export(out_dir, folder):
         folder.rmdir()
     aside.rename(folder)
     print(f"{newest} as {written['architectures'][0]} in {folder}: {len(where)} tensors, {total / 1e9:.2f} GB")
+    if config.init_from == "scratch":
+        print(f"it holds no tokenizer: sample.py --from={folder} --tokenizer={config.data.tokenizer}")
 
 
 def main():

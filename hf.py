@@ -170,14 +170,16 @@ def config_json(cfg, dtype, architecture=None):
 
 
 def layout(cfg, architecture):
-    """{name in the files: (name of our parameter, its first row there, shape in the files)} of a model."""
+    """{name in the files: (name of our parameter, its first row there, shape in the files)}, or ValueError."""
     with torch.device("meta"):
         model = models.Transformer(cfg)
     rows = {2: [cfg.ffn_dim] * 2, 3: [n * cfg.head_dim for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)]}
-    found = {}
+    names, found = ARCHITECTURES[architecture][1], {}
     for name, p in model.named_parameters():
         module, kind = name.rsplit(".", 1)
-        pieces = ARCHITECTURES[architecture][1][re.sub(r"\d+", "*", module)]
+        if (ours := re.sub(r"\d+", "*", module)) not in names:
+            raise ValueError(f"{architecture} has no place for {ours}: add its names to hf.ARCHITECTURES")
+        pieces = names[ours]
         sizes = rows.get(len(pieces), [len(p)])
         for piece, n, first in zip(pieces, sizes, itertools.accumulate([0, *sizes]), strict=False):
             piece = piece.replace("*", "".join(re.findall(r"\d+", module)))

@@ -1,5 +1,6 @@
 """What a run leaves in its out_dir beside checkpoints: metrics.jsonl, trackers' files, loss.png, where it came from."""
 
+import fcntl
 import importlib.util
 import json
 import resource
@@ -57,11 +58,19 @@ def read_metrics(out_dir):
 
 
 def open_metrics(out_dir, start):
-    """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`."""
+    """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`.
+
+    While it is open it keeps other runs out. Raises ValueError if one is in there.
+    """
     path = out_dir / "metrics.jsonl"
-    rows = path.read_text().splitlines(keepends=True) if start and path.exists() else []
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {out_dir}: wait for its end, or give another out_dir") from None
+    rows = path.read_text().splitlines(keepends=True) if start else []
     path.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start))
-    return path.open("a")
+    return file
 
 
 def check_trackers(config):

@@ -165,7 +165,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.qkv_bias)
         self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, mask=None):
+    def forward(self, x, cos, sin, mask=None):  # x: (B*T, C)
         T = cos.shape[-2]
         qkv = self.qkv(x).view(-1, T, self.n_head + 2 * self.n_kv_head, self.head_dim)  # (B, T, heads, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
@@ -179,8 +179,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.n_kv_head < self.n_head}
         if x.is_cuda:
-            # cuDNN is 1.7x flash on an H100 (docs/performance.md). The choice stands inside the traced region because
-            # the compile cache does not key on an outer sdpa_kernel (FACTS: a cached flash graph would be reused).
+            # cuDNN is 1.7x flash on an H100. The choice stands inside the traced region because the compile cache does
+            # not key on an outer sdpa_kernel: a cached graph with flash would be used again.
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                               SDPBackend.MATH], set_priority=True):
                 y = F.scaled_dot_product_attention(q, k, v, **how)

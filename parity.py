@@ -153,7 +153,7 @@ def plot(results, report, path):
     axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel("million tokens")
     axes[1].axhline(report["target_loss"], color="0.3", ls=":", lw=1, label="bf16's final loss + band")
     axes[1].set(xlabel=f"seconds of training, {report['hardware']}", ylim=limits)
-    axes[2].axhspan(-band, band, color="0.88", label=f"noise of bf16 seeds: ±{band:.4f}")
+    axes[2].axhspan(-band, band, color="0.88", label=f"band, 2.8 standard deviations of bf16 seeds: ±{band:.4f}")
     axes[2].axhline(0, color="black", lw=1)
     axes[2].set(xlabel="step", ylabel="nats", title="gap to bf16: training (line), validation (dots)")
     axes[2].set_ylim(-1.3 * max(late_gaps), 1.3 * max(late_gaps))

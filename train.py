@@ -127,9 +127,6 @@ def main():
                 "init_from": Path(config.init_from).name}  # a folder may move
     before = folder and checkpoint.read_run(folder, **identity)
     start, seconds = (before["step"], before["time_s"]) if before else (0, 0.0)  # steps done, time spent on them
-    if start >= config.max_steps:
-        say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Set another out_dir, or resume=never")
-        return
     with torch.device("meta"):  # no memory is taken yet: what cannot work is told before anything slow
         model = models.Transformer(config.model).to(dtype)
     cudagraph.check(config, shards, device)
@@ -137,6 +134,9 @@ def main():
                                   shards=shards, loss_chunks=config.loss_chunks)
     if config.fp8.enabled:  # how long rows of HellaSwag are depends on the data
         check_fp8(tokens=config.micro_batch_size * config.model.block_size if config.data.format == "text" else 0)
+    if start >= config.max_steps:
+        say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Set another out_dir, or resume=never")
+        return
 
     # ------------------------------------------------------------------------------------------------------------
     # 2) data: rank 0 tokenizes, the others wait and then find it done
@@ -245,6 +245,8 @@ def main():
         for p in model.parameters():
             p.grad = None
 
+    if config.compile.enabled:
+        say("compiling, which takes a minute or so")
     clock = time.perf_counter()
     batch = micro_batches(start)
     first_pass = functools.partial(dry_run, batch[:1], batch[0][1].numel())
@@ -266,11 +268,11 @@ def main():
            "fp8_flops": fp8_flops, "peak_flops": peak, "auto_filtered": auto_filtered}
     if first:
         out_dir.mkdir(parents=True, exist_ok=True)
+        metrics, trackers = logs.open_metrics(out_dir, start), logs.open_trackers(config)
         if folder is None:
             checkpoint.set_aside(out_dir)
         (out_dir / "config.py").write_text(configurator.to_python(config))
         (out_dir / "run.json").write_text(json.dumps(run, indent=1))
-        metrics, trackers = logs.open_metrics(out_dir, start), logs.open_trackers(config)
 
     def log(*rows):
         if first:

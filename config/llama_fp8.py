@@ -41,8 +41,8 @@ else:
     config = Config(
         model=model.llama_tiny(), fp8=fp8, compile=CompileConfig(enabled=True), dtype="float32",
         optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, weights="plain"),
-        global_batch_size=8, micro_batch_size=8, out_dir="out/llama_tiny_fp8", max_steps=450, eval_interval=150,
-        eval_sequences=128, checkpoint_interval=150)
+        global_batch_size=8, micro_batch_size=max(1, 8 // ranks), out_dir="out/llama_tiny_fp8", max_steps=450,
+        eval_interval=150, eval_sequences=128, checkpoint_interval=150)
 
 if rank == 0:
     print(f"config/llama_fp8.py: {choice}", file=sys.stderr)

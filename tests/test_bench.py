@@ -60,7 +60,9 @@ def test_a_comma_inside_of_a_list_does_not_end_a_variant():
     assert split(variants) == ["bf16", 'tensorwise:fp8.filter_fqns=["lm_head","mlp"]:seed=1', "rowwise"]
 
 
-@pytest.mark.parametrize("keys, told", [({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7")])
+@pytest.mark.parametrize("keys, told", [
+    ({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7"),
+    ({"variants": "bf16:max_steps=3:loss_chunks=2"}, "sets max_steps, which this script sets for all")])
 def test_mistakes_are_told(keys, told):
     assert told in "".join(BenchConfig(**keys).problems())
 

@@ -311,7 +311,7 @@ def test_a_model_from_scratch_is_exported_as_what_can_hold_it(tmp_path, monkeypa
     assert torch.equal(loaded(tmp_path / "exported")(tokens), model(tokens))
 
 
-def test_mistakes_of_an_export_are_told(folders, copy, tmp_path):
+def test_mistakes_of_an_export_are_told(folders, copy, tmp_path, monkeypatch):
     from conftest import build
 
     done = run("checkpoint.py", "export", tmp_path, tmp_path / "new", check=False)
@@ -322,6 +322,11 @@ def test_mistakes_of_an_export_are_told(folders, copy, tmp_path):
     out = save_run(tmp_path / "strange", build(qkv_bias=True, rope_fraction=0.5))
     with pytest.raises(ValueError, match="can have qkv_bias, rope_fraction together"):
         checkpoint.export(out, tmp_path / "new")
+    names = {k: v for k, v in hf.SPLIT.items() if k != "layers.*.mlp.gate_up"}  # as if the block were another
+    monkeypatch.setattr(hf, "ARCHITECTURES", {"LlamaForCausalLM": ("llama", names, {"rope_scaling"})})
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no place for layers.*gate_up"):
+        checkpoint.export(save_run(tmp_path / "fork", build()), tmp_path / "new")
+    monkeypatch.undo()
     out = save_run(tmp_path / "moved", loaded(copy("phi_4")), tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy")
     with pytest.raises(ValueError, match="copy is no Hugging Face model folder"):

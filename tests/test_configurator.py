@@ -346,6 +346,25 @@ def test_micro_batches_must_divide_the_global_batch():
         "global_batch_size=10 must be a multiple of micro_batch_size=4"]
 
 
+@pytest.mark.parametrize("key, told", [
+    ("--optim.eps=0.0", "optim.eps=0.0 must be above 0"),
+    ("--data.workers=-1", "data.workers=-1 must not be negative"),
+    ("--model.rope_theta=0.0", "model.rope_theta=0.0 must be above 0"),
+    ("--model.norm_eps=-1.0", "model.norm_eps=-1.0 not negative"),
+    ("--model.rope_fraction=0.01", "model.rope_fraction=0.01 must be"),
+    ("--seed=1099511627776", "seed=1099511627776 must be below 2**40"),
+    ("--loss_chunks=3", "loss_chunks=3 must divide the tokens of a forward pass, micro_batch_size x model.block_size"),
+])
+def test_values_that_would_fail_late_or_quietly_are_refused(key, told):
+    assert told in "\n".join(mistakes(key))
+
+
+def test_an_out_dir_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert mistakes(f"--out_dir={tmp_path / 'new'}") == [
+        f"out_dir={tmp_path / 'new'}: {tmp_path} cannot be written to, name another folder"]
+
+
 def test_problems_of_every_section_are_told_together(file):
     path = file("config = Config(max_steps=0, model=ModelConfig(n_head=6, n_kv_head=4))")
     lines = mistakes(path, "--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",

@@ -282,7 +282,7 @@ def test_attention_on_a_gpu_is_cudnn_compiled_and_right():
     cfg = models.ModelConfig(**{**TINY, "head_dim": 64, "block_size": 256})
     attn = models.Attention(cfg).to("cuda", torch.bfloat16)
     cos, sin = models.rope_tables(cfg, "cuda")
-    x = torch.randn(2, 256, cfg.n_embd, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2 * 256, cfg.n_embd, device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(attn)
     with torch.profiler.profile() as profile:
         y = compiled(x, cos, sin)
@@ -317,7 +317,7 @@ def test_varlen_attention_on_a_gpu_is_masked_attention():
     attn = models.Attention(cfg).to("cuda", torch.bfloat16)
     cos, sin = models.rope_tables(cfg, "cuda")
     positions = torch.cat([torch.arange(n) for n in (300, 1, 211)])[None].expand(2, -1)
-    x = torch.randn(2, 512, cfg.n_embd, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2 * 512, cfg.n_embd, device="cuda", dtype=torch.bfloat16)
     cu_seqlens, max_seqlen = models.document_bounds(positions)
     y = attn(x, cos[positions], sin[positions], (cu_seqlens.cuda(), max_seqlen))
     mask = models.document_mask(positions, 512, 100, "cpu")

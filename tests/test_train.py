@@ -12,6 +12,7 @@ from conftest import REPO, main_here, metrics, run, run_many, train_here
 
 import configurator
 import cudagraph
+import logs
 import sample
 import train
 
@@ -482,6 +483,27 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
     assert list(metrics(tmp_path / "out").train) == [1, 2]
     with pytest.raises(ValueError, match="made with another seed.*resume=never"):
         train_here(*out, "--seed=5")
+    (folder / "step_00000002" / "run.json").write_text('{"st')
+    with pytest.raises(ValueError, match="is damaged: delete .*step_00000002"):
+        train_here(*out)
+
+
+def test_metrics_let_one_run_in_and_survive_a_row_cut_in_half(tmp_path):
+    with logs.open_metrics(tmp_path, 0) as file:
+        file.write('{"step": 1}\n{"step": 2}\n{"st')
+        file.flush()
+        assert logs.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+        with pytest.raises(ValueError, match="another run is writing to .*: wait for its end"):
+            logs.open_metrics(tmp_path, 2)
+    logs.open_metrics(tmp_path, 1).close()
+    assert logs.read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_a_checkpoint_knows_the_time_since_the_last_log_line(tiny_run, tmp_path):
+    train_here(*tiny_run, "--max_steps=3", "--log_interval=100", "--checkpoint_interval=2", f"--out_dir={tmp_path}")
+    first, last = (row["time_s"] for row in metrics(tmp_path).train.values())
+    kept = json.loads((tmp_path / "checkpoints" / "step_00000002" / "run.json").read_text())["time_s"]
+    assert first < kept < last
 
 
 # ----------------------------------------------------------------------------------------------------------------
