@@ -33,7 +33,7 @@ def llama_8b(**changes):
 
 
 MEASURED = [(name, row["variant"], row["peak_gib"])
-            for name in ("bench_8_layers", "bench_32_layers", "bench_32_layers_gw_hp")
+            for name in ("bench_8_layers", "bench_32_layers_before", "bench_32_layers")
             for row in json.loads((REPO / f"docs/results/{name}.json").read_text())["rows"]]
 
 
