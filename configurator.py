@@ -206,6 +206,17 @@ def read_file(path):
     return copy.deepcopy(config)  # the object may belong to a module that others import too
 
 
+def changed(path, config):
+    """", now with KEY=VALUE instead of ..." for what config has other than the file at `path`; "" if there is none."""
+    if not path.exists():
+        return ""
+    before = {prefix + f.name: getattr(s, f.name) for prefix, s in sections(read_file(path)) for f in fields(s)}
+    told = [f"{key}={getattr(s, f.name)!r} instead of {before[key]!r}" for prefix, s in sections(config)
+            for f in fields(s) if not is_dataclass(f.type) and (key := prefix + f.name) != "resume"
+            and getattr(s, f.name) != before.get(key)]
+    return f", now with {', '.join(told)}" if told else ""
+
+
 def help_text(parts):
     """The script's docstring, and every key with type, default and meaning. parts: (prefix, section) pairs."""
     lines = [sys.modules["__main__"].__doc__ or "", "Keys with type, default and meaning, set by --key=value:"]

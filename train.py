@@ -215,7 +215,7 @@ def main():
     if before:
         checkpoint.read_run(folder, data=train_rows.digest)
         checkpoint.load(folder, model, optimizer)
-        say(f"resuming from {folder}, {start} steps done")
+        say(f"resuming from {folder}, {start} steps done" + configurator.changed(out_dir / "config.py", config))
     elif not scratch:
         hf.load(config.init_from, model, optimizer)
         say(f"weights: {config.init_from}")

@@ -365,6 +365,16 @@ def test_an_out_dir_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
         f"out_dir={tmp_path / 'new'}: {tmp_path} cannot be written to, name another folder"]
 
 
+def test_what_differs_from_an_earlier_config_is_told(tmp_path):
+    path = tmp_path / "config.py"
+    assert configurator.changed(path, Config()) == ""
+    path.write_text(to_python(Config()))
+    assert configurator.changed(path, Config(resume="must")) == ""
+    told = configurator.changed(path, Config(seed=2, fp8=FP8Config(recipe_name="rowwise", filter_fqns=["lm_head"])))
+    assert told == (", now with seed=2 instead of 1337, fp8.recipe_name='rowwise' instead of None, "
+                    "fp8.filter_fqns=['lm_head'] instead of []")
+
+
 def test_problems_of_every_section_are_told_together(file):
     path = file("config = Config(max_steps=0, model=ModelConfig(n_head=6, n_kv_head=4))")
     lines = mistakes(path, "--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",

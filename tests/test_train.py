@@ -477,6 +477,8 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
     assert "has 6 of 6 steps. Set another out_dir, or resume=never" in told()
     with pytest.raises(ValueError, match="was made with another model, seed: .*Give another out_dir"):
         told("--model.n_layer=1", "--seed=3")
+    changed = told("--checkpoint_interval=1", "--keep=2", "--max_steps=7", "--optim.lr=1e-3")
+    assert "6 steps done, now with max_steps=7 instead of 6, optim.lr=0.001 instead of " in changed
     assert "resuming" not in told("--resume=never", "--max_steps=2")
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000002"]  # what was there is set aside, not mixed in
     assert (tmp_path / "out" / "checkpoints_before" / "step_00000006").is_dir()
