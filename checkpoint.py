@@ -58,7 +58,8 @@ def tensors(model, optimizer=None):
     for name, p in model.named_parameters():
         state[f"model.{name}"] = like(p, plain_local(p))
         for kind, of in (optimizer.state if optimizer else {}).items():
-            state[f"optim.{kind}.{name}"] = like(p, of[name])
+            if name in of:
+                state[f"optim.{kind}.{name}"] = like(p, of[name])
     return state
 
 
@@ -133,6 +134,8 @@ def load(folder, model, optimizer=None):
         del state[name]
     differ = [f"{n}: {tuple(saved[n].size) if n in saved else 'missing'} for {tuple(t.shape)}"
               for n, t in state.items() if n not in saved or saved[n].size != t.shape]
+    if differ and all(name.startswith("optim.exp_avg") for name in differ):
+        raise ValueError(f"{folder} has other optimizer states: set optim.fp8_moments as the run did that saved it")
     if differ:
         raise ValueError(f"{folder} is a checkpoint of another model: " + ", ".join(differ[:5])
                          + (f" and {len(differ) - 5} more" if len(differ) > 5 else ""))

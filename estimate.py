@@ -45,7 +45,8 @@ def memory(config, shards, accumulation):
     n_params = m.n_layer * block + table * (1 if m.tie_embeddings else 2) + m.n_embd
     master = config.optim.weights == "fp32_master" and config.dtype != "float32"
     held = n_params / max(1, shards)  # by this rank
-    state = held * (size + (12 if master else 2 * size))
+    moments = 2 + 8 / 128 if config.optim.fp8_moments else 8 if master else 2 * size  # FP8 and a unit for every 128
+    state = held * (size + (4 if master else 0) + moments)
     gradients = held * (4 if master and accumulation > 1 else size)
     tokens = config.micro_batch_size * m.block_size
     # Values kept of each token and block. A matmul whose weight gradient is in high precision keeps its input; one in
@@ -74,7 +75,8 @@ def check_memory(config, shards, accumulation, capacity):
     if gib > 1.05 * capacity:  # the estimate may be 5% off: closer calls are left to the GPU
         helps = []
         for key, value in (("activation_checkpoint", "selective"), ("activation_checkpoint", "full"),
-                           ("loss_chunks", 8), ("micro_batch_size", 1), ("optim.weights", "stochastic_rounding")):
+                           ("loss_chunks", 8), ("micro_batch_size", 1), ("optim.fp8_moments", True),
+                           ("optim.weights", "stochastic_rounding")):
             other = copy.deepcopy(config)
             *section, name = key.split(".")
             setattr(getattr(other, section[0]) if section else other, name, value)

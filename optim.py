@@ -10,6 +10,10 @@ do. `optim.weights` says what to do about it:
     plain                 moments in the weight's dtype, round to nearest. For float32 weights, where there is nothing
                           to lose, or as the baseline.
 
+`optim.fp8_moments=True` keeps the moments of matrices in FP8 instead, with one scale for every 128 values of a row:
+2 bytes a parameter for both. The second moment is kept as its root, which spans half as many binades. Both are rounded
+at random, since one step changes them by less than FP8 can show.
+
 The update of a tensor is one elementwise function, `adamw_`. torch.compile makes it one kernel: the gradient is
 clipped, both moments and the weight are updated, and everything is rounded in a single pass over memory.
 """
@@ -37,6 +41,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # decoupled; matrices only, not norms
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
     weights: Literal["fp32_master", "stochastic_rounding", "plain"] = "fp32_master"  # how bf16 weights keep updates
+    fp8_moments: bool = False  # both moments of matrices in FP8: 2 bytes a parameter instead of 4 or 8
 
     def problems(self):
         """What is wrong with these values taken together, one sentence each."""
@@ -75,9 +80,39 @@ def round_to(x, dtype, noise):
     return ((x.view(torch.int32) + (noise & 0xFFFF)) & -0x10000).view(torch.float32).to(dtype)
 
 
-def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, beta1, beta2, eps):
+def to_fp8(x, noise, smallest):
+    """(values of e4m3 as float32, unit of each row) of float32 x (rows, block): x is about values * unit.
+
+    Rounded at random, in proportion, by the low 16 bits of noise. What is not zero becomes at least `smallest`.
+    """
+    unit = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
+    y = (x / unit).abs()
+    binade = (y.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two below y
+    step = binade.clamp(min=2**-6) * 2**-3  # between neighbours in e4m3
+    q = ((y / step + (noise & 0xFFFF).float() * 2**-16).floor() * step).clamp(max=448)
+    q = torch.where(y > 0, q.clamp(min=smallest), 0)
+    return torch.copysign(q, x), unit
+
+
+def read(moment):
+    """A moment in float32: a tensor of its own dtype, or (FP8 values, units)."""
+    return moment[0].float() * moment[1] if isinstance(moment, tuple) else moment.float()
+
+
+def write(moment, new, old, good, noise, smallest=0.0):
+    """Store `new` in a moment if good, else leave it as it is, bit for bit. old: what read() gave."""
+    if isinstance(moment, tuple):
+        values, unit = to_fp8(new, noise, smallest)
+        moment[0].copy_(torch.where(good, values, moment[0].float()))
+        moment[1].copy_(torch.where(good, unit, moment[1]))
+    else:  # rounding keeps what is a value of the dtype already: stochastic rounding adds below its last bit
+        moment.copy_(round_to(torch.where(good, new, old), moment.dtype, noise))
+
+
+def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, beta1, beta2, eps, exact_weight=False):
     """Update weight p and moments m, v in place from gradient g; all of one shape. Scalars up to seed are 0-d tensors.
 
+    m, v: tensors, or (FP8 values, units) of rows of a block each, v then as its root. exact_weight: round p to nearest.
     good: False leaves all of it as it is, bit for bit, whatever g holds. master: the weight in float32, or None.
     seed: None, or what stochastic rounding draws from: the noise is a hash of (seed, position), so it needs no
     generator state and a resumed run repeats it.
@@ -85,20 +120,28 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     """
     g = g.float() * clip
     w = (p if master is None else master).float()
-    m_new = m.float() * beta1 + g * (1 - beta1)
-    v_new = v.float() * beta2 + g * g * (1 - beta2)
-    w_new = w * (1 - lr * decay) - lr * debias1 * m_new / ((v_new * debias2).sqrt() + eps)
-    # rounding keeps what is a value of the dtype already: stochastic rounding adds below its last bit
-    w, m_new, v_new = torch.where(good, w_new, w), torch.where(good, m_new, m), torch.where(good, v_new, v)
+    m_old, v_old, rooted = read(m), read(v), isinstance(v, tuple)
+    m_new = m_old * beta1 + g * (1 - beta1)
+    v_new = (v_old * v_old if rooted else v_old) * beta2 + g * g * (1 - beta2)
+    w = torch.where(good, w * (1 - lr * decay) - lr * debias1 * m_new / ((v_new * debias2).sqrt() + eps), w)
     noise_w = noise_m = noise_v = None
     if seed is not None:  # one hash for all three: integer arithmetic is what bounds this kernel, after memory
         bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
         noise_w, noise_m, noise_v = bits, bits >> 16, bits >> 8
-    m.copy_(round_to(m_new, m.dtype, noise_m))
-    v.copy_(round_to(v_new, v.dtype, noise_v))
-    p.copy_(round_to(w, p.dtype, noise_w))
+    write(m, m_new, m_old, good, noise_m)
+    # a root that underflowed beside a first moment that did not would make a step of lr / eps
+    write(v, v_new.sqrt() if rooted else v_new, v_old, good, noise_v, smallest=2**-9)
+    p.copy_(round_to(w, p.dtype, None if exact_weight else noise_w))
     if master is not None:
         master.copy_(w)
+
+
+MOMENTS = "exp_avg", "exp_avg_sq"
+
+
+def block_of(w):
+    """How many neighbours in a row of matrix w share a unit."""
+    return 128 if w.shape[1] % 128 == 0 else w.shape[1]
 
 
 class AdamW:
@@ -113,8 +156,16 @@ class AdamW:
         self.weights = {name: plain_local(p) for name, p in self.params.items()}
         self.mode = "plain" if next(iter(self.weights.values())).dtype == torch.float32 else cfg.weights
         dtype = torch.float32 if self.mode == "fp32_master" else None  # None: the weight's own
-        self.state = {kind: {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()}
-                      for kind in ("exp_avg", "exp_avg_sq")}
+        self.in_fp8 = {name for name, w in self.weights.items() if cfg.fp8_moments and w.ndim == 2}
+        self.state = {}
+        for kind in MOMENTS:
+            self.state[kind] = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()
+                                if name not in self.in_fp8}
+            # other names than above: a run without FP8 moments must not take the bare values for moments
+            self.state[f"{kind}_fp8"] = {name: torch.zeros_like(w, dtype=torch.float8_e4m3fn)
+                                         for name, w in self.weights.items() if name in self.in_fp8}
+            self.state[f"{kind}_unit"] = {name: torch.ones(len(w), w.shape[1] // block_of(w), device=w.device)
+                                          for name, w in self.weights.items() if name in self.in_fp8}
         if self.mode == "fp32_master":
             self.state["master"] = {name: w.float() for name, w in self.weights.items()}
         self.grads = {}
@@ -170,11 +221,14 @@ class AdamW:
             if name not in self.grads:
                 continue
             seed = None
-            if self.mode == "stochastic_rounding":
+            if self.mode == "stochastic_rounding" or name in self.in_fp8:
                 bits = hash((self.seed, self.step_count, i)) & 0x7FFFFFFF  # of integers: the same in every process
                 seed = torch.full((), bits, dtype=torch.int32, device=w.device)
-            tensors = [w, self.grads.pop(name), self.state["exp_avg"][name], self.state["exp_avg_sq"][name]]
-            tensors.append(self.state["master"][name] if "master" in self.state else None)
-            tensors = [t if t is None else t.view(-1) for t in tensors]
+            shape = (-1, block_of(w)) if name in self.in_fp8 else (-1,)
+            moments = [(self.state[f"{kind}_fp8"][name].view(shape), self.state[f"{kind}_unit"][name].view(-1, 1))
+                       if name in self.in_fp8 else self.state[kind][name].view(shape) for kind in MOMENTS]
+            tensors = [w.view(shape), self.grads.pop(name).view(shape), *moments,
+                       self.state["master"][name].view(shape) if "master" in self.state else None]
             decay = decays[cfg.weight_decay if w.ndim >= 2 else 0.0]
-            self.update(*tensors, lr, decay, debias1, debias2, clip, good, seed, *cfg.betas, cfg.eps)
+            self.update(*tensors, lr, decay, debias1, debias2, clip, good, seed, *cfg.betas, cfg.eps,
+                        self.mode != "stochastic_rounding")

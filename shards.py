@@ -4,6 +4,7 @@ FSDP2 makes each parameter a DTensor over a part of its rows, and FP8 all-gather
 updates, saves or loads weights goes around both: it works on the plain tensor that is stored.
 """
 
+import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -15,10 +16,11 @@ def plain_local(p):
 
 
 def like(p, local):
-    """`local` as a tensor laid out over the ranks as parameter `p` is."""
+    """`local`, which holds something of each of this rank's rows of parameter `p`, as a tensor over all ranks."""
     if not isinstance(p, DTensor):
         return local
-    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    shape = torch.Size([len(p), *local.shape[1:]])
+    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=shape, stride=local.stride())
 
 
 def shard_rows(full, p):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from optim import AdamW, OptimConfig, adamw_, get_lr, hash32, round_to
+from optim import AdamW, OptimConfig, adamw_, get_lr, hash32, read, round_to, to_fp8, write
 
 
 def toy(dtype=torch.float32, n=64):
@@ -117,3 +117,60 @@ def test_weight_decay_spares_norms():
     optimizer.step(0.1, optimizer.grad_norm())
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.allclose(p, old * (1 - 0.05) if p.ndim == 2 else old)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# moments in FP8
+
+
+def test_fp8_moments_are_rounded_at_random_to_what_e4m3_holds_without_bias():
+    x = torch.cat([torch.tensor([448.0, 1.0, 8.5, 0.0, 2**-10, -3.3, -448.0]), torch.rand(121) * 448]).repeat(20_000, 1)
+    values, unit = to_fp8(x, hash32(torch.arange(x.numel(), dtype=torch.int32).view(x.shape)), 0.0)
+    assert torch.equal(values.to(torch.float8_e4m3fn).float(), values) and (unit == 1).all()
+    assert set(values[:, 2].tolist()) == {8.0, 9.0} and set(values[:, 4].tolist()) == {0.0, 2**-9}
+    assert set(values[:, 0].tolist() + values[:, 1].tolist() + values[:, 6].tolist()) == {448.0, 1.0, -448.0}
+    # neighbours are at most 2^-3 apart, so a mean over 20,000 is within 2^-3 / sqrt(12 * 20,000) = 0.03%, times 5;
+    # 16 bits of noise: 2^-16 of a step below the truth
+    assert torch.allclose(values.mean(0)[:4], x[0, :4], rtol=2e-3)
+    assert torch.allclose(values.mean(0)[5:], x[0, 5:], rtol=2e-3)
+    assert (to_fp8(x, torch.zeros_like(x, dtype=torch.int32), 2**-9)[0][:, 4] == 2**-9).all()
+
+
+@pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp8_moments_follow_the_exact_ones_in_two_bytes(weights, compiled):
+    exact, ours = toy(torch.bfloat16, 256), toy(torch.bfloat16, 256)
+    optimizers = [AdamW(model, OptimConfig(weights=weights, fp8_moments=fp8), seed=1, compiled=compiled)
+                  for model, fp8 in ((exact, False), (ours, True))]
+    start = [p.detach().clone() for p in ours.parameters()]
+    for step in range(20):
+        for model, optimizer in zip((exact, ours), optimizers, strict=True):
+            set_gradients(model, step)
+            optimizer.step(1e-2, optimizer.grad_norm())
+    for a, b, s in zip(exact.parameters(), ours.parameters(), start, strict=True):
+        # each rounding is off by up to 2^-3; ten of them count in the first moment, and they are independent
+        assert (a - b).float().norm() < 0.1 * (a - s).float().norm()
+    state = optimizers[1].state
+    kept = sum(t.nbytes for kind in state if kind.endswith(("_fp8", "_unit")) for t in state[kind].values())
+    assert kept / sum(p.numel() for p in ours.parameters() if p.ndim == 2) == 2 + 8 / 128
+    assert list(state["exp_avg"]) == ["1.weight"]
+
+
+def test_a_bad_step_leaves_fp8_moments_bit_for_bit():
+    moment = torch.randn(8, 128).to(torch.float8_e4m3fn), torch.rand(8, 1)
+    before = [t.clone() for t in moment]
+    old, noise = read(moment), torch.zeros(8, 128, dtype=torch.int32)
+    write(moment, torch.full((8, 128), float("nan")), old, torch.tensor(False), noise)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(moment, before, strict=True))
+    write(moment, old + 1, old, torch.tensor(True), noise)
+    assert not torch.equal(read(moment), old)
+
+
+def test_no_second_moment_underflows():
+    """Beside a first moment that did not, it would make a step of lr / eps."""
+    p, g = torch.zeros(1, 128), torch.full((1, 128), 1e-7)
+    g[0, 0] = 1e3  # 2^33 above the others
+    m, v = ((torch.zeros(1, 128, dtype=torch.float8_e4m3fn), torch.ones(1, 1)) for _ in range(2))
+    scalars = [torch.tensor(s) for s in (1e-3, 0.0, 10.0, 20.0, 1.0, True)]
+    adamw_(p, g, m, v, None, *scalars, torch.tensor(7, dtype=torch.int32), 0.9, 0.95, 1e-8)
+    assert (read(v) > 0).all() and (read(m) == 0).sum() > 100

@@ -58,6 +58,7 @@ def fleet(tiny_run, tmp_path_factory):
         "fp32": [],
         "bf16": BF16,
         "bf16_rounding": ["--dtype=bfloat16", "--optim.weights=stochastic_rounding"],
+        "fp8_moments": ["--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--optim.fp8_moments=True"],
         "accumulation": ["--micro_batch_size=1"],
         "fp32_compiled": COMPILE,
         "fp8": FP8,
@@ -114,7 +115,7 @@ FP8_NOISE = 0.05
 
 @pytest.mark.parametrize("name, bound", [
     ("fp32", FLOAT_NOISE), ("accumulation", FLOAT_NOISE), ("fp32_compiled", FLOAT_NOISE), ("bf16", BF16_NOISE),
-    ("bf16_rounding", BF16_NOISE), ("fp8", FP8_NOISE), ("fp8_gather", FP8_NOISE), ("fp8_precompute", FP8_NOISE),
+    ("bf16_rounding", BF16_NOISE), ("fp8_moments", FP8_NOISE), ("fp8", FP8_NOISE), ("fp8_gather", FP8_NOISE), ("fp8_precompute", FP8_NOISE),
     ("fp8_compiled", FP8_NOISE), ("fp8_precompute_compiled", FP8_NOISE), ("fp8_bf16", FP8_NOISE),
     ("rowwise", FP8_NOISE), ("gw_hp", FP8_NOISE), ("tied_fp8_head", FP8_NOISE)])
 def test_two_ranks_train_as_one_does(fleet, name, bound):
