@@ -115,7 +115,8 @@ FP8_NOISE = 0.05
 
 @pytest.mark.parametrize("name, bound", [
     ("fp32", FLOAT_NOISE), ("accumulation", FLOAT_NOISE), ("fp32_compiled", FLOAT_NOISE), ("bf16", BF16_NOISE),
-    ("bf16_rounding", BF16_NOISE), ("fp8_moments", FP8_NOISE), ("fp8", FP8_NOISE), ("fp8_gather", FP8_NOISE), ("fp8_precompute", FP8_NOISE),
+    ("bf16_rounding", BF16_NOISE), ("fp8_moments", FP8_NOISE), ("fp8", FP8_NOISE),
+    ("fp8_gather", FP8_NOISE), ("fp8_precompute", FP8_NOISE),
     ("fp8_compiled", FP8_NOISE), ("fp8_precompute_compiled", FP8_NOISE), ("fp8_bf16", FP8_NOISE),
     ("rowwise", FP8_NOISE), ("gw_hp", FP8_NOISE), ("tied_fp8_head", FP8_NOISE)])
 def test_two_ranks_train_as_one_does(fleet, name, bound):
@@ -439,8 +440,11 @@ def test_resume_on_two_ranks_and_back_on_one(fleet, tiny_run, capsys):
     assert all(abs(a - b) < FP8_NOISE * b for a, b in zip(losses(parts), losses(whole), strict=True))
 
 
-@pytest.mark.parametrize("keys", [BF16, ["--dtype=bfloat16", "--optim.weights=stochastic_rounding"]],
-                         ids=["fp32_master", "stochastic_rounding"])
+ROUNDING = ["--dtype=bfloat16", "--optim.weights=stochastic_rounding"]
+
+
+@pytest.mark.parametrize("keys", [BF16, ROUNDING, [*ROUNDING, "--optim.fp8_moments=True"]],
+                         ids=["fp32_master", "stochastic_rounding", "fp8_moments"])
 def test_resumed_bf16_run_is_bit_for_bit_the_uninterrupted_one(tiny_run, tmp_path, capsys, keys):
     args = [*tiny_run, *FP8, *keys]
     train_here(*args, f"--out_dir={tmp_path / 'whole'}")
@@ -450,6 +454,10 @@ def test_resumed_bf16_run_is_bit_for_bit_the_uninterrupted_one(tiny_run, tmp_pat
     train_here(*args, f"--out_dir={tmp_path / 'again'}")
     assert "3 steps done" in capsys.readouterr().out
     assert exact(metrics(tmp_path / "again")) == exact(metrics(tmp_path / "whole"))
+    if keys != BF16:
+        other = str("--optim.fp8_moments=True" not in keys)
+        with pytest.raises(ValueError, match="other optimizer states: set optim.fp8_moments as the run did"):
+            train_here(*args, f"--optim.fp8_moments={other}", "--max_steps=7", f"--out_dir={tmp_path / 'again'}")
 
 
 @pytest.mark.parametrize("first, then", [(FP8, []), ([], FP8)], ids=["fp8_to_bf16", "bf16_to_fp8"])
