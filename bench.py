@@ -47,7 +47,7 @@ class BenchConfig:
 
     def problems(self):
         """What is wrong with these values, one sentence each."""
-        yield from unknown(self.variants)
+        yield from mistakes(self.variants)
         if self.steps < 2 * WINDOW or self.steps % WINDOW or self.warmup % WINDOW or self.warmup < 0:
             yield f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice"
 
@@ -57,7 +57,7 @@ def split(variants):
     return re.split(r",(?![^\[]*\])", variants)
 
 
-def unknown(variants):
+def mistakes(variants):
     """What is wrong with --variants, one sentence each."""
     for variant in split(variants):
         base, *keys = variant.split(":")

@@ -29,7 +29,7 @@ from data import DataConfig
 from fp8 import CompileConfig, FP8Config
 from model import ModelConfig
 from optim import OptimConfig
-from schema import closest, comments, fits, parse, sections, to_python, type_name
+from schema import closest, comments, fits, flat, parse, sections, to_python, type_name
 
 __all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
            "load", "read_file", "run", "to_python"]
@@ -210,10 +210,9 @@ def changed(path, config):
     """", now with KEY=VALUE instead of ..." for what config has other than the file at `path`; "" if there is none."""
     if not path.exists():
         return ""
-    before = {prefix + f.name: getattr(s, f.name) for prefix, s in sections(read_file(path)) for f in fields(s)}
-    told = [f"{key}={getattr(s, f.name)!r} instead of {before[key]!r}" for prefix, s in sections(config)
-            for f in fields(s) if not is_dataclass(f.type) and (key := prefix + f.name) != "resume"
-            and getattr(s, f.name) != before.get(key)]
+    before = flat(read_file(path))
+    told = [f"{key}={value!r} instead of {before.get(key)!r}" for key, value in flat(config).items()
+            if key != "resume" and value != before.get(key)]
     return f", now with {', '.join(told)}" if told else ""
 
 

@@ -68,8 +68,8 @@ def open_metrics(out_dir, start):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another run is writing to {out_dir}: wait for its end, or give another out_dir") from None
-    rows = path.read_text().splitlines(keepends=True) if start else []
-    path.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start))
+    rows = read_metrics(out_dir) if start else []
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
     return file
 
 

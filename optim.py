@@ -19,6 +19,7 @@ clipped, both moments and the weight are updated, and everything is rounded in a
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,15 +95,19 @@ def to_fp8(x, noise, smallest):
     return torch.copysign(q, x), unit
 
 
-def read(moment):
-    """A moment in float32: a tensor of its own dtype, or (FP8 values, units)."""
-    return moment[0].float() * moment[1] if isinstance(moment, tuple) else moment.float()
+def read(moment, root=False):
+    """A moment in float32: a tensor of its own dtype, or (FP8 values, units), of the moment's root if `root`."""
+    if not isinstance(moment, tuple):
+        return moment.float()
+    x = moment[0].float() * moment[1]
+    return x * x if root else x
 
 
-def write(moment, new, old, good, noise, smallest=0.0):
+def write(moment, new, old, good, noise, root=False):
     """Store `new` in a moment if good, else leave it as it is, bit for bit. old: what read() gave."""
     if isinstance(moment, tuple):
-        values, unit = to_fp8(new, noise, smallest)
+        # a root that underflowed beside a first moment that did not would make a step of lr / eps
+        values, unit = to_fp8(new.sqrt(), noise, smallest=2**-9) if root else to_fp8(new, noise, smallest=0.0)
         moment[0].copy_(torch.where(good, values, moment[0].float()))
         moment[1].copy_(torch.where(good, unit, moment[1]))
     else:  # rounding keeps what is a value of the dtype already: stochastic rounding adds below its last bit
@@ -120,28 +125,22 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     """
     g = g.float() * clip
     w = (p if master is None else master).float()
-    m_old, v_old, rooted = read(m), read(v), isinstance(v, tuple)
+    m_old, v_old = read(m), read(v, root=True)
     m_new = m_old * beta1 + g * (1 - beta1)
-    v_new = (v_old * v_old if rooted else v_old) * beta2 + g * g * (1 - beta2)
+    v_new = v_old * beta2 + g * g * (1 - beta2)
     w = torch.where(good, w * (1 - lr * decay) - lr * debias1 * m_new / ((v_new * debias2).sqrt() + eps), w)
     noise_w = noise_m = noise_v = None
     if seed is not None:  # one hash for all three: integer arithmetic is what bounds this kernel, after memory
         bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
         noise_w, noise_m, noise_v = bits, bits >> 16, bits >> 8
     write(m, m_new, m_old, good, noise_m)
-    # a root that underflowed beside a first moment that did not would make a step of lr / eps
-    write(v, v_new.sqrt() if rooted else v_new, v_old, good, noise_v, smallest=2**-9)
+    write(v, v_new, v_old, good, noise_v, root=True)
     p.copy_(round_to(w, p.dtype, None if exact_weight else noise_w))
     if master is not None:
         master.copy_(w)
 
 
 MOMENTS = "exp_avg", "exp_avg_sq"
-
-
-def block_of(w):
-    """How many neighbours in a row of matrix w share a unit."""
-    return 128 if w.shape[1] % 128 == 0 else w.shape[1]
 
 
 class AdamW:
@@ -156,18 +155,20 @@ class AdamW:
         self.weights = {name: plain_local(p) for name, p in self.params.items()}
         self.mode = "plain" if next(iter(self.weights.values())).dtype == torch.float32 else cfg.weights
         dtype = torch.float32 if self.mode == "fp32_master" else None  # None: the weight's own
-        self.in_fp8 = {name for name, w in self.weights.items() if cfg.fp8_moments and w.ndim == 2}
-        self.state = {}
-        for kind in MOMENTS:
-            self.state[kind] = {name: torch.zeros_like(w, dtype=dtype) for name, w in self.weights.items()
-                                if name not in self.in_fp8}
-            # other names than above: a run without FP8 moments must not take the bare values for moments
-            self.state[f"{kind}_fp8"] = {name: torch.zeros_like(w, dtype=torch.float8_e4m3fn)
-                                         for name, w in self.weights.items() if name in self.in_fp8}
-            self.state[f"{kind}_unit"] = {name: torch.ones(len(w), w.shape[1] // block_of(w), device=w.device)
-                                          for name, w in self.weights.items() if name in self.in_fp8}
-        if self.mode == "fp32_master":
-            self.state["master"] = {name: w.float() for name, w in self.weights.items()}
+        # matrices whose moments are in FP8, and how many neighbours in a row share a unit
+        self.blocks = {name: 128 if w.shape[1] % 128 == 0 else w.shape[1] for name, w in self.weights.items()
+                       if cfg.fp8_moments and w.ndim == 2}
+        self.state = defaultdict(dict)  # {kind: {name: tensor}}
+        for name, w in self.weights.items():
+            for kind in MOMENTS:
+                if block := self.blocks.get(name):
+                    # other kinds than below: a run without FP8 moments must not take the bare values for moments
+                    self.state[f"{kind}_fp8"][name] = torch.zeros_like(w, dtype=torch.float8_e4m3fn)
+                    self.state[f"{kind}_unit"][name] = torch.ones(len(w), w.shape[1] // block, device=w.device)
+                else:
+                    self.state[kind][name] = torch.zeros_like(w, dtype=dtype)
+            if self.mode == "fp32_master":
+                self.state["master"][name] = w.float()
         self.grads = {}
         self.update = adamw_
         if compiled:
@@ -221,12 +222,13 @@ class AdamW:
             if name not in self.grads:
                 continue
             seed = None
-            if self.mode == "stochastic_rounding" or name in self.in_fp8:
+            block = self.blocks.get(name)
+            if self.mode == "stochastic_rounding" or block:
                 bits = hash((self.seed, self.step_count, i)) & 0x7FFFFFFF  # of integers: the same in every process
                 seed = torch.full((), bits, dtype=torch.int32, device=w.device)
-            shape = (-1, block_of(w)) if name in self.in_fp8 else (-1,)
+            shape = (-1, block) if block else (-1,)
             moments = [(self.state[f"{kind}_fp8"][name].view(shape), self.state[f"{kind}_unit"][name].view(-1, 1))
-                       if name in self.in_fp8 else self.state[kind][name].view(shape) for kind in MOMENTS]
+                       if block else self.state[kind][name].view(shape) for kind in MOMENTS]
             tensors = [w.view(shape), self.grads.pop(name).view(shape), *moments,
                        self.state["master"][name].view(shape) if "master" in self.state else None]
             decay = decays[cfg.weight_decay if w.ndim >= 2 else 0.0]

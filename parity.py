@@ -41,7 +41,7 @@ class ParityConfig:
 
     def problems(self):
         """What is wrong with these values, one sentence each."""
-        yield from bench.unknown(self.variants)
+        yield from bench.mistakes(self.variants)
         first, *others = bench.split(self.variants)
         if first != "bf16" or not others or "bf16" in others:
             yield f"--variants={self.variants} must be bf16, then what to compare with it"

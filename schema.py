@@ -23,6 +23,12 @@ def sections(config, prefix=""):
             yield from sections(value, f"{prefix}{f.name}.")
 
 
+def flat(config):
+    """{key: value} of a config, sections taken apart: {"seed": 1337, "model.n_layer": 4, ...}."""
+    return {prefix + f.name: value for prefix, section in sections(config) for f in fields(section)
+            if not is_dataclass(value := getattr(section, f.name))}
+
+
 def comments(kind):
     """{field: the comment on its line} of a dataclass."""
     source = inspect.getsource(kind)
