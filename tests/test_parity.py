@@ -63,9 +63,20 @@ def test_a_failed_run_is_a_fail_and_without_bf16_there_is_no_verdict():
         judge([("bf16", 1, "out of memory"), *SEEDS[1:]])
 
 
+def test_one_bf16_run_gives_gaps_and_no_verdict(tmp_path):
+    results = [SEEDS[0], ("tensorwise", 1, curves(0.5))]
+    report = judge(results)
+    assert report["noise"] is report["band"] is report["verdict"] is None and report["target_loss"] == SEEDS[0][2][
+        "val_loss"][-1]
+    assert [row["inside"] for row in report["rows"]] == [None, None] and report["rows"][1]["gap"] == pytest.approx(0.5)
+    assert judge([*results, ("rowwise", 1, "failed")])["verdict"] == "fail"
+    plot(results, {**report, "tokens_per_step": 1000, "hardware": "1 x this"}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("keys, told", [
     ({"variants": "tensorwise,bf16"}, "bf16, then"), ({"variants": "bf16"}, "bf16, then"),
-    ({"variants": "bf16,fp4"}, "'fp4'"), ({"seeds": 1}, "--seeds=1 must")])
+    ({"variants": "bf16,fp4"}, "'fp4'"), ({"seeds": 0}, "--seeds=0 must")])
 def test_mistakes_are_told(keys, told):
     assert told in "".join(ParityConfig(**keys).problems())
 
