@@ -81,33 +81,32 @@ def round_to(x, dtype, noise):
     return ((x.view(torch.int32) + (noise & 0xFFFF)) & -0x10000).view(torch.float32).to(dtype)
 
 
-def to_fp8(x, noise, smallest):
-    """(values of e4m3 as float32, unit of each row) of float32 x (rows, block): x is about values * unit.
+def to_fp8(x, noise):
+    """(values of e4m3 as float32, unit of each row) of x >= 0, float32 (rows, block): x is about values * unit.
 
-    Rounded at random, in proportion, by the low 16 bits of noise. What is not zero becomes at least `smallest`.
+    Rounded at random, in proportion, by the low 20 bits of noise: as many as e4m3 has fewer than float32.
     """
-    unit = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
-    y = (x / unit).abs()
-    binade = (y.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two below y
-    step = binade.clamp(min=2**-6) * 2**-3  # between neighbours in e4m3
-    q = ((y / step + (noise & 0xFFFF).float() * 2**-16).floor() * step).clamp(max=448)
-    q = torch.where(y > 0, q.clamp(min=smallest), 0)
-    return torch.copysign(q, x), unit
+    # the largest becomes a little less than 448, so that none rounds up to more
+    unit = x.amax(1, keepdim=True).clamp(min=1e-30) * ((1 + 2**-20) / 448)
+    y = x * (1 / unit)
+    # below 2^-6 the values of e4m3 are 2^-9 apart, as they are from 2^-6 to 2^-5
+    lift = torch.where(y < 2**-6, 2**-6, 0.0)
+    return (((y + lift).view(torch.int32) + (noise & 0xFFFFF)) & -0x100000).view(torch.float32) - lift, unit
 
 
-def read(moment, root=False):
-    """A moment in float32: a tensor of its own dtype, or (FP8 values, units), of the moment's root if `root`."""
-    if not isinstance(moment, tuple):
-        return moment.float()
-    x = moment[0].float() * moment[1]
-    return x * x if root else x
+def read(moment):
+    """A moment in float32: of a tensor of its own dtype, or of (FP8 values, units)."""
+    return moment[0].float() * moment[1] if isinstance(moment, tuple) else moment.float()
 
 
-def write(moment, new, old, good, noise, root=False):
-    """Store `new` in a moment if good, else leave it as it is, bit for bit. old: what read() gave."""
+def write(moment, new, old, good, noise, smallest=0.0):
+    """Store `new` in a moment if good, else leave it as it is, bit for bit. old: what read() gave.
+
+    smallest: of the values in FP8.
+    """
     if isinstance(moment, tuple):
-        # a root that underflowed beside a first moment that did not would make a step of lr / eps
-        values, unit = to_fp8(new.sqrt(), noise, smallest=2**-9) if root else to_fp8(new, noise, smallest=0.0)
+        values, unit = to_fp8(new.abs(), noise)
+        values = torch.copysign(values.clamp(min=smallest), new)
         moment[0].copy_(torch.where(good, values, moment[0].float()))
         moment[1].copy_(torch.where(good, unit, moment[1]))
     else:  # rounding keeps what is a value of the dtype already: stochastic rounding adds below its last bit
@@ -118,6 +117,7 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     """Update weight p and moments m, v in place from gradient g; all of one shape. Scalars up to seed are 0-d tensors.
 
     m, v: tensors, or (FP8 values, units) of rows of a block each, v then as its root. exact_weight: round p to nearest.
+    debias1, debias2: what m and the root of v are multiplied by, because they began at zero.
     good: False leaves all of it as it is, bit for bit, whatever g holds. master: the weight in float32, or None.
     seed: None, or what stochastic rounding draws from: the noise is a hash of (seed, position), so it needs no
     generator state and a resumed run repeats it.
@@ -125,16 +125,19 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     """
     g = g.float() * clip
     w = (p if master is None else master).float()
-    m_old, v_old = read(m), read(v, root=True)
+    rooted = isinstance(v, tuple)
+    m_old, v_old = read(m), read(v).square() if rooted else read(v)
     m_new = m_old * beta1 + g * (1 - beta1)
     v_new = v_old * beta2 + g * g * (1 - beta2)
-    w = torch.where(good, w * (1 - lr * decay) - lr * debias1 * m_new / ((v_new * debias2).sqrt() + eps), w)
+    root = v_new.sqrt()
+    w = torch.where(good, w * (1 - lr * decay) - lr * debias1 * m_new / (root * debias2 + eps), w)
     noise_w = noise_m = noise_v = None
     if seed is not None:  # one hash for all three: integer arithmetic is what bounds this kernel, after memory
         bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
-        noise_w, noise_m, noise_v = bits, bits >> 16, bits >> 8
+        noise_w, noise_m, noise_v = bits, bits >> 12, bits >> 6
     write(m, m_new, m_old, good, noise_m)
-    write(v, v_new, v_old, good, noise_v, root=True)
+    # a root that underflowed beside a first moment that did not would make a step of lr / eps
+    write(v, root if rooted else v_new, v_old, good, noise_v, smallest=2**-9)
     p.copy_(round_to(w, p.dtype, None if exact_weight else noise_w))
     if master is not None:
         master.copy_(w)
@@ -216,7 +219,8 @@ class AdamW:
             clip = (cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
         scalar = {"dtype": torch.float32, "device": grad_norm.device}  # tensors: a float would be compiled in
         lr = torch.full((), lr, **scalar)
-        debias1, debias2 = (torch.full((), 1 / (1 - beta**self.step_count), **scalar) for beta in cfg.betas)
+        debias1, debias2 = (torch.full((), (1 - beta**self.step_count) ** power, **scalar)
+                            for beta, power in zip(cfg.betas, (-1, -0.5), strict=True))
         decays = {decay: torch.full((), decay, **scalar) for decay in (0.0, cfg.weight_decay)}
         for i, (name, w) in enumerate(self.weights.items()):
             if name not in self.grads:

@@ -124,16 +124,36 @@ def test_weight_decay_spares_norms():
 
 
 def test_fp8_moments_are_rounded_at_random_to_what_e4m3_holds_without_bias():
-    x = torch.cat([torch.tensor([448.0, 1.0, 8.5, 0.0, 2**-10, -3.3, -448.0]), torch.rand(121) * 448]).repeat(20_000, 1)
-    values, unit = to_fp8(x, hash32(torch.arange(x.numel(), dtype=torch.int32).view(x.shape)), 0.0)
-    assert torch.equal(values.to(torch.float8_e4m3fn).float(), values) and (unit == 1).all()
-    assert set(values[:, 2].tolist()) == {8.0, 9.0} and set(values[:, 4].tolist()) == {0.0, 2**-9}
-    assert set(values[:, 0].tolist() + values[:, 1].tolist() + values[:, 6].tolist()) == {448.0, 1.0, -448.0}
-    # neighbours are at most 2^-3 apart, so a mean over 20,000 is within 2^-3 / sqrt(12 * 20,000) = 0.03%, times 5;
-    # 16 bits of noise: 2^-16 of a step below the truth
-    assert torch.allclose(values.mean(0)[:4], x[0, :4], rtol=2e-3)
-    assert torch.allclose(values.mean(0)[5:], x[0, 5:], rtol=2e-3)
-    assert (to_fp8(x, torch.zeros_like(x, dtype=torch.int32), 2**-9)[0][:, 4] == 2**-9).all()
+    x = torch.cat([torch.tensor([448.0, 0.0, 8.5, 2**-10, 1.5 * 2**-7]), torch.rand(123) * 448]).repeat(20_000, 1)
+    noise = hash32(torch.arange(x.numel(), dtype=torch.int32).view(x.shape))
+    values, unit = to_fp8(x, noise)
+    assert torch.equal(values.to(torch.float8_e4m3fn).float(), values)
+    assert ((unit - 1).abs() < 2**-19).all()
+    assert set(values[:, 1].tolist()) == {0.0} and set(values[:, 2].tolist()) == {8.0, 9.0}
+    assert set(values[:, 3].tolist()) == {0.0, 2**-9} and values.max() == 448
+    # neighbours are at most 2^-3 of a value apart, so a mean over 20,000 is within 2^-3 / sqrt(12 * 20,000), times 5
+    others = [i for i in range(128) if i != 3]
+    assert torch.allclose((values * unit).mean(0)[others], x[0, others], rtol=2e-3)
+    assert (values[:, 3] > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1.0, 1e20])
+def test_fp8_moments_of_any_size_are_finite_and_the_largest_is_kept(scale):
+    x = torch.rand(1000, 128) * scale
+    values, unit = to_fp8(x, hash32(torch.arange(x.numel(), dtype=torch.int32).view(x.shape)))
+    assert torch.equal(values.to(torch.float8_e4m3fn).float(), values) and values.max() <= 448
+    found = (values * unit).amax(1)
+    assert torch.allclose(found, x.amax(1), rtol=2**-3, atol=1e-30)
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_a_moment_in_fp8_keeps_signs_and_a_root_never_becomes_zero(root):
+    new = torch.cat([torch.tensor([[-448.0, 448.0, 1e-6, -1.0]]), torch.full((1, 124), 2.0)], 1)
+    new = new.abs() if root else new
+    moment = torch.zeros(1, 128).to(torch.float8_e4m3fn), torch.ones(1, 1)
+    write(moment, new, None, torch.tensor(True), torch.zeros(1, 128, dtype=torch.int32), 2**-9 if root else 0.0)
+    assert read(moment)[0, 2] == (pytest.approx(2**-9, rel=1e-5) if root else 0.0)
+    assert torch.equal(read(moment).sign()[0, [0, 1, 3]], new.sign()[0, [0, 1, 3]])
 
 
 @pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
