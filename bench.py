@@ -100,8 +100,9 @@ def flags(variant):
     """The keys of train.py that make a variant."""
     base, *more = variant.split(":")
     keys = ["--fp8.enabled=False"] if base == "bf16" else ["--fp8.enabled=True", f"--fp8.recipe_name={base}"]
-    if base.startswith("rowwise"):  # these gather in high precision; anything else is an error
-        keys += ["--fp8.enable_fsdp_float8_all_gather=False", "--fp8.precompute_float8_dynamic_scale_for_fsdp=False"]
+    if base.startswith("rowwise"):  # what these cannot do, and would stop at
+        keys += [f"--fp8.{key}=False" for key in ("enable_fsdp_float8_all_gather", "keep_casts",
+                                                  "precompute_float8_dynamic_scale_for_fsdp")]
     return keys + [f"--{key}" for key in more]
 
 

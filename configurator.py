@@ -96,6 +96,11 @@ class Config:
                 and self.fp8.enable_fsdp_float8_all_gather):
             yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
                    "reshard_after_forward=False keeps every gathered one: set one of the two the other way")
+        if self.fp8.enabled and self.fp8.keep_casts and not self.compile.enabled:
+            yield "fp8.keep_casts=True needs compile.enabled=True: eager, torchao casts again whatever is kept"
+        if self.fp8.enabled and self.fp8.keep_casts and self.activation_checkpoint == "full":
+            yield ("fp8.keep_casts=True keeps what activation_checkpoint=full recomputes: set the one to False, "
+                   "or the other to none or selective")
         if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
             yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
                    f"micro_batch_size={self.micro_batch_size}")

@@ -52,14 +52,16 @@ def memory(config, shards, accumulation):
     # Values kept of each token and block. A matmul whose weight gradient is in high precision keeps its input; one in
     # FP8 casts it again in backward, from what the op before it keeps anyway (PyTorch's partitioner decides so).
     fp8 = config.fp8.enabled and config.fp8.recipe_name != "rowwise_with_gw_hp"
-    kept = {"none": 2 * m.n_embd + qkv + heads + 2 * m.ffn_dim + (0 if fp8 else 2 * m.n_embd + m.ffn_dim),
-            "selective": 2 * m.n_embd + qkv + heads + 2 * m.ffn_dim,
+    matmuls = 2 * m.n_embd + qkv + heads + 2 * m.ffn_dim  # their outputs, attention's, and the block's input
+    turned = (m.n_head + m.n_kv_head) * m.head_dim  # queries and keys with their positions
+    kept = {"none": matmuls + turned + (0 if fp8 else 2 * m.n_embd + m.ffn_dim), "selective": matmuls,
             "full": m.n_embd}[config.activation_checkpoint]
     activations = tokens * m.n_layer * kept * size
+    if config.fp8.enabled and config.fp8.keep_casts:  # one byte for each input of a linear layer, and for each weight
+        in_graph = not (shards and config.fp8.enable_fsdp_float8_all_gather)  # else FSDP2 casts weights
+        activations += m.n_layer * (tokens * (2 * m.n_embd + heads + m.ffn_dim) + (block if in_graph else 0))
     logits = tokens / config.loss_chunks * m.vocab_size
     head = logits * 2 * size + (2 * table * size if config.loss_chunks > 1 else 0)
-    if config.fp8.enabled and "lm_head" not in config.fp8.filter_fqns:
-        head += logits  # the gradient in FP8
     working = 4 * tokens * m.ffn_dim * size  # inside the one block whose backward runs
     gathered = (2 * block + n_params - m.n_layer * block) * size if shards else 0
     if accumulation > 1:

@@ -67,6 +67,7 @@ class FP8Config:
     enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (tensorwise only)
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
+    keep_casts: bool = False  # keep FP8 copies of inputs and weights for backward, which else casts again (tensorwise)
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
     auto_filter: bool = False  # also leave out the layers that FP8 makes no faster here, timed at start-up
     grad_fast_accum: bool = False  # gradient matmuls too add up in fewer bits, as the forward one does: a bit faster
@@ -95,6 +96,12 @@ class FP8Config:
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                    "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+        if self.keep_casts and self.recipe_name not in (None, "tensorwise"):
+            yield ("fp8.keep_casts works with the tensorwise recipe only: backward wants scales along the other "
+                   f"dimension, so {self.recipe_name!r} has to cast anew: turn it off")
+        if self.keep_casts and self.force_recompute_fp8_weight_in_bwd:
+            yield ("fp8.keep_casts=True keeps FP8 copies for backward, fp8.force_recompute_fp8_weight_in_bwd=True "
+                   "keeps none: turn one of the two off")
         if self.grad_fast_accum and self.emulate:
             yield ("fp8.grad_fast_accum=True is about how tensor cores add up, which emulated FP8 does in float32: "
                    "turn one of the two off")
@@ -306,28 +313,33 @@ def compile_and_checkpoint(model, cfg, compile_cfg, activation_checkpoint):
     # then pulls in, one kernel of 0.65 ms; apart they take 0.35 (Llama-8B shapes, H100).
     torch._inductor.config.triton.mix_order_reduction = False
     options = dict(mode=compile_cfg.mode, fullgraph=compile_cfg.fullgraph, dynamic=compile_cfg.dynamic)
+    keeps, drops = cfg.enabled and cfg.keep_casts, cfg.enabled and cfg.force_recompute_fp8_weight_in_bwd
+    selective = activation_checkpoint == "selective"
+    cheap = CheckpointPolicy.PREFER_RECOMPUTE if selective else CheckpointPolicy.PREFER_SAVE
+    casts = CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.MUST_RECOMPUTE if drops else cheap
     for block in model.layers:
         forward = block.forward
         if activation_checkpoint == "full":
-            forward = recompute(forward, None)
-        elif activation_checkpoint == "selective":
-            forward = recompute(forward, save_matmuls)
-        elif cfg.enabled and cfg.force_recompute_fp8_weight_in_bwd:
-            forward = recompute(forward, drop_fp8_copies)
+            forward = recompute(forward)
+        elif selective or keeps or drops:
+            forward = recompute(forward, functools.partial(choose, casts=casts, cheap=cheap), eager=selective)
         block.forward = torch.compile(forward, **options) if compile_cfg.enabled else forward
     if compile_cfg.enabled:
         model.head_loss = torch.compile(model.head_loss, **options)
 
 
-def recompute(forward, policy):
-    """`forward` with its intermediates recomputed in backward, but for the ops that `policy` saves."""
+def recompute(forward, policy=None, eager=True):
+    """`forward` with its intermediates recomputed in backward, but for the ops that `policy` saves.
+
+    eager: also where it is not compiled. For FP8 copies alone it must not: torchao keeps none then, and what else the
+    policy saves would be views of weights that FSDP2 frees.
+    """
     context = {}
     if policy is not None:
         context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
 
     def checkpointed(*args):
-        if policy is drop_fp8_copies and not torch.compiler.is_compiling():
-            # eager, torchao keeps no FP8 copy, and the policy would keep views of weights that FSDP2 frees
+        if not eager and not torch.compiler.is_compiling():
             return forward(*args)
         # nothing here draws random numbers, and their state cannot be read while a CUDA graph is recorded
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **context)
@@ -335,10 +347,8 @@ def recompute(forward, policy):
     return checkpointed
 
 
-def save_matmuls(ctx, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def drop_fp8_copies(ctx, op, *args, **kwargs):
-    to_fp8 = op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.float8_e4m3fn, torch.float8_e5m2)
-    return CheckpointPolicy.MUST_RECOMPUTE if to_fp8 else CheckpointPolicy.PREFER_SAVE
+def choose(ctx, op, *args, casts, cheap, **kwargs):
+    """The CheckpointPolicy of an op: `casts` if it makes an FP8 copy, `cheap` if no tensor core computed it."""
+    if op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return casts
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else cheap

@@ -359,6 +359,21 @@ def test_values_that_would_fail_late_or_quietly_are_refused(key, told):
     assert told in "\n".join(mistakes(key))
 
 
+KEEP = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.keep_casts=True"]
+
+
+@pytest.mark.parametrize("keys, told", [
+    ([], "fp8.keep_casts=True needs compile.enabled=True"),
+    (["--compile.enabled=True", "--activation_checkpoint=full"], "what activation_checkpoint=full recomputes"),
+    (["--compile.enabled=True", "--fp8.recipe_name=rowwise"], "with the tensorwise recipe only"),
+    (["--compile.enabled=True", "--fp8.force_recompute_fp8_weight_in_bwd=True"], "turn one of the two off"),
+])
+def test_casts_that_cannot_be_kept_are_told(keys, told):
+    assert [told in text for text in mistakes(*KEEP, *keys)] == [True]
+    load([*KEEP, "--compile.enabled=True"])
+    load(["--fp8.keep_casts=True"])  # without fp8.enabled all others are ignored
+
+
 def test_an_out_dir_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert mistakes(f"--out_dir={tmp_path / 'new'}") == [

@@ -15,6 +15,7 @@ import model as models
 import proof
 from fp8 import CompileConfig, FP8Config
 
+FP8 = torch.float8_e4m3fn, torch.float8_e5m2
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 CPU = torch.device("cpu")
 
@@ -294,7 +295,7 @@ def saved_fp8_bytes(loss):
         stack += [n for n, _ in node.next_functions]
         if "Compiled" in node.name():
             found_compiled = True
-            total += sum(t.nbytes for t in node.saved_tensors if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2))
+            total += sum(t.nbytes for t in node.saved_tensors if t.dtype in FP8)
     assert found_compiled
     return total
 
@@ -312,6 +313,31 @@ def test_backward_computes_no_amax_that_forward_has(activation_checkpoint):
     with torch._inductor.config.patch(post_grad_custom_pre_pass=count):
         model.layers[0](x, cos, sin).sum().backward()
     assert amaxes == [8, 4]  # forward: of four inputs and four weights
+
+
+@pytest.mark.parametrize("activation_checkpoint", ["none", "selective"])
+def test_kept_casts_are_not_made_again_and_change_nothing(activation_checkpoint):
+    casts, grads = [], []  # of each compiled graph: forward, then backward; without and with keep_casts
+    count = lambda graph: casts.append(sum(  # noqa: E731
+        n.target is torch.ops.prims.convert_element_type.default and n.args[1] in FP8 for n in graph.nodes))
+    for keeps in (False, True):
+        torch._dynamo.reset()
+        cfg = emulated(filter_fqns=["lm_head"], keep_casts=keeps)
+        model = build(cfg, n_layer=1)
+        fp8.compile_and_checkpoint(model, cfg, CompileConfig(enabled=True), activation_checkpoint)
+        torch.manual_seed(0)
+        x, (cos, sin) = torch.randn(64, 64, requires_grad=True), (t[:64] for t in (model.cos, model.sin))
+        with torch._inductor.config.patch(post_grad_custom_pre_pass=count):
+            y = model.layers[0](x, cos, sin)
+            held = saved_fp8_bytes(y)
+            y.square().sum().backward()
+        weights = sum(m.weight.numel() for m in fp8.float8_linears(model).values())
+        assert held == (weights if keeps else 0)
+        grads.append([x.grad, *(p.grad for p in model.layers.parameters())])
+    assert casts[0] == casts[2] == 8  # four inputs, four weights
+    assert casts[1] == 8 and casts[3] == 4  # of four gradients, and of what is not kept
+    # compiled differently, so fused multiply-adds differ, and a value may round to its other neighbour in FP8
+    assert all(sqnr(a, b) > 30 for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("activation_checkpoint", ["selective", "full"])
