@@ -65,6 +65,7 @@ class Config:
     shard_one_rank: bool = False  # FSDP2 on one rank too: all that a sharded run does, for 7 to 17% of the step
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recomputed in backward: cheap ops, or all
+    flash4: bool = False  # attention by FlashAttention 4, if installed: faster on Hopper, most so for packed documents
     cuda_graph: bool = False  # start a pass's kernels all at once: small models, one GPU; its memory stays reserved
     loss_chunks: int = 1  # pieces that the loss is computed in, so that the logits never exist all at once
     deterministic: bool = False  # only bitwise repeatable kernels (torch.use_deterministic_algorithms)

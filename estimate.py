@@ -1,6 +1,7 @@
 """What a step costs, from the config alone, before anything is allocated: matmul FLOPs and peak memory."""
 
 import copy
+import math
 
 import torch
 
@@ -71,9 +72,10 @@ def memory(config, shards, accumulation):
     return (state + gathered + peak) / 2**30
 
 
-def check_memory(config, shards, accumulation, capacity):
-    """The estimated GiB per rank; ValueError if a GPU of `capacity` GiB cannot hold them, with the keys that help."""
+def check_memory(config, shards, accumulation, device):
+    """The estimated GiB per rank; ValueError if `device` is a GPU that cannot hold them, with the keys that help."""
     gib = memory(config, shards, accumulation)
+    capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
     if gib > 1.05 * capacity:  # the estimate may be 5% off: closer calls are left to the GPU
         helps = []
         for key, value in (("activation_checkpoint", "selective"), ("activation_checkpoint", "full"),

@@ -41,10 +41,11 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.attention.varlen  # registers the op in SAVED_OPS
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import attention  # noqa: F401  registers two of the SAVED_OPS
 
 # NeMo-Automodel's documentation spells two of the keys in two ways: both name the same field.
 ALIASES = {
@@ -297,6 +298,7 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.nanofp8.flash4.default,
     torch.ops.aten.max.default,
 }
 

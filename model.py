@@ -7,7 +7,6 @@ H query heads, K key/value heads, D head_dim, F ffn_dim, V vocabulary.
 """
 
 import copy
-import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +14,11 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
+from attention import attend, document_bounds, document_mask
 from shards import plain_local, shard_rows
 
 IGNORE = -100  # a target with this value is no part of the loss
-# torch 2.11 takes fewer key/value heads than query heads as they come, later ones want to be told
-VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @dataclass(kw_only=True)
@@ -125,43 +121,12 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, *rest), dim=-1).to(x.dtype)
 
 
-def document_starts(positions):
-    """(B, T) bool: whether a document begins here. positions: of each token within its own document."""
-    starts = torch.ones_like(positions, dtype=torch.bool)
-    starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    return starts
-
-
-def document_bounds(positions):
-    """(cu_seqlens, max_seqlen) of the documents in positions (B, T), laid out as one row of B * T tokens.
-
-    cu_seqlens: int32, where each document starts, then B * T; max_seqlen: an int that no document is longer than. Both
-    are rounded up (cu_seqlens by empty documents at the end) so that torch.compile sees few shapes. Call it before
-    positions go to the GPU: their number depends on the values, and asking a GPU for that stalls it.
-    """
-    cu_seqlens = document_starts(positions).flatten().nonzero().flatten()
-    cu_seqlens = F.pad(cu_seqlens, (0, 1), value=positions.numel())
-    max_seqlen = max(128, 1 << (int(cu_seqlens.diff().max()) - 1).bit_length())  # 128: what a CUDA block takes at once
-    n = max(16, 1 << (len(cu_seqlens) - 1).bit_length())
-    return F.pad(cu_seqlens, (0, n - len(cu_seqlens)), value=positions.numel()).int(), max_seqlen
-
-
-def document_mask(positions, T, window, device):
-    """(B or 1, 1, T, T) bool: which keys a query sees, where that is not all before it."""
-    i = torch.arange(T, device=device)
-    distance = i[:, None] - i  # of a query to a key
-    mask = ((distance >= 0) & (distance < (window or T)))[None]
-    if positions is not None:
-        document = document_starts(positions).cumsum(1)  # (B, T)
-        mask = mask & (document[:, :, None] == document[:, None, :])
-    return mask[:, None]
-
-
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, flash4=False):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
-        self.window = (cfg.sliding_window - 1 if cfg.sliding_window else -1, 0)  # tokens seen to the left and right
+        self.window = cfg.sliding_window and cfg.sliding_window - 1  # tokens before itself that one sees; None: all
+        self.flash4 = flash4  # which kernel
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.qkv_bias)
         self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
 
@@ -169,24 +134,8 @@ class Attention(nn.Module):
         T = cos.shape[-2]
         qkv = self.qkv(x).view(-1, T, self.n_head + 2 * self.n_kv_head, self.head_dim)  # (B, T, heads, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if isinstance(mask, tuple):
-            cu_seqlens, max_seqlen = mask
-            q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B*T, heads, D)
-            lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen  # of queries and of keys
-            y = varlen_attn(q, k, v, *lengths, window_size=self.window, **VARLEN_GQA)
-            return self.out(y.flatten(1))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
-        how = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.n_kv_head < self.n_head}
-        if x.is_cuda:
-            # cuDNN is 1.7x flash on an H100. The choice stands inside the traced region because the compile cache does
-            # not key on an outer sdpa_kernel: a cached graph with flash would be used again.
-            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                              SDPBackend.MATH], set_priority=True):
-                y = F.scaled_dot_product_attention(q, k, v, **how)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, **how)
-        return self.out(y.transpose(1, 2).reshape(x.shape[0], -1))
+        y = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask, self.window, self.flash4)
+        return self.out(y.reshape(x.shape[0], -1))
 
 
 class MLP(nn.Module):
@@ -201,10 +150,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, flash4=False):
         super().__init__()
         self.attn_norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg, flash4)
         self.mlp_norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
@@ -218,11 +167,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, flash4=False):
         super().__init__()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.layers = nn.ModuleList(Block(cfg, flash4) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie_weights()

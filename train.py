@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
+import attention
 import checkpoint
 import configurator
 import cudagraph
@@ -46,7 +47,7 @@ def on_device(x, y, positions, device):
 
     documents: () where attention runs over whole rows, or positions and bounds, which keep it within documents.
     """
-    bounds = None if positions is None else models.document_bounds(positions)  # found here: to ask a GPU is to stall it
+    bounds = None if positions is None else attention.document_bounds(positions)  # here: to ask a GPU is to stall it
     if device.type == "cuda":
         x, y, positions = (t if t is None else t.pin_memory().to(device, non_blocking=True) for t in (x, y, positions))
     return x, y, () if positions is None else (positions, bounds)
@@ -95,7 +96,6 @@ def main():
                          f"= {config.micro_batch_size} x {world_size} = {per_pass}")
     accumulation = config.global_batch_size // per_pass
     torch.use_deterministic_algorithms(config.deterministic)
-    mesh = None
     if shards:
         if not dist.is_initialized():
             alone = dict(init_method="tcp://localhost:0", rank=0, world_size=1)  # port 0: any that is free
@@ -128,7 +128,8 @@ def main():
     before = folder and checkpoint.read_run(folder, **identity)
     start, seconds = (before["step"], before["time_s"]) if before else (0, 0.0)  # steps done, time spent on them
     with torch.device("meta"):  # no memory is taken yet: what cannot work is told before anything slow
-        model = models.Transformer(config.model).to(dtype)
+        model = models.Transformer(config.model, config.flash4).to(dtype)
+    attention.check_flash4(config, device)
     cudagraph.check(config, shards, device)
     check_fp8 = functools.partial(fp8.check, config.fp8, model, device=device, compiled=config.compile.enabled,
                                   shards=shards, loss_chunks=config.loss_chunks)
@@ -187,8 +188,7 @@ def main():
         fp8_flops = proof.covered_flops(model, config.fp8) / flops_per_token
         say(proof.table(model, config.fp8, fp8_flops, shards=shards))
         converted = list(fp8.float8_linears(model))
-    capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if use_cuda else math.inf
-    gib = estimate.check_memory(real, shards, accumulation, capacity)
+    gib = estimate.check_memory(real, shards, accumulation, device)
     fp8.compile_and_checkpoint(model, config.fp8, config.compile, config.activation_checkpoint)
     if shards:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)

@@ -1,6 +1,7 @@
 """estimate.py: FLOPs against torch's own counter, memory against what an H100 was measured to need."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,12 +61,15 @@ def test_memory_of_the_recipes_is_within_5_percent_of_what_they_took(row):
     assert estimate.memory(config, shards=0, accumulation=32) == pytest.approx(measured, rel=0.05)
 
 
-def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help():
-    assert estimate.check_memory(llama_8b(), 0, 1, capacity=79.2) < 75
+def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help(monkeypatch):
+    card, gpu = SimpleNamespace(total_memory=79.2 * 2**30), SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert estimate.check_memory(llama_8b(), 0, 1, gpu) < 75
+    assert estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, torch.device("cpu")) > 80  # a CPU's is not known
     with pytest.raises(ValueError) as error:  # a second pass would keep the gradients of the first beside activations
-        estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, capacity=79.2)
+        estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, gpu)
     assert "needs about 8" in str(error.value) and "there are 79.2" in str(error.value)
     assert "activation_checkpoint=full" in str(error.value) and "micro_batch_size" not in str(error.value)
     with pytest.raises(ValueError, match=r"optim.weights=stochastic_rounding \(7\d"):
-        estimate.check_memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 0, 1, capacity=79.2)
+        estimate.check_memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 0, 1, gpu)
     assert estimate.memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 8, 1) < 45  # over 8 GPUs it fits

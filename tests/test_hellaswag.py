@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import build, metrics, run, run_many, train_here
 
+import attention
 import configurator
 import eval as scoring
 import hellaswag
-import model as models
 from data import DataConfig, Loader
 from model import IGNORE
 from tokenizer import get_tokenizer
@@ -223,7 +223,7 @@ def test_a_packed_batch_gives_the_loss_and_gradients_of_its_samples_one_by_one(f
     rows = hellaswag.prepare(config(file, packed_sequence_size=320), 320, 1)[0]
     model = build(block_size=320)
     x, y, positions = (torch.from_numpy(np.stack(c)) for c in zip(rows.row(0), rows.row(1), strict=True))
-    packed = model(x, y, 1, positions, models.document_bounds(positions))
+    packed = model(x, y, 1, positions, attention.document_bounds(positions))
     packed.backward()
     together, alone = [p.grad.clone() for p in model.parameters()], 0.0
     model.zero_grad()

@@ -1,13 +1,19 @@
 """model.py: shapes, rotary positions, packed documents, loss, and weights that depend on seed and name alone."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, build
+from torch.utils.checkpoint import CheckpointPolicy
 
+import attention
 import estimate
 import fp8
 import model as models
+
+SELECTIVE = functools.partial(fp8.choose, **dict.fromkeys(("casts", "cheap"), CheckpointPolicy.PREFER_RECOMPUTE))
 
 
 @pytest.mark.parametrize("name, count", [
@@ -131,7 +137,7 @@ def test_packed_documents_compiled_and_recomputed_give_the_same():
     alone = one_by_one(loud(sliding_window=7), x, y)
     model = loud(sliding_window=7)
     for block in model.layers:  # not the loss, which compiles for as long and knows nothing of documents
-        block.forward = torch.compile(fp8.recompute(block.forward, fp8.save_matmuls), dynamic=False)
+        block.forward = torch.compile(fp8.recompute(block.forward, SELECTIVE), dynamic=False)
     assert_same(gradients(model, model(x, y, positions=positions)), alone)
 
 
@@ -152,27 +158,27 @@ def varlen_attn_on_cpu(q, k, v, edges_q, edges_k, longest_q, longest_k, *, windo
 def test_what_the_gpu_kernel_is_given_means_the_same_as_the_mask(switches, monkeypatch):
     x, y, positions = packed()
     reference = gradients(model := loud(**switches), model(x, y, positions=positions))
-    monkeypatch.setattr(models, "varlen_attn", varlen_attn_on_cpu)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn_on_cpu)
     monkeypatch.setattr(models.Transformer, "attention_mask", lambda self, x, positions, bounds: bounds)
     model = loud(**switches)
     for block in model.layers:  # a tuple goes through recompute and a full graph
-        block.forward = torch.compile(fp8.recompute(block.forward, fp8.save_matmuls), fullgraph=True, dynamic=False,
+        block.forward = torch.compile(fp8.recompute(block.forward, SELECTIVE), fullgraph=True, dynamic=False,
                                       backend="aot_eager")
-    bounds = models.document_bounds(positions)
+    bounds = attention.document_bounds(positions)
     assert_same(gradients(model, model(x, y, positions=positions, bounds=bounds)), reference)
 
 
 def test_document_bounds_are_padded_to_few_shapes():
     _, _, positions = packed()
-    cu_seqlens, max_seqlen = models.document_bounds(positions)
+    cu_seqlens, max_seqlen = attention.document_bounds(positions)
     assert cu_seqlens.tolist() == [0, 10, 40, 41, 64] + [128] * 11 and max_seqlen == 128
     long = torch.cat([torch.arange(300), torch.arange(212)])[None].expand(2, -1)
-    cu_seqlens, max_seqlen = models.document_bounds(long)
+    cu_seqlens, max_seqlen = attention.document_bounds(long)
     assert cu_seqlens.tolist() == [0, 300, 512, 812] + [1024] * 12 and max_seqlen == 512
     many = torch.zeros(1, 40, dtype=torch.int64)
-    assert len(models.document_bounds(many)[0]) == 64
+    assert len(attention.document_bounds(many)[0]) == 64
     # a row that starts within a document starts one all the same
-    assert models.document_bounds(torch.arange(8).view(2, 4))[0].tolist()[:3] == [0, 4, 8]
+    assert attention.document_bounds(torch.arange(8).view(2, 4))[0].tolist()[:3] == [0, 4, 8]
 
 
 def test_plain_rows_take_the_plain_path():
@@ -242,7 +248,7 @@ def test_attention_flops_count_what_the_mask_shows(window, document):
     cfg = models.ModelConfig(**TINY, sliding_window=window)
     _, scores = estimate.matmul_flops_per_token(cfg, document)
     T = document or cfg.block_size
-    seen = models.document_mask(None, T, window, "cpu").sum().item()
+    seen = attention.document_mask(None, T, window, "cpu").sum().item()
     exact = 6 * 2 * cfg.n_layer * cfg.n_head * cfg.head_dim * seen / T
     assert abs(scores / exact - 1) < 1 / min(window or T, T)  # the diagonal counts half
 
@@ -301,7 +307,7 @@ def test_packed_documents_on_a_gpu_run_varlen_and_agree_with_the_mask(switches, 
     model = loud("cuda", torch.bfloat16, **switches)
     mode = "selective" if compiled else "none"
     fp8.compile_and_checkpoint(model, fp8.FP8Config(), fp8.CompileConfig(enabled=compiled), mode)
-    bounds = models.document_bounds(positions.cpu())
+    bounds = attention.document_bounds(positions.cpu())
     with torch.profiler.profile() as profile:
         loss, grads = gradients(model, model(x, y, positions=positions, bounds=bounds))
     # once a layer: selective recompute keeps what it gave
@@ -318,8 +324,8 @@ def test_varlen_attention_on_a_gpu_is_masked_attention():
     cos, sin = models.rope_tables(cfg, "cuda")
     positions = torch.cat([torch.arange(n) for n in (300, 1, 211)])[None].expand(2, -1)
     x = torch.randn(2 * 512, cfg.n_embd, device="cuda", dtype=torch.bfloat16)
-    cu_seqlens, max_seqlen = models.document_bounds(positions)
+    cu_seqlens, max_seqlen = attention.document_bounds(positions)
     y = attn(x, cos[positions], sin[positions], (cu_seqlens.cuda(), max_seqlen))
-    mask = models.document_mask(positions, 512, 100, "cpu")
+    mask = attention.document_mask(positions, 512, 100, "cpu")
     exact = attn.cpu().float()(x.cpu().float(), cos.cpu()[positions], sin.cpu()[positions], mask)
     assert (y.cpu().float() - exact).norm() < 1e-2 * exact.norm()  # bf16

@@ -1,0 +1,154 @@
+"""attention.py: FlashAttention 4's operator, with its package's two functions planted where there is none."""
+
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import train_here
+from test_model import SELECTIVE, SWITCHES, assert_same, gradients, loud, packed
+
+import attention
+import fp8
+import model as models
+from configurator import Config, ModelConfig
+
+
+def visible(q, k, cu_seqlens, window):
+    """Which of the keys k (..., T, K, D) a query sees: (T, T) bool."""
+    i = torch.arange(q.shape[-3])
+    distance = i[:, None] - i
+    document = torch.searchsorted(cu_seqlens, i.int(), right=True) if cu_seqlens is not None else torch.zeros_like(i)
+    return (distance >= 0) & (distance <= (len(i) if window is None else window)) & (
+        document[:, None] == document)
+
+
+def scores(q, k, cu_seqlens, window):
+    """(probabilities of each query and head (..., H, T, T), log of the sums of exponentials (..., H, T))."""
+    s = torch.einsum("...qhd,...khd->...hqk", q, k) / q.shape[-1] ** 0.5
+    s = s.masked_fill(~visible(q, k, cu_seqlens, window), -torch.inf)
+    return s.softmax(-1), s.logsumexp(-1)
+
+
+class Planted:
+    """flash_attn.cute.interface by its documentation, in plain PyTorch (an operator's inside has no autograd)."""
+
+    def __init__(self):
+        self.forwards = self.backwards = 0
+
+    def check(self, q, arguments):
+        assert arguments["causal"] and arguments["cu_seqlens_q"] is arguments["cu_seqlens_k"]
+        assert (arguments["max_seqlen_q"] is None) == (arguments["max_seqlen_k"] is None) == (q.ndim == 4)
+        return arguments["cu_seqlens_q"], arguments["window_size_left"]
+
+    def forward(self, q, k, v, return_lse, **arguments):
+        self.forwards += 1
+        assert return_lse
+        k, v = (t.repeat_interleave(q.shape[-2] // t.shape[-2], -2) for t in (k, v))
+        p, lse = scores(q, k, *self.check(q, arguments))
+        out = torch.einsum("...hqk,...khd->...qhd", p, v)
+        return out.contiguous(), lse.contiguous(), None, None, None  # early versions give two
+
+    def backward(self, q, k, v, out, grad, lse, dq, dk, dv, deterministic, **arguments):
+        self.backwards += 1
+        groups = k.shape[-2], q.shape[-2] // k.shape[-2]
+        k, v = (t.repeat_interleave(groups[1], -2) for t in (k, v))
+        p, again = scores(q, k, *self.check(q, arguments))
+        assert not deterministic and torch.allclose(lse, again, atol=1e-5)
+        assert torch.allclose(out, torch.einsum("...hqk,...khd->...qhd", p, v), atol=1e-5)
+        dp = torch.einsum("...qhd,...khd->...hqk", grad, v)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+        dq.copy_(torch.einsum("...hqk,...khd->...qhd", ds, k))
+        for total, each in ((dk, torch.einsum("...hqk,...qhd->...khd", ds, q)),
+                            (dv, torch.einsum("...hqk,...qhd->...khd", p, grad))):
+            total.copy_(each.unflatten(-2, groups).sum(-2))  # over the query heads that share a key
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    planted = Planted()
+    interface = ModuleType("flash_attn.cute.interface")
+    interface._flash_attn_fwd, interface._flash_attn_bwd = planted.forward, planted.backward
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    return planted
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=["full", "window", "all"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_flash4_gives_what_masks_give_and_is_not_recomputed(switches, compiled, planted, monkeypatch):
+    x, y, positions = packed()
+    reference = gradients(model := loud(**switches), model(x, y, positions=positions))
+    monkeypatch.setattr(models.Transformer, "attention_mask", lambda self, x, positions, bounds: bounds)
+    model = loud(**switches)
+    for block in model.layers:
+        block.attn.flash4 = True
+        if compiled:  # selective recompute knows the operator, also in a full graph
+            block.forward = torch.compile(fp8.recompute(block.forward, SELECTIVE), fullgraph=True, dynamic=False,
+                                          backend="aot_eager")
+    bounds = attention.document_bounds(positions)
+    assert_same(gradients(model, model(x, y, positions=positions, bounds=bounds)), reference)
+    assert planted.forwards == planted.backwards == len(model.layers)
+
+
+def test_flash4_gives_what_whole_rows_give(planted):
+    x, y, _ = packed()
+    reference = gradients(model := loud(), model(x, y))
+    model = models.Transformer(model.cfg, flash4=True)
+    model.load_state_dict(loud().state_dict())
+    models.init_buffers(model)
+    assert_same(gradients(model, model(x, y)), reference)
+    assert planted.forwards == len(model.layers)
+
+
+def test_the_operators_shapes_are_known_without_running_them(planted):
+    """What the compiler is told of each output: shape, dtype, strides."""
+    for shape, bounds in (((2, 24), (None, None)), ((48,), (torch.tensor([0, 20, 48], dtype=torch.int32), 128))):
+        q, k, v = (torch.randn(*shape, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+        torch.library.opcheck(torch.ops.nanofp8.flash4.default, (q, k, v, *bounds, 5))
+
+
+GPU = SimpleNamespace(type="cuda")
+
+
+@pytest.mark.parametrize("keys, device, told", [
+    ({}, torch.device("cpu"), "kernels for Hopper and Blackwell GPUs only"),
+    ({"dtype": "float32"}, GPU, "dtype=bfloat16, not float32"),
+    ({"model": ModelConfig(head_dim=36)}, GPU, "not model.head_dim=36"),
+    ({}, GPU, "pip install --pre flash-attn-4"),
+])
+def test_flash4_that_cannot_run_is_told(keys, device, told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=told):
+        attention.check_flash4(Config(flash4=True, **keys), device)
+    attention.check_flash4(Config(**keys), device)
+
+
+def test_train_says_so(tiny_run, capsys):
+    with pytest.raises(ValueError, match="flash4=True: it has kernels for Hopper"):
+        train_here(*tiny_run, "--flash4=True")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn-4 is not installed")
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+def test_flash4_on_a_gpu_agrees_with_the_other_kernels(documents):
+    x, y, positions = (t.cuda() for t in packed())
+    more = dict(positions=positions, bounds=attention.document_bounds(positions.cpu())) if documents else {}
+    switches = {"sliding_window": 7} if documents else {}
+    found = []
+    for flash4 in (False, True):
+        model = loud("cuda", torch.bfloat16, head_dim=64, **switches)
+        for block in model.layers:
+            block.attn.flash4 = flash4
+        fp8.compile_and_checkpoint(model, fp8.FP8Config(), fp8.CompileConfig(enabled=True), "selective")
+        with torch.profiler.profile() as profile:
+            found.append(gradients(model, model(x, y, **more)))
+        ran = sum(e.name == "nanofp8::flash4" for e in profile.events())
+        assert ran == (len(model.layers) if flash4 else 0)
+    # bf16 keeps 8 bits, and sums are of other order
+    assert (found[0][0] - found[1][0]).abs() < 0.005 * found[0][0]
+    assert all((found[1][1][n].float() - g.float()).norm() < 0.05 * g.float().norm() for n, g in found[0][1].items())
