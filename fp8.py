@@ -91,24 +91,20 @@ class FP8Config:
             return
         if self.stats_interval < 0:
             yield f"fp8.stats_interval={self.stats_interval} must not be negative"
-        if self.enable_fsdp_float8_all_gather and self.recipe_name not in (None, "tensorwise"):
-            yield ("fp8.enable_fsdp_float8_all_gather works with the tensorwise recipe only, not with "
-                   f"{self.recipe_name!r}: set fp8.recipe_name=tensorwise or turn all-gather off")
+        for key in ("enable_fsdp_float8_all_gather", "keep_casts"):  # row-wise, backward casts along the other dimension
+            if getattr(self, key) and self.recipe_name not in (None, "tensorwise"):
+                yield (f"fp8.{key} works with the tensorwise recipe only, not with {self.recipe_name!r}: "
+                       "set fp8.recipe_name=tensorwise or turn it off")
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                    "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
-        if self.keep_casts and self.recipe_name not in (None, "tensorwise"):
-            yield ("fp8.keep_casts works with the tensorwise recipe only: backward wants scales along the other "
-                   f"dimension, so {self.recipe_name!r} has to cast anew: turn it off")
         if self.keep_casts and self.force_recompute_fp8_weight_in_bwd:
             yield ("fp8.keep_casts=True keeps FP8 copies for backward, fp8.force_recompute_fp8_weight_in_bwd=True "
                    "keeps none: turn one of the two off")
-        if self.grad_fast_accum and self.emulate:
-            yield ("fp8.grad_fast_accum=True is about how tensor cores add up, which emulated FP8 does in float32: "
-                   "turn one of the two off")
-        if self.auto_filter and self.emulate:
-            yield ("fp8.auto_filter=True asks which layers FP8 makes faster, and emulated FP8 makes none: "
-                   "turn one of the two off")
+        for key, about in (("grad_fast_accum", "how tensor cores add up, and emulated FP8 adds up in float32"),
+                           ("auto_filter", "which layers FP8 makes faster, and emulated FP8 makes none")):
+            if getattr(self, key) and self.emulate:
+                yield f"fp8.{key}=True is about {about}: turn one of the two off"
 
 
 @dataclass(kw_only=True)
@@ -315,16 +311,14 @@ def compile_and_checkpoint(model, cfg, compile_cfg, activation_checkpoint):
     # then pulls in, one kernel of 0.65 ms; apart they take 0.35 (Llama-8B shapes, H100).
     torch._inductor.config.triton.mix_order_reduction = False
     options = dict(mode=compile_cfg.mode, fullgraph=compile_cfg.fullgraph, dynamic=compile_cfg.dynamic)
-    keeps, drops = cfg.enabled and cfg.keep_casts, cfg.enabled and cfg.force_recompute_fp8_weight_in_bwd
-    selective = activation_checkpoint == "selective"
-    cheap = CheckpointPolicy.PREFER_RECOMPUTE if selective else CheckpointPolicy.PREFER_SAVE
-    casts = CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.MUST_RECOMPUTE if drops else cheap
+    selective, has_say = activation_checkpoint == "selective", cfg.keep_casts or cfg.force_recompute_fp8_weight_in_bwd
+    policy = functools.partial(choose, selective, cfg.enabled and cfg.keep_casts)
     for block in model.layers:
         forward = block.forward
         if activation_checkpoint == "full":
             forward = recompute(forward)
-        elif selective or keeps or drops:
-            forward = recompute(forward, functools.partial(choose, casts=casts, cheap=cheap), eager=selective)
+        elif selective or (cfg.enabled and has_say):
+            forward = recompute(forward, policy, eager=selective)
         block.forward = torch.compile(forward, **options) if compile_cfg.enabled else forward
     if compile_cfg.enabled:
         model.head_loss = torch.compile(model.head_loss, **options)
@@ -336,9 +330,7 @@ def recompute(forward, policy=None, eager=True):
     eager: also where it is not compiled. For FP8 copies alone it must not: torchao keeps none then, and what else the
     policy saves would be views of weights that FSDP2 frees.
     """
-    context = {}
-    if policy is not None:
-        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    context = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if policy else {}
 
     def checkpointed(*args):
         if not eager and not torch.compiler.is_compiling():
@@ -349,8 +341,10 @@ def recompute(forward, policy=None, eager=True):
     return checkpointed
 
 
-def choose(ctx, op, *args, casts, cheap, **kwargs):
-    """The CheckpointPolicy of an op: `casts` if it makes an FP8 copy, `cheap` if no tensor core computed it."""
+def choose(selective, keep_casts, ctx, op, *args, **kwargs):
+    """What selective recompute, or else FP8 copies that are kept or are not, wants of an op: a CheckpointPolicy."""
     if op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.float8_e4m3fn, torch.float8_e5m2):
-        return casts
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else cheap
+        return CheckpointPolicy.MUST_SAVE if keep_casts else CheckpointPolicy.MUST_RECOMPUTE
+    if not selective:
+        return CheckpointPolicy.PREFER_SAVE
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
