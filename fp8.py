@@ -91,7 +91,7 @@ class FP8Config:
             return
         if self.stats_interval < 0:
             yield f"fp8.stats_interval={self.stats_interval} must not be negative"
-        for key in ("enable_fsdp_float8_all_gather", "keep_casts"):  # row-wise, backward casts along the other dimension
+        for key in ("enable_fsdp_float8_all_gather", "keep_casts"):  # row-wise, backward casts the other way
             if getattr(self, key) and self.recipe_name not in (None, "tensorwise"):
                 yield (f"fp8.{key} works with the tensorwise recipe only, not with {self.recipe_name!r}: "
                        "set fp8.recipe_name=tensorwise or turn it off")
