@@ -1,6 +1,7 @@
 """estimate.py: FLOPs against torch's own counter, memory against what an H100 was measured to need."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import bench
 import configurator
 import estimate
 import model as models
-from configurator import Config, FP8Config, OptimConfig
+from configurator import CompileConfig, Config, FP8Config, OptimConfig
 
 
 def test_flops_per_token_agree_with_torchs_own_counter():
@@ -34,19 +35,17 @@ def llama_8b(**changes):
 
 
 MEASURED = [(name, row["variant"], row["peak_gib"])
-            for name in ("bench_8_layers", "bench_32_layers_before", "bench_32_layers")
+            for name in ("bench_8_layers", "bench_32_layers_before", "bench_32_layers", "bench_32_layers_fast")
             for row in json.loads((REPO / f"docs/results/{name}.json").read_text())["rows"]]
 
 
 @pytest.mark.parametrize("name, variant, measured", MEASURED)
-def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, measured):
-    config = llama_8b()
+def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, measured, tmp_path):
+    config = llama_8b(compile=CompileConfig(enabled=True))
     if name == "bench_8_layers":
-        config = llama_8b(model=models.llama3_1_8b(n_layer=8), activation_checkpoint="none", loss_chunks=1)
-    keys = {key[2:].split("=")[0]: key.split("=")[1] for key in bench.flags(variant)}
-    config.fp8.enabled = keys["fp8.enabled"] == "True"
-    config.fp8.recipe_name = keys.get("fp8.recipe_name")
-    config.fp8.filter_fqns = configurator.parse(keys.get("fp8.filter_fqns", "['lm_head']"), list[str])
+        config = replace(config, model=models.llama3_1_8b(n_layer=8), activation_checkpoint="none", loss_chunks=1)
+    (tmp_path / "config.py").write_text(configurator.to_python(config))
+    config = configurator.load([str(tmp_path / "config.py"), *bench.flags(variant)])
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(measured, rel=0.05)
 
 

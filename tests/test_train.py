@@ -66,6 +66,7 @@ def fleet(tiny_run, tmp_path_factory):
         "fp8_precompute": [*FP8, *PRECOMPUTE],
         "fp8_precompute_compiled": [*FP8, *PRECOMPUTE, *COMPILE],
         "fp8_compiled": [*FP8, *COMPILE],
+        "keep_casts": [*FP8, *PRECOMPUTE, *COMPILE, "--fp8.keep_casts=True"],
         "fp8_bf16": [*FP8, *PRECOMPUTE, *BF16],
         "rowwise": [*FP8, "--fp8.recipe_name=rowwise"],
         "gw_hp": [*FP8, "--fp8.recipe_name=rowwise_with_gw_hp"],
@@ -117,8 +118,8 @@ FP8_NOISE = 0.05
     ("fp32", FLOAT_NOISE), ("accumulation", FLOAT_NOISE), ("fp32_compiled", FLOAT_NOISE), ("bf16", BF16_NOISE),
     ("bf16_rounding", BF16_NOISE), ("fp8_moments", FP8_NOISE), ("fp8", FP8_NOISE),
     ("fp8_gather", FP8_NOISE), ("fp8_precompute", FP8_NOISE),
-    ("fp8_compiled", FP8_NOISE), ("fp8_precompute_compiled", FP8_NOISE), ("fp8_bf16", FP8_NOISE),
-    ("rowwise", FP8_NOISE), ("gw_hp", FP8_NOISE), ("tied_fp8_head", FP8_NOISE)])
+    ("fp8_compiled", FP8_NOISE), ("fp8_precompute_compiled", FP8_NOISE), ("keep_casts", FP8_NOISE),
+    ("fp8_bf16", FP8_NOISE), ("rowwise", FP8_NOISE), ("gw_hp", FP8_NOISE), ("tied_fp8_head", FP8_NOISE)])
 def test_two_ranks_train_as_one_does(fleet, name, bound):
     one, two = fleet
     assert len(one[name].train) == 6 and one[name].train[6]["loss"] < one[name].train[1]["loss"] - 0.3
@@ -130,7 +131,7 @@ def test_two_ranks_train_as_one_does(fleet, name, bound):
     ("fp8_gather", "fp8", 0), ("fp8_precompute", "fp8", 0), ("zero2_fp8", "fp8_precompute", 0),
     ("full_fp8", "fp8_precompute", 0), ("hsdp", "fp32", FLOAT_NOISE), ("hsdp_fp8", "fp8", FP8_NOISE),
     # compiled kernels keep float32 where eager rounds between ops; chunks of the loss have scales of their own
-    ("fp8_compiled", "fp8", FP8_NOISE), ("fp8_precompute_compiled", "fp8", FP8_NOISE),
+    ("fp8_compiled", "fp8", FP8_NOISE), ("fp8_precompute_compiled", "fp8", FP8_NOISE), ("keep_casts", "fp8", FP8_NOISE),
     ("selective_fp8", "fp8", FP8_NOISE), ("accumulation_fp8", "fp8", FP8_NOISE)])
 def test_switches_of_a_sharded_run_do_not_change_the_training(fleet, name, reference, bound):
     _, two = fleet
