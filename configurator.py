@@ -63,6 +63,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, activations and gradients
     replicas: int = 1  # HSDP: copies of the sharded model; must divide the number of ranks
     shard_one_rank: bool = False  # FSDP2 on one rank too: all that a sharded run does, for 7 to 17% of the step
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # what ranks add gradients up in; bfloat16: half the bytes
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recomputed in backward: cheap ops, or all
     flash4: bool = False  # attention by FlashAttention 4, if installed: faster on Hopper, most so for packed documents

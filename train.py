@@ -191,7 +191,7 @@ def main():
     gib = estimate.check_memory(real, shards, accumulation, device)
     fp8.compile_and_checkpoint(model, config.fp8, config.compile, config.activation_checkpoint)
     if shards:
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, config.reduce_dtype))
         for block in model.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
         # embedding, last norm, lm_head: FSDP2 keeps them for the backward pass that follows at once, unless told not to

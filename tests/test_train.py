@@ -74,6 +74,7 @@ def fleet(tiny_run, tmp_path_factory):
     }
     two_only = {
         "hsdp": ["--replicas=2"],
+        "bf16_reduce": ["--reduce_dtype=bfloat16"],
         "hsdp_fp8": [*FP8, *PRECOMPUTE, "--replicas=2"],
         "zero2_fp8": [*FP8, *PRECOMPUTE, "--reshard_after_forward=False"],
         # compiled in test_numerics.py
@@ -136,6 +137,12 @@ def test_two_ranks_train_as_one_does(fleet, name, bound):
 def test_switches_of_a_sharded_run_do_not_change_the_training(fleet, name, reference, bound):
     _, two = fleet
     assert largest_gap(two[name], two[reference]) <= bound
+
+
+def test_gradients_of_ranks_add_up_in_the_dtype_that_is_asked_for(fleet):
+    _, two = fleet
+    # of float32 gradients: two in bf16 give the same either way, one sum and one rounding
+    assert 1e-6 < largest_gap(two["bf16_reduce"], two["fp32"]) < BF16_NOISE
 
 
 @pytest.mark.parametrize("name, reference, bound", [
