@@ -11,10 +11,13 @@ the noise of stochastic rounding; FP8 scales are functions of the weights.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 import configurator
 import hf
@@ -104,6 +108,20 @@ def set_aside(out_dir):
         folder.rename(before)
 
 
+@contextlib.contextmanager
+def reading(folder):
+    """Reading a checkpoint folder, which is complete or not there: that a file cannot be read is told in one line."""
+    try:
+        yield
+    except (CheckpointException, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError,
+            pickle.UnpicklingError) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]  # what went wrong on the first rank where it did
+        why = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
+        raise ValueError(f"{folder} cannot be read ({why}). If it is damaged, delete it, and the run goes on from the "
+                         "one before") from error
+
+
 def read_run(folder, **wanted):
     """The `run` of a checkpoint folder: step and what the run was.
 
@@ -112,10 +130,8 @@ def read_run(folder, **wanted):
     path = Path(folder, "run.json")
     if not path.is_file():
         raise ValueError(f"{folder} is no checkpoint of nanofp8: it has no run.json")
-    try:
+    with reading(folder):
         run = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise ValueError(f"{path} is damaged: delete {folder}, and the run goes on from the one before") from None
     if changed := [key for key in wanted if run.get(key) != wanted[key]]:
         raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that run. "
                          "Give another out_dir, or set resume=never to start over")
@@ -129,7 +145,8 @@ def load(folder, model, optimizer=None):
     optimizer lacks are left. Raises ValueError where the checkpoint is of another model.
     """
     state = tensors(model, optimizer)
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    with reading(folder):
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name in [n for n in state if n.startswith("optim.master.") and n not in saved]:
         del state[name]
     differ = [f"{n}: {tuple(saved[n].size) if n in saved else 'missing'} for {tuple(t.shape)}"
@@ -139,7 +156,8 @@ def load(folder, model, optimizer=None):
     if differ:
         raise ValueError(f"{folder} is a checkpoint of another model: " + ", ".join(differ[:5])
                          + (f" and {len(differ) - 5} more" if len(differ) > 5 else ""))
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with reading(folder):
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     if optimizer is not None:
         optimizer.step_count = read_run(folder)["step"]
         for name, master in optimizer.state.get("master", {}).items():
@@ -166,7 +184,8 @@ def export(out_dir, folder):
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not empty: give a new folder")
     newest, config = open_run(out_dir)
-    saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+    with reading(newest):
+        saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
     dtype = saved["model.embed.weight"].properties.dtype
     if config.init_from == "scratch":
         scaling = config.model.rope_scaling
@@ -195,7 +214,8 @@ def export(out_dir, folder):
             ours, first, shape = layout[name]
             if ours not in whole:
                 whole = {ours: torch.empty(saved[f"model.{ours}"].size, dtype=dtype)}
-                dcp.load({f"model.{ours}": whole[ours]}, checkpoint_id=newest, no_dist=True)
+                with reading(newest):
+                    dcp.load({f"model.{ours}": whole[ours]}, checkpoint_id=newest, no_dist=True)
             pieces[name] = whole[ours][first : first + shape[0]].clone()  # one storage each, as the format wants
         save_file(pieces, aside / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)

@@ -49,6 +49,7 @@ def memory(config, shards, accumulation):
     moments = 2 + 8 / 128 if config.optim.fp8_moments else 8 if master else 2 * size  # FP8 and a unit for every 128
     state = held * (size + (4 if master else 0) + moments)
     gradients = held * (4 if master and accumulation > 1 else size)
+    recorded = held * size if config.cuda_graph and accumulation > 1 else 0  # those of the pass in the graph
     tokens = config.micro_batch_size * m.block_size
     # Values kept of each token and block. A matmul whose weight gradient is in high precision keeps its input; one in
     # FP8 casts it again in backward, from what the op before it keeps anyway (PyTorch's partitioner decides so).
@@ -69,7 +70,7 @@ def memory(config, shards, accumulation):
         peak = gradients + activations + max(head, working)
     else:
         peak = max(activations + max(head, working), gradients + working)
-    return (state + gathered + peak) / 2**30
+    return (state + gathered + recorded + peak) / 2**30
 
 
 def check_memory(config, shards, accumulation, device):

@@ -423,6 +423,25 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path):
             checkpoint.load(checkpoint.latest(tmp_path), large, optimizer)
 
 
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:len(b) // 2], lambda b: b"", lambda b: bytes(255 - x for x in b), None],
+    ids=["cut", "empty", "other", "gone"])
+def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path, damage):
+    model = build()
+    optimizer = AdamW(model, OptimConfig(weights="plain"), seed=0, compiled=False)
+    checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=0)
+    folder = checkpoint.latest(tmp_path)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(whole) == 3  # run.json, the index, one rank's tensors
+    for path, content in whole.items():
+        path.write_bytes(damage(content)) if damage else path.unlink()
+        with pytest.raises(ValueError, match="_00000001 (cannot be read .*delete it|is no checkpoint)") as told:
+            checkpoint.load(folder, model, optimizer)
+        assert "\n" not in str(told.value)
+        path.write_bytes(content)
+    checkpoint.load(folder, model, optimizer)
+
+
 def test_sampling_from_a_model_folder(folders, monkeypatch, capsys):
     def named(name):
         assert name == str(folders["mistral"])

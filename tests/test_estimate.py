@@ -49,6 +49,11 @@ def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, measur
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(measured, rel=0.05)
 
 
+def test_a_recorded_pass_has_gradients_of_its_own_where_several_add_up():
+    gib = [[estimate.memory(llama_8b(cuda_graph=graph), 0, passes) for graph in (False, True)] for passes in (1, 2)]
+    assert gib[0][0] == gib[0][1] and gib[1][1] - gib[1][0] == pytest.approx(2 * 8.03e9 / 2**30, rel=0.01)
+
+
 RECIPES = json.loads((REPO / "docs/results/recipes_one_h100.json").read_text())["rows"]
 
 
