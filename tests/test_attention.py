@@ -1,12 +1,13 @@
 """attention.py: FlashAttention 4's operator, with its package's two functions planted where there is none."""
 
 import importlib.util
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import train_here
+from conftest import run, train_here
 from test_model import SELECTIVE, SWITCHES, assert_same, gradients, loud, packed
 
 import attention
@@ -130,6 +131,15 @@ def test_flash4_that_cannot_run_is_told(keys, device, told, monkeypatch):
 def test_train_says_so(tiny_run, capsys):
     with pytest.raises(ValueError, match="flash4=True: it has kernels for Hopper"):
         train_here(*tiny_run, "--flash4=True")
+
+
+def test_the_kernels_are_timed_for_rows_documents_and_windows(tmp_path):
+    sizes = [f"--model.{key}={value}" for key, value in {"n_head": 4, "n_kv_head": 2, "block_size": 64}.items()]
+    done = run("bench/attention.py", *sizes, "--documents=24", "--window=7", f"--out_dir={tmp_path}")
+    report = json.loads((tmp_path / "attention.json").read_text())
+    assert [row["case"] for row in report["rows"]] == ["rows", "documents", "documents, window"]
+    assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in report["rows"])
+    assert report["q"] == [8, 64, 4, 32] and report["k"] == [8, 64, 2, 32] and "flash4=True: it has" in done.stdout
 
 
 @pytest.mark.gpu
