@@ -6,16 +6,18 @@ others); elsewhere a mask says so. `flash4=True` takes FlashAttention 4's kernel
 are faster, and have to be installed. Shapes: B batch, T time, H query heads, K key/value heads, D width of a head.
 """
 
-import importlib.util
+import importlib.metadata
 import inspect
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+from torch.torch_version import TorchVersion
 
 # torch 2.11 takes fewer key/value heads than query heads as they come, later ones want to be told
 VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+MIN_FLASH4 = "4.0.0b36"  # what was tried: earlier ones have other arguments
 INSTALL_FLASH4 = "pip install --pre flash-attn-4 'nvidia-cutlass-dsl[cu13]'"
 
 
@@ -80,25 +82,31 @@ def attend(q, k, v, mask=None, window=None, flash4=False):
 
 # ----------------------------------------------------------------------------------------------------------------
 # FlashAttention 4 (https://github.com/Dao-AILab/flash-attention) as an operator that torch.compile and recompute know.
-# torch.nn.attention.activate_flash_attention_impl would do it, but few versions of the two packages fit each other; the
-# two calls below are in all of them.
+# torch.nn.attention.activate_flash_attention_impl would do it, but torch 2.11 to 2.13 unpack two outputs where
+# flash-attn-4 has given more since 4.0.0b20. This can go when the two fit.
 
 
 def check_flash4(config, device):
     """ValueError where a configurator.Config asks for flash4 and cannot have it."""
     if not config.flash4:
         return
-    for wrong, why in (
-        (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10),
-         "it has kernels for Hopper and Blackwell GPUs only"),
-        (config.dtype != "bfloat16", f"it needs dtype=bfloat16, not {config.dtype}"),
-        (config.model.head_dim % 8 or config.model.head_dim > 256,
-         f"it needs heads whose width divides by 8, up to 256, not model.head_dim={config.model.head_dim}"),
-        (importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None,
-         f"it is not installed: {INSTALL_FLASH4} (cu12 for a torch with CUDA 12)"),
-    ):
-        if wrong:
-            raise ValueError(f"flash4=True: {why}; or set flash4=False")
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    widest = {9: 256, 10: 128}.get(generation)  # Hopper, Blackwell
+    width, why = config.model.head_dim, None
+    if widest is None:
+        why = "it has kernels for Hopper and Blackwell GPUs only"
+    elif config.dtype != "bfloat16":
+        why = f"it needs dtype=bfloat16, not {config.dtype}"
+    elif width % 8 or width > widest:
+        why = f"it needs heads whose width divides by 8, up to {widest} on this GPU, not model.head_dim={width}"
+    else:
+        try:
+            if TorchVersion(installed := importlib.metadata.version("flash-attn-4")) < MIN_FLASH4:
+                why = f"flash-attn-4 {installed} is too old: {INSTALL_FLASH4}"
+        except importlib.metadata.PackageNotFoundError:
+            why = f"it is not installed: {INSTALL_FLASH4} (cu12 for a torch with CUDA 12)"
+    if why:
+        raise ValueError(f"flash4=True: {why}; or set flash4=False")
 
 
 @torch.library.custom_op("nanofp8::flash4", mutates_args=())

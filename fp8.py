@@ -68,7 +68,7 @@ class FP8Config:
     enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (tensorwise only)
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
-    keep_casts: bool = False  # keep FP8 copies of inputs and weights for backward, which else casts again (tensorwise)
+    keep_casts: bool = False  # keep FP8 copies of the blocks' inputs and weights for backward, which else casts again
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
     auto_filter: bool = False  # also leave out the layers that FP8 makes no faster here, timed at start-up
     grad_fast_accum: bool = False  # gradient matmuls too add up in fewer bits, as the forward one does: a bit faster
@@ -284,8 +284,8 @@ def precompute_scales(model, cfg, *, shards):
 # ----------------------------------------------------------------------------------------------------------------
 # 3) compile and recompute
 
-# Outputs worth their memory in selective recompute: everything that a tensor core computed. Never `abs`: it would keep
-# an unsharded weight (https://github.com/pytorch/torchtitan/pull/820); `max`, the scale's source, is one number.
+# Worth their memory in selective recompute: outputs of tensor cores, and `max`, the scale's source, one number. Never
+# `abs`: it would keep an unsharded weight (https://github.com/pytorch/torchtitan/pull/820).
 SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
@@ -305,19 +305,19 @@ def compile_and_checkpoint(model, cfg, compile_cfg, activation_checkpoint):
     Per block: all blocks have the same shapes, so the one graph serves every layer and compiling takes seconds
     instead of minutes, and FSDP2's hooks, which run around forward, stay outside of the graphs.
     activation_checkpoint: "none" keeps what backward wants; "selective" keeps matmul and attention outputs and
-    recomputes the cheap rest; "full" keeps only the block's input.
+    recomputes the cheap rest; "full" keeps only the block's input. Two keys of cfg decide on FP8 copies (save_or_not).
     """
     # In 2.11 the fusion of row and column reductions makes RMSNorm's backward, with the transposing FP8 cast that it
     # then pulls in, one kernel of 0.65 ms; apart they take 0.35 (Llama-8B shapes, H100).
     torch._inductor.config.triton.mix_order_reduction = False
     options = dict(mode=compile_cfg.mode, fullgraph=compile_cfg.fullgraph, dynamic=compile_cfg.dynamic)
-    selective, has_say = activation_checkpoint == "selective", cfg.keep_casts or cfg.force_recompute_fp8_weight_in_bwd
-    policy = functools.partial(choose, selective, cfg.enabled and cfg.keep_casts)
+    selective = activation_checkpoint == "selective"
+    policy = functools.partial(save_or_not, selective, cfg.enabled and cfg.keep_casts)
     for block in model.layers:
         forward = block.forward
         if activation_checkpoint == "full":
             forward = recompute(forward)
-        elif selective or (cfg.enabled and has_say):
+        elif selective or cfg.enabled and (cfg.keep_casts or cfg.force_recompute_fp8_weight_in_bwd):
             forward = recompute(forward, policy, eager=selective)
         block.forward = torch.compile(forward, **options) if compile_cfg.enabled else forward
     if compile_cfg.enabled:
@@ -341,8 +341,8 @@ def recompute(forward, policy=None, eager=True):
     return checkpointed
 
 
-def choose(selective, keep_casts, ctx, op, *args, **kwargs):
-    """What selective recompute, or else FP8 copies that are kept or are not, wants of an op: a CheckpointPolicy."""
+def save_or_not(selective, keep_casts, ctx, op, *args, **kwargs):
+    """The CheckpointPolicy of an op: an FP8 copy by keep_casts, all others by whether recompute is selective."""
     if op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.float8_e4m3fn, torch.float8_e5m2):
         return CheckpointPolicy.MUST_SAVE if keep_casts else CheckpointPolicy.MUST_RECOMPUTE
     if not selective:

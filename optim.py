@@ -10,9 +10,9 @@ do. `optim.weights` says what to do about it:
     plain                 moments in the weight's dtype, round to nearest. For float32 weights, where there is nothing
                           to lose, or as the baseline.
 
-`optim.fp8_moments=True` keeps the moments of matrices in FP8 instead, with one scale for every 128 values of a row:
-2 bytes a parameter for both. The second moment is kept as its root, which spans half as many binades. Both are rounded
-at random, since one step changes them by less than FP8 can show.
+`optim.fp8_moments=True` keeps the moments of matrices in FP8 instead, with one scale for every 128 values of a row (for
+a whole row where 128 does not divide it): 2 bytes a parameter for both. The second moment is kept as its root, which
+spans half as many binades. Both are rounded at random, since one step changes them by less than FP8 can show.
 
 The update of a tensor is one elementwise function, `adamw_`. torch.compile makes it one kernel: the gradient is
 clipped, both moments and the weight are updated, and everything is rounded in a single pass over memory.
@@ -134,7 +134,7 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     noise_w = noise_m = noise_v = None
     if seed is not None:  # one hash for all three: integer arithmetic is what bounds this kernel, after memory
         bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
-        noise_w, noise_m, noise_v = bits, bits >> 12, bits >> 6
+        noise_w, noise_m, noise_v = bits, bits >> 12, bits >> 6  # overlap, but where one has high bits, others have low
     write(m, m_new, m_old, good, noise_m)
     # a root that underflowed beside a first moment that did not would make a step of lr / eps
     write(v, root if rooted else v_new, v_old, good, noise_v, smallest=2**-9)

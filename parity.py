@@ -163,7 +163,8 @@ def plot(results, report, path):
         axes[2].axhspan(-band, band, color="0.88", label=f"band, 2.8 standard deviations of bf16 seeds: ±{band:.4f}")
     axes[2].axhline(0, color="black", lw=1)
     axes[2].set(xlabel="step", ylabel="nats", title="gap to bf16: training (line), validation (dots)")
-    axes[2].set_ylim(-1.3 * max(late_gaps), 1.3 * max(late_gaps))
+    widest = 1.3 * (max(late_gaps) or 1e-3)
+    axes[2].set_ylim(-widest, widest)
     percent = lambda g: 100 * g / final, lambda p: p * final / 100
     axes[2].secondary_yaxis("right", functions=percent).set_ylabel("% of the final loss")
     for ax in axes:
@@ -201,7 +202,7 @@ def main():
     print(f"time_to_bf16_loss_s is to {judged['target_loss']:.4f}")
     outside = [row["variant"] for row in judged["rows"] if row["inside"] is False]
     if judged["band"] is None:
-        print("one bf16 run shows no noise: no band")
+        print("one bf16 run shows no noise: no band" + (f"; failed: {', '.join(outside)}" if outside else ""))
     else:
         print(f"noise of bf16 seeds {judged['noise']:.4f} nats, band {judged['band']:.4f} "
               f"({judged['band'] / judged['target_loss']:.2%})")

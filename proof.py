@@ -172,7 +172,9 @@ def self_check(config, micro_batch, device):
     for variant in ("bf16", "eager", "compiled"):
         cfg = replace(config.fp8, enabled=variant != "bf16", filter_fqns=kinds)
         with torch.device("meta"):
-            model = models.Transformer(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
+            # with flash4, its kernels are compared with those that they replace
+            model = models.Transformer(replace(config.model, n_layer=1), config.flash4 and variant == "compiled")
+            model.to(getattr(torch, config.dtype))
         if cfg.enabled:
             fp8.convert(model, cfg, shards=0)
         compile_cfg = replace(config.compile, enabled=config.compile.enabled and variant == "compiled")

@@ -1,6 +1,6 @@
 """attention.py: FlashAttention 4's operator, with its package's two functions planted where there is none."""
 
-import importlib.util
+import importlib.metadata
 import json
 import sys
 from types import ModuleType, SimpleNamespace
@@ -36,7 +36,7 @@ class Planted:
     """flash_attn.cute.interface by its documentation, in plain PyTorch (an operator's inside has no autograd)."""
 
     def __init__(self):
-        self.forwards = self.backwards = 0
+        self.forwards, self.backwards, self.deterministic = 0, 0, None
 
     def check(self, q, arguments):
         assert arguments["causal"] and arguments["cu_seqlens_q"] is arguments["cu_seqlens_k"]
@@ -52,11 +52,11 @@ class Planted:
         return out.contiguous(), lse.contiguous(), None, None, None  # early versions give two
 
     def backward(self, q, k, v, out, grad, lse, dq, dk, dv, deterministic, **arguments):
-        self.backwards += 1
+        self.backwards, self.deterministic = self.backwards + 1, deterministic
         groups = k.shape[-2], q.shape[-2] // k.shape[-2]
         k, v = (t.repeat_interleave(groups[1], -2) for t in (k, v))
         p, again = scores(q, k, *self.check(q, arguments))
-        assert not deterministic and torch.allclose(lse, again, atol=1e-5)
+        assert torch.allclose(lse, again, atol=1e-5)
         assert torch.allclose(out, torch.einsum("...hqk,...khd->...qhd", p, v), atol=1e-5)
         dp = torch.einsum("...qhd,...khd->...hqk", grad, v)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
@@ -86,22 +86,24 @@ def test_flash4_gives_what_masks_give_and_is_not_recomputed(switches, compiled, 
     model = loud(**switches)
     for block in model.layers:
         block.attn.flash4 = True
-        if compiled:  # selective recompute knows the operator, also in a full graph
-            block.forward = torch.compile(fp8.recompute(block.forward, SELECTIVE), fullgraph=True, dynamic=False,
-                                          backend="aot_eager")
+        block.forward = fp8.recompute(block.forward, SELECTIVE)
+        if compiled:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
     bounds = attention.document_bounds(positions)
     assert_same(gradients(model, model(x, y, positions=positions, bounds=bounds)), reference)
     assert planted.forwards == planted.backwards == len(model.layers)
 
 
-def test_flash4_gives_what_whole_rows_give(planted):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash4_gives_what_whole_rows_give(deterministic, planted, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     x, y, _ = packed()
     reference = gradients(model := loud(), model(x, y))
     model = models.Transformer(model.cfg, flash4=True)
     model.load_state_dict(loud().state_dict())
     models.init_buffers(model)
     assert_same(gradients(model, model(x, y)), reference)
-    assert planted.forwards == len(model.layers)
+    assert planted.forwards == len(model.layers) and planted.deterministic is deterministic
 
 
 def test_the_operators_shapes_are_known_without_running_them(planted):
@@ -114,18 +116,32 @@ def test_the_operators_shapes_are_known_without_running_them(planted):
 GPU = SimpleNamespace(type="cuda")
 
 
-@pytest.mark.parametrize("keys, device, told", [
-    ({}, torch.device("cpu"), "kernels for Hopper and Blackwell GPUs only"),
-    ({"dtype": "float32"}, GPU, "dtype=bfloat16, not float32"),
-    ({"model": ModelConfig(head_dim=36)}, GPU, "not model.head_dim=36"),
-    ({}, GPU, "pip install --pre flash-attn-4"),
+@pytest.mark.parametrize("keys, generation, told", [
+    ({}, None, "kernels for Hopper and Blackwell GPUs only"), ({}, 8, "kernels for Hopper and Blackwell GPUs only"),
+    ({"dtype": "float32"}, 9, "dtype=bfloat16, not float32"),
+    ({"model": ModelConfig(head_dim=36)}, 9, "up to 256 on this GPU, not model.head_dim=36"),
+    ({"model": ModelConfig(head_dim=192)}, 10, "up to 128 on this GPU, not model.head_dim=192"),
+    ({}, 9, "it is not installed: pip install --pre flash-attn-4"),
+    ({"installed": "4.0.0b4"}, 9, "flash-attn-4 4.0.0b4 is too old: pip install"),
 ])
-def test_flash4_that_cannot_run_is_told(keys, device, told, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_flash4_that_cannot_run_is_told(keys, generation, told, monkeypatch):
+    keys = dict(keys)
+    installed = keys.pop("installed", None)
+
+    def version(name):
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    device = GPU if generation else torch.device("cpu")
     with pytest.raises(ValueError, match=told):
         attention.check_flash4(Config(flash4=True, **keys), device)
     attention.check_flash4(Config(**keys), device)
+    if generation == 9:
+        installed = "4.0.0"
+        attention.check_flash4(Config(flash4=True), GPU)
 
 
 def test_train_says_so(tiny_run, capsys):
@@ -137,13 +153,14 @@ def test_the_kernels_are_timed_for_rows_documents_and_windows(tmp_path):
     sizes = [f"--model.{key}={value}" for key, value in {"n_head": 4, "n_kv_head": 2, "block_size": 64}.items()]
     done = run("bench/attention.py", *sizes, "--documents=24", "--window=7", f"--out_dir={tmp_path}")
     report = json.loads((tmp_path / "attention.json").read_text())
-    assert [row["case"] for row in report["rows"]] == ["rows", "documents", "documents, window"]
-    assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in report["rows"])
+    assert [(row["case"], row["kernel"]) for row in report["rows"]] == [
+        (case, "PyTorch's") for case in ("rows", "documents", "documents, window")]
     assert report["q"] == [8, 64, 4, 32] and report["k"] == [8, 64, 2, 32] and "flash4=True: it has" in done.stdout
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn-4 is not installed")
+@pytest.mark.skipif(not any(d.name == "flash-attn-4" for d in importlib.metadata.distributions()),
+                    reason="flash-attn-4 is not installed")
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
 def test_flash4_on_a_gpu_agrees_with_the_other_kernels(documents):
     x, y, positions = (t.cuda() for t in packed())

@@ -49,6 +49,21 @@ def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, measur
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(measured, rel=0.05)
 
 
+def test_only_casts_that_fp8_makes_are_kept_and_letting_them_go_is_offered(monkeypatch):
+    def gib(**keys):
+        return estimate.memory(llama_8b(fp8=FP8Config(enabled=True, **keys)), 0, 1)
+
+    m, tokens = models.llama3_1_8b(), 8192
+    qkv, out = tokens * 4096 + 4096 * 6144, tokens * 4096 + 4096 * 4096
+    kept = gib(keep_casts=True, filter_fqns=["mlp", "layers.0"]) - gib(filter_fqns=["mlp", "layers.0"])
+    assert kept == pytest.approx((m.n_layer - 1) * (qkv + out) / 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=70 * 2**30))
+    config = llama_8b(fp8=FP8Config(enabled=True, keep_casts=True), compile=CompileConfig(enabled=True))
+    with pytest.raises(ValueError, match=r"Lower it: fp8.keep_casts=False \(7\d.\d\)") as told:
+        estimate.check_memory(config, 0, 1, SimpleNamespace(type="cuda"))
+    assert "activation_checkpoint=full" not in str(told.value)  # which would be refused with it
+
+
 def test_a_recorded_pass_has_gradients_of_its_own_where_several_add_up():
     gib = [[estimate.memory(llama_8b(cuda_graph=graph), 0, passes) for graph in (False, True)] for passes in (1, 2)]
     assert gib[0][0] == gib[0][1] and gib[1][1] - gib[1][0] == pytest.approx(2 * 8.03e9 / 2**30, rel=0.01)

@@ -12,7 +12,7 @@ import estimate
 import fp8
 import model as models
 
-SELECTIVE = functools.partial(fp8.choose, True, False)
+SELECTIVE = functools.partial(fp8.save_or_not, True, False)
 
 
 @pytest.mark.parametrize("name, count", [

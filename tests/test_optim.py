@@ -142,8 +142,8 @@ def test_fp8_moments_of_any_size_are_finite_and_the_largest_is_kept(scale):
     x = torch.rand(1000, 128) * scale
     values, unit = to_fp8(x, hash32(torch.arange(x.numel(), dtype=torch.int32).view(x.shape)))
     assert torch.equal(values.to(torch.float8_e4m3fn).float(), values) and values.max() <= 448
-    found = (values * unit).amax(1)
-    assert torch.allclose(found, x.amax(1), rtol=2**-3, atol=1e-30)
+    kept = torch.isclose((values * unit).amax(1), x.amax(1), rtol=1e-5, atol=1e-30)
+    assert kept.float().mean() > 0.99  # it is put a millionth below 448: one in 10^5 rounds down to 416
 
 
 @pytest.mark.parametrize("root", [False, True])
