@@ -317,27 +317,32 @@ def test_backward_computes_no_amax_that_forward_has(activation_checkpoint):
 
 @pytest.mark.parametrize("activation_checkpoint", ["none", "selective"])
 def test_kept_casts_are_not_made_again_and_change_nothing(activation_checkpoint):
-    casts, grads = [], []  # of each compiled graph: forward, then backward; without and with keep_casts
-    count = lambda graph: casts.append(sum(  # noqa: E731
-        n.target is torch.ops.prims.convert_element_type.default and n.args[1] in FP8 for n in graph.nodes))
+    """With real FP8, which a CPU has too: slow, and laid out as a GPU wants it."""
+    made, grads = [], []  # (casts, transposed copies) of each compiled graph: forward, then backward
+
+    def count(graph):
+        made.append((sum(n.target is torch.ops.prims.convert_element_type.default and n.args[1] in FP8
+                         for n in graph.nodes),
+                     sum(n.target is torch.ops.aten.clone.default and n.meta["val"].dtype in FP8 for n in graph.nodes)))
+
     for keeps in (False, True):
         torch._dynamo.reset()
-        cfg = emulated(filter_fqns=["lm_head"], keep_casts=keeps)
-        model = build(cfg, n_layer=1)
+        cfg = FP8Config(enabled=True, filter_fqns=["lm_head"], keep_casts=keeps)
+        model = build(cfg, n_layer=1).to(torch.bfloat16)
         fp8.compile_and_checkpoint(model, cfg, CompileConfig(enabled=True), activation_checkpoint)
         torch.manual_seed(0)
-        x, (cos, sin) = torch.randn(64, 64, requires_grad=True), (t[:64] for t in (model.cos, model.sin))
+        x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
         with torch._inductor.config.patch(post_grad_custom_pre_pass=count):
-            y = model.layers[0](x, cos, sin)
+            y = model.layers[0](x, model.cos[:64], model.sin[:64])
             held = saved_fp8_bytes(y)
             y.square().sum().backward()
-        weights = sum(m.weight.numel() for m in fp8.float8_linears(model).values())
-        assert held == (weights if keeps else 0)
+        linears = fp8.float8_linears(model).values()
+        assert held == (sum(m.weight.numel() + 64 * m.in_features for m in linears) if keeps else 0)
         grads.append([x.grad, *(p.grad for p in model.layers.parameters())])
-    assert casts[0] == casts[2] == 8  # four inputs, four weights
-    assert casts[1] == 8 and casts[3] == 4  # of four gradients, and of what is not kept
+    # four inputs and four weights forward; backward wants all of them transposed, and four gradients in both layouts
+    assert made[:2] == [(8, 0), (12, 12)] and made[2:] == [(8, 8), (4, 4)]
     # compiled differently, so fused multiply-adds differ, and a value may round to its other neighbour in FP8
-    assert all(sqnr(a, b) > 30 for a, b in zip(*grads, strict=True))
+    assert all(sqnr(a, b) > 25 for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("activation_checkpoint", ["selective", "full"])
