@@ -172,6 +172,7 @@ def test_flash4_on_a_gpu_agrees_with_the_other_kernels(documents):
         for block in model.layers:
             block.attn.flash4 = flash4
         fp8.compile_and_checkpoint(model, fp8.FP8Config(), fp8.CompileConfig(enabled=True), "selective")
+        gradients(model, model(x, y, **more))  # compiling calls the operator too
         with torch.profiler.profile() as profile:
             found.append(gradients(model, model(x, y, **more)))
         ran = sum(e.name == "nanofp8::flash4" for e in profile.events())

@@ -638,7 +638,7 @@ def test_forced_recompute_holds_no_fp8_weights_in_gpu_memory(recipe):
     weights = sum(m.weight.numel() for m in fp8.float8_linears(model).values())  # bytes of one FP8 copy: 120 MB
     print(f"{recipe}: held {held}, peak {peak}, one copy of all weights {weights}")
     assert held[True] < weights / 8, "32 tokens keep 8 MB of activations, not the weights"
-    assert peak[True] <= peak[False] + 2**20
+    assert peak[True] < peak[False] + weights / 8, "in backward too only one block's copies exist"
 
 
 # ----------------------------------------------------------------------------------------------------------------
