@@ -38,8 +38,9 @@ def memory(config, shards, accumulation):
     """Peak GiB per rank of a training step of a configurator.Config, within 5% of what bench.py measured (tests).
 
     The peak is where backward begins: weights and optimizer state over the shards, what every block keeps of each
-    token, the logits of a loss chunk and their gradient. Gradients come as activations go, so they add to it only
-    when an earlier pass of gradient accumulation left them.
+    token, the logits of a loss chunk and their gradient, and what FSDP2 has gathered. Gradients come as activations go,
+    so they add to it only when an earlier pass of gradient accumulation left them. Where activations are few the peak
+    is at the end, when all gradients are there and FSDP2 reduces those of embedding and lm_head.
     """
     m, size = config.model, getattr(torch, config.dtype).itemsize
     qkv, heads = (m.n_head + 2 * m.n_kv_head) * m.head_dim, m.n_head * m.head_dim
@@ -47,7 +48,8 @@ def memory(config, shards, accumulation):
                "mlp.gate_up": (m.n_embd, 2 * m.ffn_dim), "mlp.down": (m.ffn_dim, m.n_embd)}
     block = sum(n_in * n_out for n_in, n_out in linears.values()) + 2 * m.n_embd + (qkv if m.qkv_bias else 0)
     table = m.vocab_size * m.n_embd
-    n_params = m.n_layer * block + table * (1 if m.tie_embeddings else 2) + m.n_embd
+    root = table * (1 if m.tie_embeddings else 2)  # what FSDP2 handles as one: embedding and lm_head
+    n_params = m.n_layer * block + root
     master = config.optim.weights == "fp32_master" and config.dtype != "float32"
     held = n_params / max(1, shards)  # by this rank
     moments = 2 + 8 / 128 if config.optim.fp8_moments else 8 if master else 2 * size  # FP8 and a unit for every 128
@@ -63,20 +65,26 @@ def memory(config, shards, accumulation):
     kept = {"none": matmuls + turned + (0 if recast else 2 * m.n_embd + m.ffn_dim), "selective": matmuls,
             "full": m.n_embd}[config.activation_checkpoint]
     activations = tokens * m.n_layer * kept * size
-    if config.fp8.enabled and config.fp8.keep_casts:  # one byte for each input of a linear layer, and for each weight
-        own = not (shards and config.fp8.enable_fsdp_float8_all_gather)  # else FSDP2 casts weights
-        activations += sum(tokens * n_in + own * n_in * n_out for i in range(m.n_layer)
-                           for name, (n_in, n_out) in linears.items()
-                           if not fp8.is_filtered(f"layers.{i}.{name}", config.fp8.filter_fqns))
+    casts = [(name, *linears[name]) for i in range(m.n_layer) for name in linears
+             if config.fp8.enabled and not fp8.is_filtered(f"layers.{i}.{name}", config.fp8.filter_fqns)]
+    gathers_fp8 = shards and config.fp8.enabled and config.fp8.enable_fsdp_float8_all_gather
+    if config.fp8.keep_casts:  # one byte for each input of a linear layer, and for each weight that is cast here
+        activations += sum(tokens * n_in + (0 if gathers_fp8 else n_in * n_out) for _, n_in, n_out in casts)
+    if (gathers_fp8 and config.compile.enabled and config.activation_checkpoint == "none"
+            and not config.fp8.force_recompute_fp8_weight_in_bwd):  # the partitioner keeps the MLP's transposed weights
+        activations += sum(n_in * n_out for name, n_in, n_out in casts if name.startswith("mlp"))
     logits = tokens / config.loss_chunks * m.vocab_size
     head = logits * 2 * size + (2 * table * size if config.loss_chunks > 1 else 0)
     working = 4 * tokens * m.ffn_dim * size  # inside the one block whose backward runs
-    gathered = (2 * block + n_params - m.n_layer * block) * size if shards else 0
-    if accumulation > 1:
-        peak = gradients + activations + max(head, working)
-    else:
-        peak = max(activations + max(head, working), gradients + working)
-    return (state + gathered + recorded + peak) / 2**30
+    gathered = reducing = 0
+    if shards:
+        blocks = m.n_layer * block * size - (sum((size - 1) * a * b for _, a, b in casts) if gathers_fp8 else 0)
+        gathered = root * size + blocks * (min(1, 2 / m.n_layer) if config.reshard_after_forward else 1)
+        reducing = root * (2 * size + getattr(torch, config.reduce_dtype).itemsize)  # weights, gradients, their copy
+    begins = gathered + activations + max(head, working)
+    ends = gradients + max(gathered + working, reducing)
+    peak = gradients + begins if accumulation > 1 else begins
+    return (state + recorded + max(peak, ends)) / 2**30
 
 
 def check_memory(config, shards, accumulation, device):

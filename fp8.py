@@ -196,10 +196,8 @@ def convert(model, cfg, *, shards):
 
     recipe = cfg.recipe_name or "tensorwise"
     config = Float8LinearConfig.from_recipe_name(recipe)
-    changes = {"emulate": cfg.emulate}
-    for gemm in ("gemm_config_grad_input", "gemm_config_grad_weight"):
-        changes[gemm] = Float8GemmConfig(use_fast_accum=cfg.grad_fast_accum)
-    for name, value in changes.items():
+    sums = Float8GemmConfig(use_fast_accum=cfg.grad_fast_accum)
+    for name, value in dict(emulate=cfg.emulate, gemm_config_grad_input=sums, gemm_config_grad_weight=sums).items():
         object.__setattr__(config, name, value)  # frozen, and from_recipe_name takes no such arguments
     if recipe == "rowwise":
         # else NaN: https://github.com/pytorch/pytorch/issues/150859
@@ -345,6 +343,8 @@ def save_or_not(selective, keep_casts, ctx, op, *args, **kwargs):
     """The CheckpointPolicy of an op: an FP8 copy by keep_casts, all others by whether recompute is selective."""
     if op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.float8_e4m3fn, torch.float8_e5m2):
         return CheckpointPolicy.MUST_SAVE if keep_casts else CheckpointPolicy.MUST_RECOMPUTE
+    if op is torch.ops.aten.t.default and not keep_casts:  # where FSDP2 gathers in FP8: else a transposed copy is kept
+        return CheckpointPolicy.MUST_RECOMPUTE
     if not selective:
         return CheckpointPolicy.PREFER_SAVE
     return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,8 +13,8 @@ from config.llama_fp8 import config, gib
 
 config = replace(config, out_dir="out/llama_8b_fast")
 if gib > 75:
-    # One card of 80 GB, in GiB: bf16 weights 15, moments in FP8 15, what backward wants 26, FP8 copies for it 13, logits
-    # of all 8192 tokens and their gradient 4: 73. The weights' gradients come as the rest goes.
+    # One card of 80 GB, in GiB: bf16 weights 15, moments in FP8 15, what backward wants 26, FP8 copies for it 13, the
+    # logits of all 8192 tokens and their gradient 4: 73. The weights' gradients come as the rest goes.
     config = replace(
         config, optim=replace(config.optim, fp8_moments=True),  # frees 15 GiB, which the next three keys spend
         fp8=replace(config.fp8, keep_casts=True, grad_fast_accum=True), activation_checkpoint="none", loss_chunks=1,

@@ -49,6 +49,26 @@ def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, measur
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(measured, rel=0.05)
 
 
+TWO_GPUS = [(row["variant"], row["peak_gib"]) for name in ("bench_2_gpus", "bench_2_gpus_fast")
+            for row in json.loads((REPO / f"docs/results/{name}.json").read_text())["rows"]]
+
+
+@pytest.mark.parametrize("variant, measured", TWO_GPUS)
+def test_memory_of_two_gpus_is_within_5_percent_of_what_bench_measured(variant, measured, tmp_path):
+    gather = FP8Config(enabled=True, filter_fqns=["lm_head"], enable_fsdp_float8_all_gather=True,
+                       precompute_float8_dynamic_scale_for_fsdp=True)
+    config = llama_8b(compile=CompileConfig(enabled=True), fp8=gather, global_batch_size=2)
+    (tmp_path / "config.py").write_text(configurator.to_python(config))
+    config = configurator.load([str(tmp_path / "config.py"), *bench.flags(variant)])
+    assert estimate.memory(config, shards=2, accumulation=1) == pytest.approx(measured, rel=0.05)
+
+
+def test_few_activations_put_the_peak_where_gradients_are_reduced():
+    phi = json.loads((REPO / "docs/results/phi_4_2_gpus.json").read_text())
+    config = configurator.load([str(REPO / "config/phi_4_hellaswag_fp8.py"), "--global_batch_size=2"])
+    assert estimate.memory(config, shards=2, accumulation=1) == pytest.approx(phi["rows"][-1]["peak_gib"], rel=0.05)
+
+
 def test_only_casts_that_fp8_makes_are_kept_and_letting_them_go_is_offered(monkeypatch):
     def gib(**keys):
         return estimate.memory(llama_8b(fp8=FP8Config(enabled=True, **keys)), 0, 1)
