@@ -12,6 +12,7 @@ from conftest import REPO, main_here, metrics, run, run_many, train_here
 
 import configurator
 import cudagraph
+import fp8
 import logs
 import sample
 import train
@@ -169,6 +170,21 @@ def test_a_checkpoint_moves_into_and_out_of_shards_on_one_rank(fleet, tiny_run, 
     told = capsys.readouterr().out
     gathered = "fp8, scales precomputed\n" if then[-1:] == ONE_SHARD else "nothing (one rank holds whole weights): fp8"
     assert "3 steps done" in told and "fp8: verified" in told and f"all-gather: {gathered}" in told
+
+
+@pytest.mark.parametrize("keys, real", [
+    ([*PRECOMPUTE, *ONE_SHARD], [*COMPILE, "--fp8.keep_casts=True"]), (["--fp8.recipe_name=rowwise"], []),
+    (["--fp8.recipe_name=rowwise_with_gw_hp"], [])], ids=["tensorwise", "rowwise", "gw_hp"])
+def test_real_fp8_trains_as_emulated(tiny_run, tmp_path, keys, real, monkeypatch, capsys):
+    """The path of a GPU, matmuls and layouts too: a CPU can take it, if slowly, so only fp8.check forbids it."""
+    monkeypatch.setattr(fp8, "check", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    args = [*tiny_run, *BF16, *FP8[::2], *keys, "--global_batch_size=1", "--micro_batch_size=1", "--max_steps=3",
+            "--eval_sequences=1", "--checkpoint_interval=0"]
+    for emulate, more in ((True, []), (False, real)):
+        train_here(*args, *more, f"--fp8.emulate={emulate}", f"--out_dir={tmp_path / str(emulate)}")
+        assert "matmuls ran in one pass" in (told := capsys.readouterr().out) and ("emulated" in told) == emulate
+    assert largest_gap(metrics(tmp_path / "False"), metrics(tmp_path / "True")) < FP8_NOISE
 
 
 @pytest.mark.gpu
