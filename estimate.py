@@ -78,13 +78,17 @@ def memory(config, shards, accumulation):
     working = 4 * tokens * m.ffn_dim * size  # inside the one block whose backward runs
     gathered = reducing = 0
     if shards:
+        head8 = gathers_fp8 and not m.tie_embeddings and not fp8.is_filtered("lm_head", config.fp8.filter_fqns)
+        tables = root * size - (table * (size - 1) if head8 else 0)
         blocks = m.n_layer * block * size - (sum((size - 1) * a * b for _, a, b in casts) if gathers_fp8 else 0)
-        gathered = root * size + blocks * (min(1, 2 / m.n_layer) if config.reshard_after_forward else 1)
-        reducing = root * (2 * size + getattr(torch, config.reduce_dtype).itemsize)  # weights, gradients, their copy
+        gathered = tables + blocks * (min(1, 2 / m.n_layer) if config.reshard_after_forward else 1)
+        reducing = tables + root * (size + getattr(torch, config.reduce_dtype).itemsize)  # gradients and their copy
     begins = gathered + activations + max(head, working)
     ends = gradients + max(gathered + working, reducing)
-    peak = gradients + begins if accumulation > 1 else begins
-    return (state + recorded + max(peak, ends)) / 2**30
+    if accumulation > 1:  # the sums of earlier passes; where they are in float32, this pass's own gradients come on top
+        begins += gradients
+        ends += held * size if master else 0
+    return (state + recorded + max(begins, ends)) / 2**30
 
 
 def check_memory(config, shards, accumulation, device):
@@ -95,7 +99,9 @@ def check_memory(config, shards, accumulation, device):
         helps = []
         for key, value in (("fp8.keep_casts", False), ("activation_checkpoint", "selective"),
                            ("activation_checkpoint", "full"), ("loss_chunks", 8), ("micro_batch_size", 1),
-                           ("optim.fp8_moments", True), ("optim.weights", "stochastic_rounding")):
+                           ("optim.fp8_moments", True), ("optim.weights", "stochastic_rounding"),
+                           ("reshard_after_forward", True), ("reduce_dtype", "bfloat16"),
+                           ("fp8.force_recompute_fp8_weight_in_bwd", True)):
             other = copy.deepcopy(config)
             *section, name = key.split(".")
             setattr(getattr(other, section[0]) if section else other, name, value)

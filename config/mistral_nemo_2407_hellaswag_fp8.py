@@ -10,7 +10,7 @@ import model
 from config.llama3_1_8b_hellaswag_fp8 import config, ranks
 from configurator import DataConfig, OptimConfig
 
-# 12.2e9 parameters: 57 GiB on each of 8 GPUs with float32 masters, 56 on each of 2 without. One GPU needs 98 GiB: an
+# 12.2e9 parameters: 56 GiB on each of 8 GPUs with float32 masters, 56 on each of 2 without. One GPU needs 98 GiB: an
 # H200 can.
 few = ranks < 8
 

@@ -10,7 +10,7 @@ import model
 from config.llama3_1_8b_hellaswag_fp8 import config, few
 from configurator import DataConfig, OptimConfig
 
-# 7.62e9 parameters: 41 GiB on each of 8 GPUs, 62 on one (8 passes of accumulation, every block recomputed).
+# 7.62e9 parameters: 41 GiB on each of 8 GPUs, 61 on one (8 passes of accumulation, every block recomputed).
 config = replace(
     config, model=model.qwen2_5_7b(), init_from="Qwen2.5-7B",
     data=DataConfig(format="hellaswag", packed_sequence_size=8192),

@@ -34,7 +34,8 @@ def load(name, ranks, monkeypatch):
     import sys
 
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.delitem(sys.modules, "config.llama3_1_8b_hellaswag_fp8", raising=False)
+    for module in ("config.llama3_1_8b_hellaswag_fp8", "config.llama_fp8"):  # which look at the machine when imported
+        monkeypatch.delitem(sys.modules, module, raising=False)
     return configurator.load([str(REPO / "config" / f"{name}.py")])
 
 
@@ -65,6 +66,16 @@ def test_recipes_are_the_published_models_and_keep_the_contract(name, ranks, mon
     row = replace(config, model=replace(config.model, block_size=packed))
     gib = estimate.memory(row, shards, batch // (config.micro_batch_size * ranks))
     assert (gib < 79.2 * 0.95) == (ranks > 1 or fits_one), gib
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_fast_config_fits_and_is_fast(ranks, monkeypatch, h100):
+    config = load("llama_8b_fast", ranks, monkeypatch)
+    assert config.model == models.llama3_1_8b() and config.fp8.filter_fqns == ["lm_head"] and config.flash4
+    assert config.fp8.keep_casts and config.fp8.grad_fast_accum and config.optim.fp8_moments and not config.fp8.emulate
+    assert estimate.memory(config, ranks if ranks > 1 else 0, 1) < 0.95 * 79.2
+    default = load("llama_fp8", ranks, monkeypatch)
+    assert not (default.flash4 or default.fp8.keep_casts or default.optim.fp8_moments)
 
 
 def test_recipes_do_not_share_what_they_change(monkeypatch):
