@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import REPO, main_here, run
+from conftest import REPO, main_here, metrics, run
 
 from bench import BenchConfig, flags, main, split
 
@@ -65,6 +65,19 @@ def test_a_comma_inside_of_a_list_does_not_end_a_variant():
     ({"variants": "bf16:max_steps=3:loss_chunks=2"}, "sets max_steps, which this script sets for all")])
 def test_mistakes_are_told(keys, told):
     assert told in "".join(BenchConfig(**keys).problems())
+
+
+def test_a_profile_holds_the_asked_number_of_whole_steps(tiny_run, tmp_path):
+    args = [*tiny_run, f"--out_dir={tmp_path}", "--steps=2", "--warmup=1", "--show=3"]
+    done = run("bench/profile_step.py", REPO / "config/llama_fp8.py", *args, "--compile.enabled=False")
+    report = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    names, ms = ([row[key] for row in report["kernels"]] for key in ("name", "ms"))
+    calls = dict(zip(names, (row["calls"] for row in report["kernels"]), strict=True))
+    # two passes a step, through two blocks
+    assert calls["aten::embedding"] == 2 and calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 4
+    assert report["busy_ms"] == pytest.approx(sum(ms)) and ms == sorted(ms, reverse=True)
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.split(" ")[0] in calls] == names[:3]
+    assert report["command"][0].endswith("profile_step.py") and len(metrics(tmp_path / "profile").train) == 3
 
 
 def test_a_peer_still_fits_what_it_borrows_from_here(tmp_path, monkeypatch):
