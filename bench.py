@@ -106,28 +106,28 @@ def flags(variant):
     return keys + [f"--{key}" for key in more]
 
 
-def train(args, log):
+def train(args, log, script=REPO / "train.py"):
     """Run train.py with `args` in fresh processes, as many as torchrun started of this one: None, or why it failed.
 
     log: the file for their output. Call it on rank 0 alone; the other ranks have nothing to do and may end.
     """
-    command = [REPO / "train.py", *args]
+    command = [script, *args]
     if ranks := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun: a torchrun for each variant ends all its ranks
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
     with log.open("w") as output:
         status = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT).returncode
     if status == 0:
         return None
-    reason = re.compile(r"(\[rank\d+\]: )?([\w.]*Error|train\.py): ")
+    reason = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|\.py): ")
     lines = [line for line in log.read_text().splitlines() if reason.match(line) and "ChildFailedError" not in line]
     return lines[-1] if lines else f"exit status {status}, see {log}"
 
 
-def measure(variant, base, folder, own):
+def measure(variant, base, folder, own, script=REPO / "train.py"):
     """Train a variant and read what it left: (its row of the table, its run.json), or (a row with `error`, {})."""
     error = train([base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0", "--checkpoint_interval=0",
                    f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}", *flags(variant)],
-                  folder / "log.txt")
+                  folder / "log.txt", script)
     if error:
         return {"variant": variant, "error": error}, {}
     run = json.loads((folder / "run.json").read_text())

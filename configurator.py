@@ -252,7 +252,7 @@ def help_text(parts):
 def run(main):
     """Call main(). A mistake of the user's ends in one message and exit status 2, any other error in a traceback and 1.
 
-    A user's mistake is a ValueError that a `raise` in this folder's own files tells; from within a library it is a bug.
+    A user's mistake is a ValueError that a `raise` in our own files tells; from within a library it is a bug.
     """
     rank = int(os.environ.get("RANK", 0))  # set by torchrun
     interrupted = False
@@ -271,7 +271,8 @@ def run(main):
                 print("interrupted", file=sys.stderr)
             sys.exit(130)
         origin = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(origin.filename).resolve().parent == REPO and origin.line.startswith("raise")
+        folder = Path(origin.filename).resolve().parent
+        ours = folder in (REPO, REPO / "bench", REPO / "bench" / "peers") and origin.line.startswith("raise")
         if not isinstance(error, ValueError) or not ours:
             raise
         if rank > 0:

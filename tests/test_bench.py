@@ -1,10 +1,14 @@
 """bench.py: one row a variant, measured by train.py, and a failed variant is told."""
 
 import json
+import os
+import sys
 
 import pytest
-from conftest import REPO, main_here, metrics, run
+import torch
+from conftest import REPO, main_here, metrics, run, train_here
 
+import fp8
 from bench import BenchConfig, flags, main, split
 
 
@@ -88,6 +92,93 @@ def test_a_peer_still_fits_what_it_borrows_from_here(tmp_path, monkeypatch):
                "--variants=tensorwise:gather")
     row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert row["tokens_per_s"] > 0 and row["loss"] < 7 and "tensorwise:gather" in done.stdout
+
+
+PLANTED = """
+import torch
+
+def cast(x, dtype):
+    scale = torch.finfo(dtype).max / x.abs().max().float()
+    return (x.float() * scale).to(dtype), scale.reciprocal()
+
+class _Float8Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        (a, sa), (b, sb) = cast(x, torch.float8_e4m3fn), cast(w, torch.float8_e4m3fn)
+        return torch._scaled_mm(a, b.t(), sa, sb, out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        (a, sa), (b, sb), (c, sc) = (cast(t, getattr(torch, f"float8_{kind}")) for t, kind in
+                                     ((x, "e4m3fn"), (w, "e4m3fn"), (g, "e5m2")))
+        return (torch._scaled_mm(c, b.t().contiguous().t(), sc, sb, out_dtype=x.dtype),
+                torch._scaled_mm(c.t().contiguous(), a.t().contiguous().t(), sc, sa, out_dtype=x.dtype))
+"""
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """nanochat's layout, with an autograd function as its own is called."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    (tmp_path / "clone" / "nanochat").mkdir(parents=True)
+    (tmp_path / "clone" / "nanochat" / "fp8.py").write_text(PLANTED)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(REPO / "bench" / "peers")])
+    monkeypatch.setattr(Float8Linear, "forward", Float8Linear.forward)
+    yield tmp_path / "clone"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nanochat"]:
+        del sys.modules[name]
+
+
+def test_nanochats_fp8_trains_what_ours_trains(tiny_run, tmp_path, clone, monkeypatch, capsys):
+    import nanochat_fp8
+
+    monkeypatch.setattr(fp8, "check", lambda *args, **kwargs: None)  # real FP8 on a CPU, as in test_train.py
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    args = [*tiny_run, "--dtype=bfloat16", "--optim.weights=fp32_master", "--fp8.enabled=True", "--max_steps=3",
+            "--fp8.filter_fqns=['lm_head']", "--global_batch_size=1", "--micro_batch_size=1", "--checkpoint_interval=0"]
+    losses = []
+    for name in ("ours", "theirs"):
+        if name == "theirs":
+            nanochat_fp8.use_nanochat(clone)
+        train_here(*args, f"--out_dir={tmp_path / name}")
+        assert "fp8: verified, 24 fp8 matmuls ran in one pass" in capsys.readouterr().out
+        losses.append([row["loss"] for row in metrics(tmp_path / name).train.values()])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
+def test_nanochat_is_timed_in_processes_that_use_it(tmp_path, clone, monkeypatch):
+    import nanochat_fp8
+
+    seen = []
+
+    def measure(variant, base, folder, own, script):
+        seen.append((variant, folder.name, script.name, os.environ.get(nanochat_fp8.CLONE)))
+        return {"variant": variant, "ms_per_step": 1.0}, {"hardware": "a GPU"}
+
+    monkeypatch.setattr(nanochat_fp8.bench, "on_cpu", lambda config: False)
+    monkeypatch.setattr(nanochat_fp8.bench, "measure", measure)
+    args = [REPO / "config/llama_100m.py", f"--nanochat={clone}", f"--out_dir={tmp_path / 'out'}",
+            "--variants=tensorwise,tensorwise:fp8.filter_fqns=[]"]
+    status, out, _ = main_here(nanochat_fp8.main, *args)
+    assert status == 0 and [(folder, script, bool(there)) for _, folder, script, there in seen] == [
+        ("torchao_tensorwise", "train.py", False), ("nanochat_tensorwise", "nanochat_fp8.py", True),
+        ("torchao_tensorwise_fp8.filter_fqns=_", "train.py", False),
+        ("nanochat_tensorwise_fp8.filter_fqns=_", "nanochat_fp8.py", True)]
+    assert all("all_gather=False" in variant for variant, *_ in seen)
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["torchao, tensorwise", "nanochat, tensorwise",
+                                                "torchao, tensorwise:fp8.filter_fqns=[]",
+                                                "nanochat, tensorwise:fp8.filter_fqns=[]"]
+    monkeypatch.undo()
+    sys.path.append(str(REPO / "bench" / "peers"))
+    for wrong, told in (("--nanochat=nowhere", "git clone"), ("--variants=rowwise", "nanochat has tensorwise FP8 only"),
+                        ("--steps=10", "needs a GPU")):
+        status, _, err = main_here(nanochat_fp8.main, *args[:3], wrong)
+        assert status == 2 and told in err, err
+    sys.path.pop()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,93 @@
+"""nanochat's FP8 against torchao's, in nanofp8's own training: the same model, data, optimizer and compiler.
+
+    git clone https://github.com/karpathy/nanochat
+    python bench/peers/nanochat_fp8.py --nanochat=nanochat [CONFIG.py] [--key=value ...] [--variants=tensorwise]
+
+Each variant (bench.py's, tensorwise with keys of its own behind colons) trains twice, in a process each: as train.py
+does it, and with the three matmuls of every converted layer computed by nanochat/fp8.py, which is imported from the
+clone. Sharded weights stay in bf16: nanochat gathers none in FP8. Writes out_dir/bench.json with bench.py's columns.
+"""
+
+import datetime
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bench
+import configurator
+import train
+
+CLONE = "NANOFP8_NANOCHAT"  # in the environment of a process that trains with nanochat's FP8: the clone's folder
+
+
+@dataclass(kw_only=True)
+class PeerConfig:
+    """What bench/peers/nanochat_fp8.py does."""
+
+    nanochat: str = "nanochat"  # folder of a clone of nanochat
+    variants: str = "tensorwise"  # what to train twice
+    steps: int = 20  # timed steps of each
+    warmup: int = 10  # steps before them
+
+    def problems(self):
+        """What is wrong with these values, one sentence each."""
+        yield from bench.BenchConfig(variants=self.variants, steps=self.steps, warmup=self.warmup).problems()
+        if not Path(self.nanochat, "nanochat", "fp8.py").is_file():
+            yield (f"--nanochat={self.nanochat}: no nanochat/fp8.py in it: git clone "
+                   "https://github.com/karpathy/nanochat, and name its folder")
+        if wrong := [v for v in bench.split(self.variants) if v.partition(":")[0] != "tensorwise"]:
+            yield f"--variants: nanochat has tensorwise FP8 only, not {', '.join(wrong)}"
+
+
+def use_nanochat(clone):
+    """Let every Float8Linear of this process compute by nanochat's autograd function."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    sys.path.insert(0, str(Path(clone).resolve()))
+    from nanochat.fp8 import _Float8Matmul
+
+    def forward(linear, x):
+        y = _Float8Matmul.apply(x.reshape(-1, x.shape[-1]), linear.weight).view(*x.shape[:-1], -1)
+        return y if linear.bias is None else y + linear.bias
+
+    Float8Linear.forward = forward
+
+
+def main():
+    if clone := os.environ.get(CLONE):
+        use_nanochat(clone)
+        return train.main()
+    own = PeerConfig()
+    prepared = bench.prepare(own, "llama_fp8.py")
+    if prepared is None:
+        return
+    config, base = prepared
+    if bench.on_cpu(config):
+        raise ValueError("this comparison needs a GPU: on a CPU our FP8 is emulated, and nanochat emulates none")
+    report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
+              "command": sys.argv, "tokens_per_step": None, "rows": []}
+    whole = "fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
+    for variant in bench.split(own.variants):
+        configurator.load([str(base), *bench.flags(f"{variant}:{whole}")])
+        for name, script in (("torchao", bench.REPO / "train.py"), ("nanochat", Path(__file__).resolve())):
+            print(f"{name}, {variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
+            folder = base.parent / f"{name}_{bench.slug(variant)}"
+            folder.mkdir(exist_ok=True)
+            if name == "nanochat":
+                os.environ[CLONE] = str(Path(own.nanochat).resolve())
+            row, run = bench.measure(f"{variant}:{whole}", base, folder, own, script)
+            os.environ.pop(CLONE, None)
+            report["rows"].append({**row, "variant": f"{name}, {variant}"})
+            report |= {key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step") if key in run}
+            print("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
+    (base.parent / "bench.json").write_text(json.dumps(report, indent=1))
+    columns = {key: spec for key, spec in bench.COLUMNS.items() if key != "speedup"}
+    print("", bench.table(report["rows"], columns), "", f"written: {base.parent / 'bench.json'}", sep="\n")
+    sys.exit(any("error" in row for row in report["rows"]))
+
+
+if __name__ == "__main__":
+    configurator.run(main)
