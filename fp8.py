@@ -343,8 +343,8 @@ def save_or_not(selective, keep_casts, ctx, op, *args, **kwargs):
     """The CheckpointPolicy of an op: FP8 copies and transposed views by keep_casts, all others by `selective`."""
     if op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.float8_e4m3fn, torch.float8_e5m2):
         return CheckpointPolicy.MUST_SAVE if keep_casts else CheckpointPolicy.MUST_RECOMPUTE
-    if op is torch.ops.aten.t.default and not keep_casts:  # free; else a copy of what FSDP2 gathers in FP8 is kept
-        return CheckpointPolicy.MUST_RECOMPUTE
+    if not (selective or keep_casts) and op is torch.ops.aten.t.default:
+        return CheckpointPolicy.MUST_RECOMPUTE  # free; else a transposed copy of what FSDP2 gathers in FP8 is kept
     if not selective:
         return CheckpointPolicy.PREFER_SAVE
     return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
