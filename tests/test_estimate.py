@@ -112,6 +112,19 @@ def test_a_head_in_fp8_is_gathered_in_fp8():
     assert (whole - estimate.memory(config, 2, 1)) * 2**30 == pytest.approx(TABLE)
 
 
+def test_keys_of_sharded_runs_are_offered_where_they_help(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40 * 2**30))
+    gpu = SimpleNamespace(type="cuda")
+    with pytest.raises(ValueError, match=r"reshard_after_forward=True \(\d+.\d\)") as told:
+        estimate.check_memory(gathering(reshard_after_forward=False), 2, 1, gpu)
+    assert "reduce_dtype" not in str(told.value) and "force_recompute" not in str(told.value)
+    with pytest.raises(ValueError, match=r"fp8.force_recompute_fp8_weight_in_bwd=True \(\d+.\d\)"):
+        estimate.check_memory(gathering(activation_checkpoint="none"), 2, 1, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=32 * 2**30))
+    with pytest.raises(ValueError, match=r"reduce_dtype=bfloat16 \(\d+.\d\)"):  # the peak is where they are reduced
+        estimate.check_memory(gathering(activation_checkpoint="full"), 2, 1, gpu)
+
+
 def test_only_casts_that_fp8_makes_are_kept_and_letting_them_go_is_offered(monkeypatch):
     def gib(**keys):
         return estimate.memory(llama_8b(fp8=FP8Config(enabled=True, **keys)), 0, 1)
