@@ -28,6 +28,7 @@ import gemms
 import logs
 
 REPO = Path(__file__).parent
+TRAIN = (REPO / "train.py",)  # what a variant runs
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 # what makes the runs comparable, or finds what they leave
 OWN = {"seed", "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "out_dir", "resume"}
@@ -71,15 +72,18 @@ def on_cpu(config):
     return config.device == "cpu" or not torch.cuda.is_available()
 
 
+def arguments(default):
+    """The command line, with config/`default` where it names no config file."""
+    argv = sys.argv[1:]
+    return [str(REPO / "config" / default), *argv] if all(arg.startswith("-") for arg in argv) else argv
+
+
 def prepare(own, default):
     """(config, file that holds it) of the command line, `default` where it names none; None on all ranks but 0.
 
     own: the calling script's flags, as for configurator.load. Without a GPU FP8 is emulated.
     """
-    argv = sys.argv[1:]
-    if all(arg.startswith("-") for arg in argv):
-        argv = [str(REPO / "config" / default), *argv]
-    config = configurator.load(argv, own)
+    config = configurator.load(arguments(default), own)
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise ValueError("this script works on one machine: start torchrun without --nnodes")
     if int(os.environ.get("RANK", 0)) > 0:
@@ -106,12 +110,13 @@ def flags(variant):
     return keys + [f"--{key}" for key in more]
 
 
-def train(args, log, script=REPO / "train.py"):
+def train(args, log, program=TRAIN):
     """Run train.py with `args` in fresh processes, as many as torchrun started of this one: None, or why it failed.
 
-    log: the file for their output. Call it on rank 0 alone; the other ranks have nothing to do and may end.
+    log: the file for their output. program: what to run in place of train.py, a script and its own arguments. Call it
+    on rank 0 alone; the other ranks have nothing to do and may end.
     """
-    command = [script, *args]
+    command = [*program, *args]
     if ranks := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun: a torchrun for each variant ends all its ranks
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
     with log.open("w") as output:
@@ -123,11 +128,11 @@ def train(args, log, script=REPO / "train.py"):
     return lines[-1] if lines else f"exit status {status}, see {log}"
 
 
-def measure(variant, base, folder, own, script=REPO / "train.py"):
+def measure(variant, base, folder, own, program):
     """Train a variant and read what it left: (its row of the table, its run.json), or (a row with `error`, {})."""
     error = train([base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0", "--checkpoint_interval=0",
                    f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}", *flags(variant)],
-                  folder / "log.txt", script)
+                  folder / "log.txt", program)
     if error:
         return {"variant": variant, "error": error}, {}
     run = json.loads((folder / "run.json").read_text())
@@ -141,6 +146,31 @@ def measure(variant, base, folder, own, script=REPO / "train.py"):
             "tokens_per_s": 1000 * per_rank / middle, "speedup": None, "mfu": mfu,
             "peak_gib": timed[-1]["peak_gib"], "compile_s": run["compile_s"], "loss": timed[-1]["loss"],
             "fp8_flops": run["fp8_flops"], "auto_filtered": run["auto_filtered"], "ms": ms}, run
+
+
+def compare(runs, base, own, path):
+    """Train [(name, variant, program)] one after the other: (the report with a row for each, the last run.json).
+
+    path: the report's file, or None. It is written after every run: who interrupts a bench keeps what it has measured.
+    """
+    for _, variant, _ in runs:  # the mistakes of all, before anything slow
+        configurator.load([str(base), *flags(variant)])
+    report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
+              "command": sys.argv, "tokens_per_step": None, "rows": []}
+    rows = report["rows"]
+    for name, variant, program in runs:
+        print(f"{name}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
+        folder = base.parent / slug(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        row, run = measure(variant, base, folder, own, program)
+        rows.append({**row, "variant": name})
+        report |= {key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step") if key in run}
+        if "error" not in row and "error" not in rows[0]:
+            rows[-1]["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        print("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
+        if path:
+            path.write_text(json.dumps(report, indent=1))
+    return report, run
 
 
 def table(rows, columns):
@@ -185,25 +215,11 @@ def main():
         return
     config, base = prepared
     out_dir = Path(config.out_dir)
-    report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
-              "command": sys.argv, "tokens_per_step": None, "rows": []}
-    rows = report["rows"]
     if own.gemms:
         own.variants = "bf16"
-    for variant in split(own.variants):  # the mistakes of all, before anything slow
-        configurator.load([str(base), *flags(variant)])
-    for variant in split(own.variants):
-        print(f"{variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
-        folder = out_dir / slug(variant)
-        folder.mkdir(parents=True, exist_ok=True)
-        row, run = measure(variant, base, folder, own)
-        rows.append(row)
-        report |= {key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step") if key in run}
-        if "error" not in row and "error" not in rows[0]:
-            row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        print("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
-        if not own.gemms:  # after every variant: who interrupts a bench keeps what it has measured
-            (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
+    report, run = compare([(variant, variant, TRAIN) for variant in split(own.variants)], base, own,
+                          None if own.gemms else out_dir / "bench.json")
+    rows = report["rows"]
     if own.gemms:
         if "error" in rows[0]:
             raise ValueError(f"the bf16 run failed: {rows[0]['error']}")

@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -63,14 +63,12 @@ def kernels(profile, steps, on_gpu):
 
 
 def main():
-    own, argv = ProfileConfig(), sys.argv[1:]
-    if all(arg.startswith("-") for arg in argv):
-        argv = [str(bench.REPO / "config" / "llama_fp8.py"), *argv]
+    own, argv = ProfileConfig(), bench.arguments("llama_fp8.py")
     config = configurator.load(argv, own)
     on_gpu, out_dir = not bench.on_cpu(config), Path(config.out_dir, "profile")
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     profile = torch.profiler.profile(activities=[activity])
-    keys = [arg for arg in argv if arg.partition("=")[0] not in ("--steps", "--warmup", "--show")]
+    keys = [arg for arg in argv if arg.partition("=")[0] not in {f"--{field.name}" for field in fields(own)}]
     keys += [f"--out_dir={out_dir}", f"--max_steps={own.warmup + own.steps}", "--eval_interval=0",
              "--checkpoint_interval=0", "--resume=never"]
     called, sys.argv = sys.argv, ["train.py", *keys]

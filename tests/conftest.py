@@ -102,6 +102,13 @@ def main_here(main, *argv):
     return status, out.getvalue(), err.getvalue()
 
 
+@pytest.fixture
+def real_fp8_on_a_cpu(monkeypatch):
+    """The path of a GPU, matmuls and layouts too: a CPU can take it, if slowly, so only fp8.check forbids it."""
+    monkeypatch.setattr(fp8, "check", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of small text files: 60 documents, about 100 kB."""

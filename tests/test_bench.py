@@ -1,14 +1,11 @@
 """bench.py: one row a variant, measured by train.py, and a failed variant is told."""
 
 import json
-import os
 import sys
 
 import pytest
-import torch
 from conftest import REPO, main_here, metrics, run, train_here
 
-import fp8
 from bench import BenchConfig, flags, main, split
 
 
@@ -125,18 +122,16 @@ def clone(tmp_path, monkeypatch):
 
     (tmp_path / "clone" / "nanochat").mkdir(parents=True)
     (tmp_path / "clone" / "nanochat" / "fp8.py").write_text(PLANTED)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(REPO / "bench" / "peers")])
+    monkeypatch.syspath_prepend(REPO / "bench" / "peers")
     monkeypatch.setattr(Float8Linear, "forward", Float8Linear.forward)
     yield tmp_path / "clone"
     for name in [name for name in sys.modules if name.partition(".")[0] == "nanochat"]:
         del sys.modules[name]
 
 
-def test_nanochats_fp8_trains_what_ours_trains(tiny_run, tmp_path, clone, monkeypatch, capsys):
+def test_nanochats_fp8_trains_what_ours_trains(tiny_run, tmp_path, clone, real_fp8_on_a_cpu, capsys):
     import nanochat_fp8
 
-    monkeypatch.setattr(fp8, "check", lambda *args, **kwargs: None)  # real FP8 on a CPU, as in test_train.py
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     args = [*tiny_run, "--dtype=bfloat16", "--optim.weights=fp32_master", "--fp8.enabled=True", "--max_steps=3",
             "--fp8.filter_fqns=['lm_head']", "--global_batch_size=1", "--micro_batch_size=1", "--checkpoint_interval=0"]
     losses = []
@@ -154,31 +149,45 @@ def test_nanochat_is_timed_in_processes_that_use_it(tmp_path, clone, monkeypatch
 
     seen = []
 
-    def measure(variant, base, folder, own, script):
-        seen.append((variant, folder.name, script.name, os.environ.get(nanochat_fp8.CLONE)))
-        return {"variant": variant, "ms_per_step": 1.0}, {"hardware": "a GPU"}
+    def measure(variant, base, folder, own, program):
+        seen.append((variant, folder.name, program[0].name, program[1:]))
+        return {"variant": variant, "ms_per_step": 1.0, "tokens_per_s": len(seen)}, {"hardware": "a GPU"}
 
     monkeypatch.setattr(nanochat_fp8.bench, "on_cpu", lambda config: False)
     monkeypatch.setattr(nanochat_fp8.bench, "measure", measure)
-    args = [REPO / "config/llama_100m.py", f"--nanochat={clone}", f"--out_dir={tmp_path / 'out'}",
-            "--variants=tensorwise,tensorwise:fp8.filter_fqns=[]"]
-    status, out, _ = main_here(nanochat_fp8.main, *args)
-    assert status == 0 and [(folder, script, bool(there)) for _, folder, script, there in seen] == [
-        ("torchao_tensorwise", "train.py", False), ("nanochat_tensorwise", "nanochat_fp8.py", True),
-        ("torchao_tensorwise_fp8.filter_fqns=_", "train.py", False),
-        ("nanochat_tensorwise_fp8.filter_fqns=_", "nanochat_fp8.py", True)]
+    status, out, _ = main_here(nanochat_fp8.main, REPO / "config/llama_100m.py", f"--nanochat={clone}",
+                               f"--out_dir={tmp_path / 'out'}", "--variants=tensorwise,tensorwise:fp8.filter_fqns=[]")
+    theirs = (f"--clone={clone}",)
+    assert status == 0 and [rest for _, *rest in seen] == [
+        ["torchao_tensorwise", "train.py", ()], ["nanochat_tensorwise", "nanochat_fp8.py", theirs],
+        ["torchao_tensorwise_fp8.filter_fqns=_", "train.py", ()],
+        ["nanochat_tensorwise_fp8.filter_fqns=_", "nanochat_fp8.py", theirs]]
     assert all("all_gather=False" in variant for variant, *_ in seen)
     rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["torchao, tensorwise", "nanochat, tensorwise",
                                                 "torchao, tensorwise:fp8.filter_fqns=[]",
                                                 "nanochat, tensorwise:fp8.filter_fqns=[]"]
-    monkeypatch.undo()
-    sys.path.append(str(REPO / "bench" / "peers"))
-    for wrong, told in (("--nanochat=nowhere", "git clone"), ("--variants=rowwise", "nanochat has tensorwise FP8 only"),
-                        ("--steps=10", "needs a GPU")):
-        status, _, err = main_here(nanochat_fp8.main, *args[:3], wrong)
-        assert status == 2 and told in err, err
-    sys.path.pop()
+    assert [row["speedup"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_process_with_a_clone_trains_by_its_matmuls(clone, monkeypatch):
+    import nanochat_fp8
+
+    called = []
+    monkeypatch.setattr(nanochat_fp8, "use_nanochat", called.append)
+    monkeypatch.setattr(nanochat_fp8.train, "main", lambda: called.append(sys.argv[1:]))
+    main_here(nanochat_fp8.main, f"--clone={clone}", "base.py", "--max_steps=1")
+    assert called == [str(clone), ["base.py", "--max_steps=1"]]
+
+
+@pytest.mark.parametrize("wrong, told", [("--nanochat=nowhere", "git clone"), ("--steps=10", "needs a GPU"),
+                                         ("--variants=rowwise", "nanochat has tensorwise FP8 only")])
+def test_what_nanochat_cannot_do_is_told(tmp_path, clone, wrong, told):
+    import nanochat_fp8
+
+    status, _, err = main_here(nanochat_fp8.main, REPO / "config/llama_100m.py", f"--nanochat={clone}",
+                               f"--out_dir={tmp_path / 'out'}", wrong)
+    assert status == 2 and told in err, err
 
 
 @pytest.mark.gpu

@@ -34,6 +34,12 @@ def llama_8b(**changes):
                             optim=OptimConfig(weights="stochastic_rounding")), **changes})
 
 
+def as_variant(config, variant, folder):
+    """The config that bench.py trains for a variant."""
+    (folder / "config.py").write_text(configurator.to_python(config))
+    return configurator.load([str(folder / "config.py"), *bench.flags(variant)])
+
+
 def measured(*names):
     """[(file, variant, peak GiB)] of every row in docs/results/NAME.json."""
     reports = [(name, json.loads((REPO / f"docs/results/{name}.json").read_text())) for name in names]
@@ -50,8 +56,7 @@ def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, gib, t
         config = replace(config, model=models.llama3_1_8b(n_layer=8), activation_checkpoint="none", loss_chunks=1)
     if name in ("bench_llama_8b_fast", "bench_8_layers_fast") and "fp8_moments" not in variant:  # it is in the config
         variant += ":optim.fp8_moments=True:activation_checkpoint=none:loss_chunks=1:fp8.keep_casts=True"
-    (tmp_path / "config.py").write_text(configurator.to_python(config))
-    config = configurator.load([str(tmp_path / "config.py"), *bench.flags(variant)])
+    config = as_variant(config, variant, tmp_path)
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(gib, rel=0.05)
 
 
@@ -64,8 +69,7 @@ def gathering(**changes):
 
 @pytest.mark.parametrize("name, variant, gib", measured("bench_2_gpus", "bench_2_gpus_fast"))
 def test_memory_of_two_gpus_is_within_5_percent_of_what_bench_measured(name, variant, gib, tmp_path):
-    (tmp_path / "config.py").write_text(configurator.to_python(gathering()))
-    config = configurator.load([str(tmp_path / "config.py"), *bench.flags(variant)])
+    config = as_variant(gathering(), variant, tmp_path)
     assert estimate.memory(config, shards=2, accumulation=1) == pytest.approx(gib, rel=0.05)
 
 

@@ -81,7 +81,7 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
 
 
 def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "train", lambda args, log, script: train_here(*args))
+    monkeypatch.setattr(bench, "train", lambda args, log, program: train_here(*args))
     _, told, _ = main_here(bench.main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={tmp_path}",
                            "--compile.enabled=False", "--steps=10", "--warmup=5", "--gemms")
     report = json.loads((tmp_path / "gemms.json").read_text())
@@ -93,7 +93,7 @@ def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypat
 
 
 def test_bench_gemms_times_the_shapes_that_the_run_has(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "train", lambda args, log, script: train_here(*args))
+    monkeypatch.setattr(bench, "train", lambda args, log, program: train_here(*args))
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"ind": i, "activity_label": "A", "ctx_a": f"One {i}", "ctx_b": "then",
                                              "endings": list("abcd"), "label": 0}) + "\n" for i in range(40)))

@@ -12,7 +12,6 @@ from conftest import REPO, main_here, metrics, run, run_many, train_here
 
 import configurator
 import cudagraph
-import fp8
 import logs
 import sample
 import train
@@ -175,10 +174,7 @@ def test_a_checkpoint_moves_into_and_out_of_shards_on_one_rank(fleet, tiny_run, 
 @pytest.mark.parametrize("keys, real", [
     ([*PRECOMPUTE, *ONE_SHARD], [*COMPILE, "--fp8.keep_casts=True"]), (["--fp8.recipe_name=rowwise"], []),
     (["--fp8.recipe_name=rowwise_with_gw_hp"], [])], ids=["tensorwise", "rowwise", "gw_hp"])
-def test_real_fp8_trains_as_emulated(tiny_run, tmp_path, keys, real, monkeypatch, capsys):
-    """The path of a GPU, matmuls and layouts too: a CPU can take it, if slowly, so only fp8.check forbids it."""
-    monkeypatch.setattr(fp8, "check", lambda *args, **kwargs: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+def test_real_fp8_trains_as_emulated(tiny_run, tmp_path, keys, real, real_fp8_on_a_cpu, capsys):
     args = [*tiny_run, *BF16, *FP8[::2], *keys, "--global_batch_size=1", "--micro_batch_size=1", "--max_steps=3",
             "--eval_sequences=1", "--checkpoint_interval=0"]
     for emulate, more in ((True, []), (False, real)):

@@ -8,9 +8,6 @@ does it, and with the three matmuls of every converted layer computed by nanocha
 clone. Sharded weights stay in bf16: nanochat gathers none in FP8. Writes out_dir/bench.json with bench.py's columns.
 """
 
-import datetime
-import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,7 @@ import bench
 import configurator
 import train
 
-CLONE = "NANOFP8_NANOCHAT"  # in the environment of a process that trains with nanochat's FP8: the clone's folder
+CLONE = "--clone="  # first argument of a process that trains with nanochat's FP8; behind it the clone's folder
 
 
 @dataclass(kw_only=True)
@@ -57,8 +54,8 @@ def use_nanochat(clone):
 
 
 def main():
-    if clone := os.environ.get(CLONE):
-        use_nanochat(clone)
+    if sys.argv[1:] and sys.argv[1].startswith(CLONE):
+        use_nanochat(sys.argv.pop(1).removeprefix(CLONE))
         return train.main()
     own = PeerConfig()
     prepared = bench.prepare(own, "llama_fp8.py")
@@ -67,26 +64,15 @@ def main():
     config, base = prepared
     if bench.on_cpu(config):
         raise ValueError("this comparison needs a GPU: on a CPU our FP8 is emulated, and nanochat emulates none")
-    report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
-              "command": sys.argv, "tokens_per_step": None, "rows": []}
     whole = "fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
-    for variant in bench.split(own.variants):
-        configurator.load([str(base), *bench.flags(f"{variant}:{whole}")])
-        for name, script in (("torchao", bench.REPO / "train.py"), ("nanochat", Path(__file__).resolve())):
-            print(f"{name}, {variant}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
-            folder = base.parent / f"{name}_{bench.slug(variant)}"
-            folder.mkdir(exist_ok=True)
-            if name == "nanochat":
-                os.environ[CLONE] = str(Path(own.nanochat).resolve())
-            row, run = bench.measure(f"{variant}:{whole}", base, folder, own, script)
-            os.environ.pop(CLONE, None)
-            report["rows"].append({**row, "variant": f"{name}, {variant}"})
-            report |= {key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step") if key in run}
-            print("failed" if "error" in row else f"{row['ms_per_step']:.1f} ms", flush=True)
-    (base.parent / "bench.json").write_text(json.dumps(report, indent=1))
-    columns = {key: spec for key, spec in bench.COLUMNS.items() if key != "speedup"}
-    print("", bench.table(report["rows"], columns), "", f"written: {base.parent / 'bench.json'}", sep="\n")
-    sys.exit(any("error" in row for row in report["rows"]))
+    programs = {"torchao": bench.TRAIN, "nanochat": (Path(__file__).resolve(), CLONE + own.nanochat)}
+    runs = [(f"{name}, {variant}", f"{variant}:{whole}", program) for variant in bench.split(own.variants)
+            for name, program in programs.items()]
+    path = base.parent / "bench.json"
+    rows = bench.compare(runs, base, own, path)[0]["rows"]
+    print("", bench.table(rows, bench.COLUMNS), "", sep="\n")
+    print(f"speedup is against {rows[0]['variant']}; written: {path}")
+    sys.exit(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":
