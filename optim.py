@@ -81,36 +81,36 @@ def round_to(x, dtype, noise):
     return ((x.view(torch.int32) + (noise & 0xFFFF)) & -0x10000).view(torch.float32).to(dtype)
 
 
-def to_fp8(x, noise):
-    """(values of e4m3 as float32, unit of each row) of x >= 0, float32 (rows, block): x is about values * unit.
+def to_fp8(x, noise, nonzero=False):
+    """(values of e4m3 as float32, unit of each row) of float32 x (rows, block): x is about values * unit.
 
     Rounded at random, in proportion, by the low 20 bits of noise: as many as e4m3 has fewer than float32.
+    nonzero: of x >= 0, what would become 0 becomes 2^-9 units, the smallest above.
     """
+    # floats above 0 are in the order of their bits, and integers compare in one instruction: they have no NaN
+    amax = x.abs().view(torch.int32).amax(1, keepdim=True).view(torch.float32)
     # the largest becomes a little less than 448, so that none rounds up to more
-    unit = x.amax(1, keepdim=True).clamp(min=1e-30) * ((1 + 2**-20) / 448)
-    y = x * (1 / unit)
-    # below 2^-6 the values of e4m3 are 2^-9 apart, as they are from 2^-6 to 2^-5
-    lift = torch.where(y < 2**-6, 2**-6, 0.0)
-    return (((y + lift).view(torch.int32) + (noise & 0xFFFFF)) & -0x100000).view(torch.float32) - lift, unit
+    unit = amax.clamp(min=1e-30) * ((1 + 2**-20) / 448)
+    # Below its smallest normal value a format is as coarse as just above it. e4m3's is 2^-6, float32's 2^-126: this far
+    # down, the last 20 bits of float32 are at every size the ones that e4m3 lacks.
+    bits = (x * (1 / unit) * 2**-120).view(torch.int32) + (noise & 0xFFFFF)
+    bits = (bits.clamp(min=1 << 20) if nonzero else bits) & -0x100000
+    return bits.view(torch.float32) * 2.0**120, unit
 
 
-def read(moment):
-    """A moment in float32: of a tensor of its own dtype, or of (FP8 values, units)."""
-    return moment[0].float() * moment[1] if isinstance(moment, tuple) else moment.float()
+def read(moment, factor=1.0):
+    """factor * a moment in float32: of a tensor of its own dtype, or of (FP8 values, units)."""
+    return moment[0].float() * (moment[1] * factor) if isinstance(moment, tuple) else moment.float() * factor
 
 
-def write(moment, new, old, good, noise, smallest=0.0):
-    """Store `new` in a moment if good, else leave it as it is, bit for bit. old: what read() gave.
-
-    smallest: of the values in FP8.
-    """
+def write(moment, new, good, noise, nonzero=False):
+    """Store `new` in a moment if good, else leave it as it is, bit for bit. nonzero: as for to_fp8, if it is in FP8."""
     if isinstance(moment, tuple):
-        values, unit = to_fp8(new.abs(), noise)
-        values = torch.copysign(values.clamp(min=smallest), new)
+        values, unit = to_fp8(new, noise, nonzero)
         moment[0].copy_(torch.where(good, values, moment[0].float()))
         moment[1].copy_(torch.where(good, unit, moment[1]))
     else:  # rounding keeps what is a value of the dtype already: stochastic rounding adds below its last bit
-        moment.copy_(round_to(torch.where(good, new, old), moment.dtype, noise))
+        moment.copy_(round_to(torch.where(good, new, moment.float()), moment.dtype, noise))
 
 
 def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, beta1, beta2, eps, exact_weight=False):
@@ -123,21 +123,23 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     generator state and a resumed run repeats it.
     Source: Loshchilov & Hutter, arXiv 1711.05101; stochastic rounding of bf16 weights: arXiv 2010.06192.
     """
-    g = g.float() * clip
-    w = (p if master is None else master).float()
+    # Moments in FP8 take more instructions than memory can hide. So factors that many values share are multiplied
+    # first, and rsqrt, one instruction, stands for exact roots and quotients, which take fifteen and seven.
+    g, w = g.float(), (p if master is None else master).float()
     rooted = isinstance(v, tuple)
-    m_old, v_old = read(m), read(v).square() if rooted else read(v)
-    m_new = m_old * beta1 + g * (1 - beta1)
-    v_new = v_old * beta2 + g * g * (1 - beta2)
-    root = v_new.sqrt()
-    w = torch.where(good, w * (1 - lr * decay) - lr * debias1 * m_new / (root * debias2 + eps), w)
+    m_new = read(m, beta1) + g * (clip * (1 - beta1))
+    v_old = read(v, math.sqrt(beta2)).square() if rooted else read(v, beta2)
+    v_new = v_old + (g * (clip * math.sqrt(1 - beta2))).square()
+    root = v_new * (v_new + 2**-126).rsqrt()  # 2^-126: of 0 too
+    update = m_new * (root * debias2 + eps).rsqrt().square()
+    w = torch.where(good, w * (1 - lr * decay) - (lr * debias1) * update, w)
     noise_w = noise_m = noise_v = None
-    if seed is not None:  # one hash for all three: integer arithmetic is what bounds this kernel, after memory
+    if seed is not None:  # one hash for all three
         bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
         noise_w, noise_m, noise_v = bits, bits >> 12, bits >> 6  # overlap, but where one has high bits, others have low
-    write(m, m_new, m_old, good, noise_m)
+    write(m, m_new, good, noise_m)
     # a root that underflowed beside a first moment that did not would make a step of lr / eps
-    write(v, root if rooted else v_new, v_old, good, noise_v, smallest=2**-9)
+    write(v, root if rooted else v_new, good, noise_v, nonzero=True)
     p.copy_(round_to(w, p.dtype, None if exact_weight else noise_w))
     if master is not None:
         master.copy_(w)
