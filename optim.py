@@ -49,8 +49,8 @@ class OptimConfig:
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps"):
             if getattr(self, name) < 0:
                 yield f"optim.{name}={getattr(self, name)} must not be negative"
-        if self.eps <= 0:  # a weight without a gradient would be 0 / 0
-            yield f"optim.eps={self.eps} must be above 0"
+        if self.eps < 1e-30:  # a weight without a gradient would be 0 / 0
+            yield f"optim.eps={self.eps} must be at least 1e-30"
         if not all(0 <= b < 1 for b in self.betas):
             yield f"optim.betas={self.betas} must both be at least 0 and below 1"
 
@@ -85,7 +85,7 @@ def to_fp8(x, noise, nonzero=False):
     """(values of e4m3 as float32, unit of each row) of float32 x (rows, block): x is about values * unit.
 
     Rounded at random, in proportion, by the low 20 bits of noise: as many as e4m3 has fewer than float32.
-    nonzero: of x >= 0, what would become 0 becomes 2^-9 units, the smallest above.
+    nonzero: of x >= 0, what would become 0 becomes 2^-9 units, the smallest above. Denormals must not be flushed to 0.
     """
     # floats above 0 are in the order of their bits, and integers compare in one instruction: they have no NaN
     amax = x.abs().view(torch.int32).amax(1, keepdim=True).view(torch.float32)
@@ -124,13 +124,13 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     Source: Loshchilov & Hutter, arXiv 1711.05101; stochastic rounding of bf16 weights: arXiv 2010.06192.
     """
     # Moments in FP8 take more instructions than memory can hide. So factors that many values share are multiplied
-    # first, and rsqrt, one instruction, stands for exact roots and quotients, which take fifteen and seven.
+    # first, and rsqrt, one instruction on a GPU, stands for exact roots and quotients, which take fifteen and seven.
     g, w = g.float(), (p if master is None else master).float()
     rooted = isinstance(v, tuple)
     m_new = read(m, beta1) + g * (clip * (1 - beta1))
     v_old = read(v, math.sqrt(beta2)).square() if rooted else read(v, beta2)
     v_new = v_old + (g * (clip * math.sqrt(1 - beta2))).square()
-    root = v_new * (v_new + 2**-126).rsqrt()  # 2^-126: of 0 too
+    root = v_new * (v_new + 2**-126).rsqrt()  # the smallest normal value, lest 0 give nan: exact but near 2^-63
     update = m_new * (root * debias2 + eps).rsqrt().square()
     w = torch.where(good, w * (1 - lr * decay) - (lr * debias1) * update, w)
     noise_w = noise_m = noise_v = None

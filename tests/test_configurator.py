@@ -347,7 +347,7 @@ def test_micro_batches_must_divide_the_global_batch():
 
 
 @pytest.mark.parametrize("key, told", [
-    ("--optim.eps=0.0", "optim.eps=0.0 must be above 0"),
+    ("--optim.eps=0.0", "optim.eps=0.0 must be at least 1e-30"),
     ("--data.workers=-1", "data.workers=-1 must not be negative"),
     ("--model.rope_theta=0.0", "model.rope_theta=0.0 must be above 0"),
     ("--model.norm_eps=-1.0", "model.norm_eps=-1.0 not negative"),

@@ -146,11 +146,17 @@ def test_fp8_moments_are_rounded_at_random_to_what_e4m3_holds_without_bias(compi
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1.0, 1e20])
 def test_fp8_moments_of_any_size_are_finite_and_the_largest_is_kept(scale):
-    x = torch.rand(1000, 128) * scale
+    x = (torch.rand(1000, 128) * 2 - 1) * scale
     values, unit = to_fp8(x, hash32(torch.arange(x.numel(), dtype=torch.int32).view(x.shape)))
-    assert torch.equal(values.to(torch.float8_e4m3fn).float(), values) and values.max() <= 448
-    kept = torch.isclose((values * unit).amax(1), x.amax(1), rtol=1e-5, atol=1e-30)
+    assert torch.equal(values.to(torch.float8_e4m3fn).float(), values) and values.abs().max() <= 448
+    kept = torch.isclose((values * unit).abs().amax(1), x.abs().amax(1), rtol=1e-5, atol=1e-30)
     assert kept.float().mean() > 0.99  # it is put a millionth below 448: one in 10^5 rounds down to 416
+
+
+def test_not_even_the_largest_noise_rounds_above_448():
+    x = torch.rand(200_000, 8)
+    values, _ = to_fp8(x, torch.full(x.shape, -1, dtype=torch.int32))
+    assert values.max() == 448
 
 
 @pytest.mark.parametrize("root", [False, True])
@@ -181,6 +187,52 @@ def test_fp8_moments_follow_the_exact_ones_in_two_bytes(weights, compiled):
     kept = sum(t.nbytes for kind in state if kind.endswith(("_fp8", "_unit")) for t in state[kind].values())
     assert kept / sum(p.numel() for p in ours.parameters() if p.ndim == 2) == 2 + 8 / 128
     assert list(state["exp_avg"]) == ["1.weight"]
+
+
+def test_weight_and_moments_are_rounded_without_bias_and_not_alike():
+    torch.manual_seed(0)
+    p, g = (1 + torch.rand(1000, 128)).to(torch.bfloat16), 1 + torch.rand(1000, 128)
+    before = p.float()
+    m, v = ((torch.zeros(1000, 128, dtype=torch.float8_e4m3fn), torch.ones(1000, 1)) for _ in range(2))
+    scalars = [torch.tensor(s) for s in (1e-3, 0.0, 10.0, 0.05**-0.5, 0.5, True)]  # the last float: clip
+    adamw_(p, g, m, v, None, *scalars, torch.tensor(7, dtype=torch.int32), 0.9, 0.95, 1e-8)
+    exact = {"m": 0.05 * g, "root of v": 0.5 * 0.05**0.5 * g, "w": before - 1e-3}
+    errors = torch.stack([(stored / exact[name] - 1).flatten()
+                          for name, stored in (("m", read(m)), ("root of v", read(v)), ("w", p.float()))])
+    # up to 2^-4 off, or 2^-8, so means of 128,000 are within 2^-4 / sqrt(128,000) = 2e-4, times 3, if there is no bias
+    assert errors.abs().max() < 0.13 and (errors.mean(1).abs() < torch.tensor([6e-4, 6e-4, 4e-5])).all()
+    # in proportion: the square of the error is then twice that of rounding to nearest
+    nearest = torch.stack([((exact[name] / unit).to(torch.float8_e4m3fn).float() * unit / exact[name] - 1).flatten()
+                           for name, unit in (("m", m[1]), ("root of v", v[1]))])
+    assert torch.allclose(errors[:2].square().mean(1), 2 * nearest.square().mean(1), rtol=0.05)
+    # rounded by the same noise, two of them would have a correlation of 0.4 to 0.5
+    assert (torch.corrcoef(errors) - torch.eye(3)).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16", "float32"])
+def test_gradients_of_nan_in_a_bad_step_change_no_bit(kind):
+    torch.manual_seed(0)
+    p, g = torch.randn(8, 128).to(torch.bfloat16), torch.full((8, 128), float("nan"))
+    if kind == "fp8":
+        m, v = ((torch.randn(8, 128).to(torch.float8_e4m3fn), torch.rand(8, 1)) for _ in range(2))
+    else:
+        m, v = (torch.rand(8, 128).to(getattr(torch, kind)) for _ in range(2))
+    state = [p, *(m if kind == "fp8" else [m]), *(v if kind == "fp8" else [v])]
+    before = [t.clone().view(torch.uint8) for t in state]
+    scalars = [torch.tensor(s) for s in (1e-3, 0.1, 10.0, 4.5, float("nan"), False)]
+    seed = None if kind == "float32" else torch.tensor(7, dtype=torch.int32)
+    adamw_(p, g, m, v, None, *scalars, seed, 0.9, 0.95, 1e-8)
+    assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip(state, before, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-15])
+def test_small_gradients_with_a_small_eps_make_steps_like_any_other(size):
+    model = nn.Linear(128, 8, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = AdamW(model, OptimConfig(weights="plain", weight_decay=0.0, eps=1e-20), seed=0, compiled=False)
+    model.weight.grad = torch.randn_like(model.weight).sign() * size
+    optimizer.step(1e-3, optimizer.grad_norm())
+    assert torch.allclose((model.weight - before).abs(), torch.tensor(1e-3), rtol=1e-2)
 
 
 def test_a_bad_step_leaves_fp8_moments_bit_for_bit():
