@@ -100,14 +100,6 @@ def flush(path):
     os.close(descriptor)
 
 
-def set_aside(out_dir):
-    """Rename the checkpoints of an earlier run in out_dir to checkpoints_before, in place of any older such folder."""
-    folder, before = Path(out_dir, "checkpoints"), Path(out_dir, "checkpoints_before")
-    if folder.is_dir():
-        shutil.rmtree(before, ignore_errors=True)
-        folder.rename(before)
-
-
 @contextlib.contextmanager
 def reading(folder):
     """Reading a checkpoint folder, which is complete or not there: that a file cannot be read is told in one line."""
@@ -133,8 +125,10 @@ def read_run(folder, **wanted):
     with reading(folder):
         run = json.loads(path.read_text())
     if changed := [key for key in wanted if run.get(key) != wanted[key]]:
-        raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that run. "
-                         "Give another out_dir, or set resume=never to start over")
+        pairs = [zip(*(f"{key}={of.get(key)}".split(", ") for of in (run, wanted)), strict=False) for key in changed]
+        told = [f"{now} instead of {before}" for pair in pairs for before, now in pair if before != now]
+        raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that run "
+                         f"({', '.join(told)}). Give another out_dir, or set resume=never to start over")
     return run
 
 

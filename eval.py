@@ -89,6 +89,8 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if not Path(args.folder).is_dir():
         raise ValueError(f"--from={args.folder}: no such folder")
+    if args.limit < 0:
+        raise ValueError(f"--limit={args.limit} must not be negative")
     if args.data and not Path(args.data).is_file():
         raise ValueError(f"--data={args.data}: no such file")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
@@ -98,9 +100,8 @@ def main():
     path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
     if rank == 0:
         checkpoint.barrier()
-    questions = hellaswag.read([path])[: args.limit or None]
-    if args.limit < 0 or not questions:
-        raise ValueError(f"--limit={args.limit} of {path} leaves no question to score")
+    if not (questions := hellaswag.read([path])[: args.limit or None]):
+        raise ValueError(f"{path} holds no question to score")
     model, encoding, _ = load_model(args.folder, device, args.tokenizer)
 
     def reduce(sums):

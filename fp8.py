@@ -109,7 +109,7 @@ class FP8Config:
 
 @dataclass(kw_only=True)
 class CompileConfig:
-    """torch.compile of each transformer block and of the loss."""
+    """torch.compile of each transformer block and of the loss. With enabled=False everything else here is ignored."""
 
     enabled: bool = False  # compile
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"  # torch's
@@ -166,8 +166,8 @@ def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
         problems.append("fp8 matmuls need sizes divisible by 16, or add these to fp8.filter_fqns: " + ", ".join(bad))
     for n in {tokens, tokens // loss_chunks if "lm_head" in converted else tokens}:
         if n % 16:
-            problems.append(f"fp8 matmuls need the number of tokens per forward pass and per loss chunk to be "
-                            f"divisible by 16, not {n}: change model.block_size, micro_batch_size or loss_chunks")
+            problems.append("fp8 matmuls need the tokens per forward pass and loss chunk to be divisible by 16, not "
+                            f"{n}: set model.block_size or data.packed_sequence_size, micro_batch_size or loss_chunks")
     if cfg.enable_fsdp_float8_all_gather and shards:
         others = Counter(id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False))
         tied = [fqn for fqn, m in converted.items() if id(m.weight) in others]

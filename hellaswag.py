@@ -45,7 +45,8 @@ def download(name, folder):
         aside.rename(path)
     except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise ValueError(f"{URL + name} could not be downloaded ({error}). Without a network put that file at {path}, "
-                         "or name files of yours (data.train and data.val; --data for eval.py)") from error
+                         "or name files of yours (data.train and data.val where data.format=hellaswag; eval.py: --data)"
+                         ) from error
     finally:
         aside.unlink(missing_ok=True)
     return path

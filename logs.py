@@ -2,8 +2,10 @@
 
 import fcntl
 import importlib.util
+import itertools
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+import checkpoint
 
 
 def provenance():
@@ -57,20 +61,44 @@ def read_metrics(out_dir):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def open_metrics(out_dir, start):
-    """out_dir/metrics.jsonl for appending, without the rows that an interrupted run wrote after step `start`.
-
-    While it is open it keeps other runs out. Raises ValueError if one is in there.
-    """
-    path = out_dir / "metrics.jsonl"
-    file = path.open("a")
+def lock(file, how):
+    """Hold an open file until it is closed. Raises ValueError if another run holds it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another run is writing to {out_dir}: wait for its end, or give another out_dir") from None
-    rows = read_metrics(out_dir) if start else []
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
-    return file
+        raise ValueError(f"another run is writing to {Path(file.name).parent}: wait for its end, or give another "
+                         "out_dir") from None
+
+
+def check_alone(out_dir):
+    """ValueError if a run is writing to out_dir."""
+    if (path := out_dir / "metrics.jsonl").exists():
+        with path.open() as file:
+            lock(file, fcntl.LOCK_SH)  # shared: every rank may look at once
+
+
+def open_metrics(out_dir, start, newest):
+    """(out_dir/metrics.jsonl for appending, where an earlier run's files went: None if there were none).
+
+    While it is open it keeps other runs out. start: steps done. At 0 what an earlier run has left is moved to a folder
+    earlier_N in out_dir; else rows after it go, of a run that was interrupted. newest: checkpoint.latest(out_dir) from
+    when the run decided on start. Raises ValueError if it is another by now, or if a run is in there.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file, earlier = (out_dir / "metrics.jsonl").open("a"), None
+    lock(file, fcntl.LOCK_EX)
+    if checkpoint.latest(out_dir) != newest:
+        raise ValueError(f"another run has saved in {out_dir} since this one started: start again")
+    rows = read_metrics(out_dir)
+    if start == 0 and (rows or newest):
+        earlier = next(f for n in itertools.count(1) if not (f := out_dir / f"earlier_{n}").exists())
+        earlier.mkdir()
+        shutil.copy(out_dir / "metrics.jsonl", earlier)  # the file itself is what keeps other runs out
+        for path in (out_dir / name for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png")):
+            if path.exists():
+                path.rename(earlier / path.name)
+    (out_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
+    return file, earlier
 
 
 def check_trackers(config):

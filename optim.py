@@ -35,7 +35,7 @@ class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
     lr: float = 1e-3  # peak learning rate
-    min_lr: float = 1e-4  # learning rate at the last step (cosine decay)
+    min_lr: float = 1e-4  # learning rate at the last step (cosine decay), or lr if that is lower
     warmup_steps: int = 10  # linear warm-up
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
     eps: float = 1e-8  # added to the root of the second moment
@@ -56,11 +56,15 @@ class OptimConfig:
 
 
 def get_lr(cfg, step, max_steps):
-    """Learning rate of a step, counted from 1: linear warm-up, then cosine from cfg.lr down to cfg.min_lr."""
+    """Learning rate of a step, counted from 1: linear warm-up, then cosine from cfg.lr down to cfg.min_lr.
+
+    A min_lr above lr, as where only lr was lowered, is taken for lr.
+    """
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+    lowest = min(cfg.min_lr, cfg.lr)
+    return lowest + 0.5 * (cfg.lr - lowest) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 # ----------------------------------------------------------------------------------------------------------------

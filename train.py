@@ -120,7 +120,9 @@ def main():
     peak = estimate.bf16_peak(hardware)
     say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
     out_dir = Path(config.out_dir)
-    folder = checkpoint.latest(out_dir) if config.resume != "never" else None
+    logs.check_alone(out_dir)
+    newest = checkpoint.latest(out_dir)
+    folder = newest if config.resume != "never" else None
     if config.resume == "must" and folder is None:
         raise ValueError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
@@ -136,7 +138,7 @@ def main():
     if config.fp8.enabled:  # how long rows of HellaSwag are depends on the data
         check_fp8(tokens=config.micro_batch_size * config.model.block_size if config.data.format == "text" else 0)
     if start >= config.max_steps:
-        say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Set another out_dir, or resume=never")
+        say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Raise max_steps or set another out_dir")
         return
 
     # ------------------------------------------------------------------------------------------------------------
@@ -267,10 +269,10 @@ def main():
            "block_size": length, "tokens_per_step": tokens_per_step, "flops_per_token": flops_per_token,
            "fp8_flops": fp8_flops, "peak_flops": peak, "auto_filtered": auto_filtered}
     if first:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        metrics, trackers = logs.open_metrics(out_dir, start), logs.open_trackers(config)
-        if folder is None:
-            checkpoint.set_aside(out_dir)
+        metrics, earlier = logs.open_metrics(out_dir, start, newest)
+        if earlier:
+            say(f"the run that was in {out_dir} is now in {earlier}")
+        trackers = logs.open_trackers(config)
         (out_dir / "config.py").write_text(configurator.to_python(config))
         (out_dir / "run.json").write_text(json.dumps(run, indent=1))
 

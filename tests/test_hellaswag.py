@@ -368,10 +368,18 @@ def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path
 
 
 @pytest.mark.parametrize("args, told", [(["--data=nowhere.jsonl"], "--data=nowhere.jsonl: no such file"),
-                                        (["--limit=-1"], "--limit=-1"), (["--out=no/such/x.jsonl"], "--out=no/such")])
+                                        (["--limit=-1"], "--limit=-1 must not be negative"),
+                                        (["--out=no/such/x.jsonl"], "--out=no/such")])
 def test_eval_mistakes_are_one_line(runs, file, evaluate, capsys, args, told):
     with pytest.raises(SystemExit) as stopped:
         evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", *args)
     assert stopped.value.code == 2
     told_lines = capsys.readouterr().err.strip().splitlines()
     assert len(told_lines) == 1 and told in told_lines[0]
+
+
+def test_eval_of_an_empty_file_says_so(runs, evaluate, capsys, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SystemExit):
+        evaluate(f"--from={runs[1] / 'packed'}", f"--data={tmp_path / 'empty.jsonl'}")
+    assert "empty.jsonl holds no question to score" in capsys.readouterr().err

@@ -106,6 +106,8 @@ def test_schedule_warms_up_then_decays_to_the_minimum():
     assert get_lr(cfg, 10, 100) == 1.0
     assert get_lr(cfg, 55, 100) == pytest.approx(0.55)
     assert get_lr(cfg, 100, 100) == pytest.approx(0.1)
+    cfg.min_lr = 2.0  # of a config in which only lr was lowered
+    assert get_lr(cfg, 55, 100) == get_lr(cfg, 100, 100) == 1.0
 
 
 def test_weight_decay_spares_norms():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPO, main_here, metrics, run, run_many, train_here
 
+import checkpoint
 import configurator
 import cudagraph
 import logs
@@ -503,15 +504,18 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
         train_here(*out, "--resume=must")
     told("--checkpoint_interval=1", "--keep=2")
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000006"]
-    assert "has 6 of 6 steps. Set another out_dir, or resume=never" in told()
-    with pytest.raises(ValueError, match="was made with another model, seed: .*Give another out_dir"):
+    assert "has 6 of 6 steps. Raise max_steps or set another out_dir" in told()
+    with pytest.raises(ValueError, match="was made with another model, seed: .*n_layer=1 instead of n_layer=2, seed=3 "
+                                         "instead of seed=.*Give another out_dir"):
         told("--model.n_layer=1", "--seed=3")
     changed = told("--checkpoint_interval=1", "--keep=2", "--max_steps=7", "--optim.lr=1e-3")
     assert "6 steps done, now with max_steps=7 instead of 6, optim.lr=0.001 instead of " in changed
-    assert "resuming" not in told("--resume=never", "--max_steps=2")
+    assert "resuming" not in (fresh := told("--resume=never", "--max_steps=2"))
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000002"]  # what was there is set aside, not mixed in
-    assert (tmp_path / "out" / "checkpoints_before" / "step_00000006").is_dir()
-    assert list(metrics(tmp_path / "out").train) == [1, 2]
+    earlier = tmp_path / "out" / "earlier_1"
+    assert f"is now in {earlier}" in fresh and checkpoint.open_run(earlier)[0].name == "step_00000007"
+    assert list(metrics(tmp_path / "out").train) == [1, 2] and list(metrics(earlier).train)[-1] == 7
+    assert (earlier / "loss.png").is_file() and (earlier / "run.json").is_file()
     with pytest.raises(ValueError, match="made with another seed.*resume=never"):
         train_here(*out, "--seed=5")
     (folder / "step_00000002" / "run.json").write_text('{"st')
@@ -520,14 +524,39 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
 
 
 def test_metrics_let_one_run_in_and_survive_a_row_cut_in_half(tmp_path):
-    with logs.open_metrics(tmp_path, 0) as file:
+    logs.check_alone(tmp_path / "new")
+    file, earlier = logs.open_metrics(tmp_path, 0, None)
+    with file:
         file.write('{"step": 1}\n{"step": 2}\n{"st')
         file.flush()
-        assert logs.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-        with pytest.raises(ValueError, match="another run is writing to .*: wait for its end"):
-            logs.open_metrics(tmp_path, 2)
-    logs.open_metrics(tmp_path, 1).close()
+        assert logs.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}] and earlier is None
+        for enter in (logs.check_alone, lambda folder: logs.open_metrics(folder, 2, None)):
+            with pytest.raises(ValueError, match=f"another run is writing to {tmp_path}: wait for its end"):
+                enter(tmp_path)
+    logs.check_alone(tmp_path)
+    logs.open_metrics(tmp_path, 1, None)[0].close()
     assert logs.read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_a_run_that_starts_beside_another_is_refused_at_once_and_changes_nothing(tiny_run, tmp_path, capsys):
+    args = [*tiny_run, f"--out_dir={tmp_path}"]
+    with logs.open_metrics(tmp_path, 0, None)[0]:
+        with pytest.raises(ValueError, match="another run is writing"):
+            train_here(*args)
+    assert "first pass" not in capsys.readouterr().out
+    newest = checkpoint.latest(tmp_path)
+    train_here(*args, "--max_steps=2", "--checkpoint_interval=2")  # all of a run, while the other one compiles
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="another run has saved in .* since this one started: start again"):
+        logs.open_metrics(tmp_path, 0, newest)
+    assert (tmp_path / "metrics.jsonl").read_text() == before and not (tmp_path / "earlier_1").exists()
+
+
+def test_a_run_without_checkpoints_is_set_aside_too(tiny_run, tmp_path):
+    for n in range(3):
+        train_here(*tiny_run, f"--out_dir={tmp_path}", "--max_steps=1", "--checkpoint_interval=0", f"--seed={n}")
+    for n, folder in enumerate((tmp_path / "earlier_1", tmp_path / "earlier_2", tmp_path)):
+        assert configurator.read_file(folder / "config.py").seed == n and list(metrics(folder).train) == [1]
 
 
 def test_a_checkpoint_knows_the_time_since_the_last_log_line(tiny_run, tmp_path):
