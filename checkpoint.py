@@ -114,10 +114,11 @@ def reading(folder):
                          "one before") from error
 
 
-def read_run(folder, **wanted):
+def read_run(folder, config=None, **wanted):
     """The `run` of a checkpoint folder: step and what the run was.
 
-    Raises ValueError if the folder is none, or if the run was another than `wanted` says.
+    Raises ValueError if the folder is none, or if the run was another than `wanted` says: with the keys in which config,
+    of the run that wants it, differs from what the folder's run left.
     """
     path = Path(folder, "run.json")
     if not path.is_file():
@@ -125,10 +126,9 @@ def read_run(folder, **wanted):
     with reading(folder):
         run = json.loads(path.read_text())
     if changed := [key for key in wanted if run.get(key) != wanted[key]]:
-        pairs = [zip(*(f"{key}={of.get(key)}".split(", ") for of in (run, wanted)), strict=False) for key in changed]
-        told = [f"{now} instead of {before}" for pair in pairs for before, now in pair if before != now]
-        raise ValueError(f"{folder} was made with another {', '.join(changed)}: resuming would not continue that run "
-                         f"({', '.join(told)}). Give another out_dir, or set resume=never to start over")
+        keys = configurator.changed(Path(folder).parents[1] / "config.py", config)
+        raise ValueError(f"{folder} was made with another {', '.join(changed)}{keys}: resuming would not continue that "
+                         "run. Give another out_dir, or set resume=never to start over")
     return run
 
 

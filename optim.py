@@ -134,7 +134,7 @@ def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, be
     m_new = read(m, beta1) + g * (clip * (1 - beta1))
     v_old = read(v, math.sqrt(beta2)).square() if rooted else read(v, beta2)
     v_new = v_old + (g * (clip * math.sqrt(1 - beta2))).square()
-    root = v_new * (v_new + 2**-126).rsqrt()  # the smallest normal value, lest 0 give nan: exact but near 2^-63
+    root = v_new * (v_new + 2**-126).rsqrt()  # the smallest normal value, lest 0 give nan: exact except near 2^-63
     update = m_new * (root * debias2 + eps).rsqrt().square()
     w = torch.where(good, w * (1 - lr * decay) - (lr * debias1) * update, w)
     noise_w = noise_m = noise_v = None

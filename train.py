@@ -127,7 +127,7 @@ def main():
         raise ValueError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
                 "init_from": Path(config.init_from).name}  # a folder may move
-    before = folder and checkpoint.read_run(folder, **identity)
+    before = folder and checkpoint.read_run(folder, config, **identity)
     start, seconds = (before["step"], before["time_s"]) if before else (0, 0.0)  # steps done, time spent on them
     with torch.device("meta"):  # no memory is taken yet: what cannot work is told before anything slow
         model = models.Transformer(config.model, config.flash4).to(dtype)
@@ -215,7 +215,7 @@ def main():
     n_params = sum(p.numel() for p in model.parameters())
     identity["data"] = train_rows.digest
     if before:
-        checkpoint.read_run(folder, data=train_rows.digest)
+        checkpoint.read_run(folder, config, data=train_rows.digest)
         checkpoint.load(folder, model, optimizer)
         say(f"resuming from {folder}, {start} steps done" + configurator.changed(out_dir / "config.py", config))
     elif not scratch:
