@@ -117,8 +117,8 @@ def reading(folder):
 def read_run(folder, config=None, **wanted):
     """The `run` of a checkpoint folder: step and what the run was.
 
-    Raises ValueError if the folder is none, or if the run was another than `wanted` says: with the keys in which config,
-    of the run that wants it, differs from what the folder's run left.
+    Raises ValueError if the folder is none, or if the run was another than `wanted` says: with the keys of config, that
+    of the run which wants it, that differ from what the folder's run left.
     """
     path = Path(folder, "run.json")
     if not path.is_file():
