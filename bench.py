@@ -30,8 +30,8 @@ import logs
 REPO = Path(__file__).parent
 TRAIN = (REPO / "train.py",)  # what a variant runs
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-# what makes the runs comparable, or finds what they leave
-OWN = {"seed", "max_steps", "log_interval", "eval_interval", "checkpoint_interval", "out_dir", "resume"}
+FIXED = {"max_steps", "log_interval", "eval_interval", "checkpoint_interval", "resume"}  # set here for every variant
+OWN = FIXED | {"seed", "out_dir"}  # what makes the runs comparable, or finds what they leave
 WINDOW = 5  # steps per timing: waiting for the GPU after every one would cost a little of each
 COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_s": ",.0f", "speedup": ".2f",
            "mfu": ".1%", "peak_gib": ".2f", "compile_s": ".1f"}
@@ -95,6 +95,13 @@ def prepare(own, default):
     return config, base
 
 
+def tell_idle(keys):
+    """Print which keys of the command line the calling script sets itself, so that typing them has no effect."""
+    idle = [arg for arg in sys.argv[1:] if arg.partition("=")[0].removeprefix("--") in keys]
+    if idle:
+        print(f"{' '.join(idle)}: no effect here, --warmup and --steps say how long it trains", flush=True)
+
+
 def slug(variant):
     """A folder's name for a variant."""
     return re.sub(r"[^\w.=-]+", "_", variant)
@@ -153,6 +160,7 @@ def compare(runs, base, own, path):
 
     path: the report's file, or None. It is written after every run: who interrupts a bench keeps what it has measured.
     """
+    tell_idle(FIXED)
     for _, variant, _ in runs:  # the mistakes of all, before anything slow
         configurator.load([str(base), *flags(variant)])
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),

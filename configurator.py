@@ -250,9 +250,9 @@ def help_text(parts):
 
 
 def run(main):
-    """Call main(). A mistake of the user's ends in one message and exit status 2, any other error in a traceback and 1.
+    """Call main(). What a `raise` in our own files tells ends in one message, anything else is a bug and a traceback.
 
-    A user's mistake is a ValueError that a `raise` in our own files tells; from within a library it is a bug.
+    Exit status 2 for a ValueError, a mistake of the user's; 1 for a RuntimeError, a run that must not go on, and a bug.
     """
     rank = int(os.environ.get("RANK", 0))  # set by torchrun
     interrupted = False
@@ -273,14 +273,14 @@ def run(main):
         origin = traceback.extract_tb(error.__traceback__)[-1]
         folder = Path(origin.filename).resolve().parent
         ours = folder in (REPO, REPO / "bench", REPO / "bench" / "peers") and origin.line.startswith("raise")
-        if not isinstance(error, ValueError) or not ours:
+        if not isinstance(error, (ValueError, RuntimeError)) or not ours:
             raise
         if rank > 0:
-            # All ranks find the same mistake, one speaks: when rank 0 has, torchrun ends the others in their sleep.
+            # All ranks find the same, one speaks: when rank 0 has, torchrun ends the others in their sleep.
             # Whoever wakes up found something that rank 0 did not, and had better say so. Nobody leaves earlier,
             # because torchrun ends rank 0 too when another rank is the first to go.
             time.sleep(10)
         print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     if dist.is_initialized():  # not after an error: it would wait for ranks that are stuck in a collective
         dist.destroy_process_group()

@@ -90,13 +90,13 @@ def documents(files, text_key):
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
-                        text = json.loads(line)[text_key]
-                    except (json.JSONDecodeError, KeyError, TypeError) as error:
-                        raise ValueError(f"{path}, line {number}: no JSON object with text under data.text_key="
-                                         f"{text_key!r}") from error
-                    if not isinstance(text, str):
-                        raise ValueError(f"{path}, line {number}: {text_key!r} is not text")
-                    yield text
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+                    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+                        has = f"its keys: {', '.join(row)}" if isinstance(row, dict) else "no JSON object"
+                        raise ValueError(f"{path}, line {number} has no text under data.text_key={text_key!r} ({has})")
+                    yield row[text_key]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out") from error
 

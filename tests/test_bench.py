@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import REPO, main_here, metrics, run, train_here
 
-from bench import BenchConfig, flags, main, split
+from bench import FIXED, BenchConfig, flags, main, split, tell_idle
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,17 @@ def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
     status, text, out, report = bench
     assert status == 1
     assert "'typo' matches no linear layer" in report["rows"][2]["error"] and "'typo'" in text
+    assert "--eval_interval=3" in text.split(": no effect here")[0]
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert "say nothing about FP8" in text
+
+
+def test_keys_that_a_script_sets_itself_are_told_not_dropped(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "c.py", "--max_steps=3", "--seed=1", "--resume=must"])
+    tell_idle(FIXED)
+    assert capsys.readouterr().out.startswith("--max_steps=3 --resume=must: no effect here, --warmup and --steps")
+    tell_idle({"eval_interval"})
+    assert capsys.readouterr().out == ""
 
 
 def test_two_ranks(tiny_run, tmp_path):
@@ -78,6 +87,7 @@ def test_a_profile_holds_the_asked_number_of_whole_steps(tiny_run, tmp_path):
     assert calls["aten::embedding"] == 2 and calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 4
     assert report["busy_ms"] == pytest.approx(sum(ms)) and ms == sorted(ms, reverse=True)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.split(" ")[0] in calls] == names[:3]
+    assert "--eval_interval=3" in done.stdout.split(": no effect here")[0]
     assert report["command"][0].endswith("profile_step.py") and len(metrics(tmp_path / "profile").train) == 3
 
 

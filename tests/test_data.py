@@ -286,8 +286,9 @@ def test_validation_text_that_is_empty_too_short_or_given_alone(tmp_path):
 
 
 @pytest.mark.parametrize("line, told", [
-    ("{broken", "line 2: no JSON object"), ('{"other": "x"}', "data.text_key='text'"),
-    ('{"text": 5}', "'text' is not text"), ("[1]", "line 2: no JSON object")])
+    ("{broken", "line 2 is no JSON: Expecting property name"),
+    ('{"id": 1, "body": "x"}', r"line 2 has no text under data.text_key='text' \(its keys: id, body\)"),
+    ('{"text": 5}', "line 2 has no text under data.text_key='text'"), ("[1]", r"\(no JSON object\)")])
 def test_a_broken_jsonl_line_is_named(tmp_path, line, told):
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=told):
