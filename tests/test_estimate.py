@@ -34,6 +34,12 @@ def llama_8b(**changes):
                             optim=OptimConfig(weights="stochastic_rounding")), **changes})
 
 
+def with_fast_keys(config, **more):
+    """What config/llama_8b_fast.py adds, as far as memory goes."""
+    return replace(config, optim=replace(config.optim, fp8_moments=True), activation_checkpoint="none", loss_chunks=1,
+                   fp8=replace(config.fp8, keep_casts=True), **more)
+
+
 def as_variant(config, variant, folder):
     """The config that bench.py trains for a variant."""
     (folder / "config.py").write_text(configurator.to_python(config))
@@ -49,14 +55,13 @@ def measured(*names):
 
 @pytest.mark.parametrize("name, variant, gib", measured(
     "bench_8_layers", "bench_8_layers_fast", "bench_32_layers_before", "bench_32_layers", "bench_32_layers_fast",
-    "bench_llama_8b_fast"))
+    "bench_llama_8b_fast", "bench_8_layers_fp8_moments"))
 def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, gib, tmp_path):
     config = llama_8b(compile=CompileConfig(enabled=True))
     if "8_layers" in name:
         config = replace(config, model=models.llama3_1_8b(n_layer=8), activation_checkpoint="none", loss_chunks=1)
-    if name in ("bench_llama_8b_fast", "bench_8_layers_fast"):  # its keys are in the config, not in the variant
-        config = replace(config, optim=replace(config.optim, fp8_moments=True), activation_checkpoint="none",
-                         loss_chunks=1, fp8=replace(config.fp8, keep_casts=True))
+    if name in ("bench_llama_8b_fast", "bench_8_layers_fast", "bench_8_layers_fp8_moments"):  # its keys are in the config, not in the variant
+        config = with_fast_keys(config)
     config = as_variant(config, variant, tmp_path)
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(gib, rel=0.05)
 
@@ -68,9 +73,13 @@ def gathering(**changes):
     return llama_8b(**{**dict(compile=CompileConfig(enabled=True), fp8=fp8, global_batch_size=2), **changes})
 
 
-@pytest.mark.parametrize("name, variant, gib", measured("bench_2_gpus", "bench_2_gpus_fast"))
+@pytest.mark.parametrize("name, variant, gib", measured("bench_2_gpus", "bench_2_gpus_fast",
+                                                        "bench_2_gpus_llama_8b_fast"))
 def test_memory_of_two_gpus_is_within_5_percent_of_what_bench_measured(name, variant, gib, tmp_path):
-    config = as_variant(gathering(), variant, tmp_path)
+    config = gathering()
+    if name == "bench_2_gpus_llama_8b_fast":
+        config = with_fast_keys(config, reduce_dtype="bfloat16", reshard_after_forward=False)
+    config = as_variant(config, variant, tmp_path)
     assert estimate.memory(config, shards=2, accumulation=1) == pytest.approx(gib, rel=0.05)
 
 
