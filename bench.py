@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import configurator
+import entry
 import gemms
 import logs
 
@@ -228,9 +229,9 @@ def main():
     report, run = compare([(variant, variant, TRAIN) for variant in split(own.variants)], base, own,
                           None if own.gemms else out_dir / "bench.json")
     rows = report["rows"]
+    if all("error" in row for row in rows):
+        raise RuntimeError(f"every variant failed, the first with: {rows[0]['error']}")
     if own.gemms:
-        if "error" in rows[0]:
-            raise ValueError(f"the bf16 run failed: {rows[0]['error']}")
         device = torch.device("cpu" if on_cpu(config) else "cuda")
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
         ran = configurator.read_file(out_dir / "bf16" / "config.py")  # init_from's model, rows as long as the data's
@@ -251,4 +252,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

@@ -10,12 +10,12 @@ The rest of a run's state needs no saving, because it is a function of the step:
 the noise of stochastic rounding; FP8 scales are functions of the weights.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import os
 import pickle
+import secrets
 import shutil
 import textwrap
 import warnings
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import configurator
+import entry
 import hf
 from shards import like, plain_local
 
@@ -105,8 +106,8 @@ def reading(folder):
     """Reading a checkpoint folder, which is complete or not there: that a file cannot be read is told in one line."""
     try:
         yield
-    except (CheckpointException, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError,
-            pickle.UnpicklingError) as error:
+    except (CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError, AttributeError, ImportError,
+            IndexError, KeyError) as error:  # the last four too come from pickles that are damaged
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]  # what went wrong on the first rank where it did
         why = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
@@ -174,7 +175,7 @@ def export(out_dir, folder):
     One process, whatever the run had, and as much memory as one file of it takes. Raises ValueError if there is no
     checkpoint, if `folder` is there already, or if init_from's folder, whose tokenizer belongs to the model, is gone.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not empty: give a new folder")
     newest, config = open_run(out_dir)
@@ -198,7 +199,7 @@ def export(out_dir, folder):
             room = SHARD_BYTES
         files[-1].append(name)
         room -= size
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
     aside.mkdir(parents=True)
     where, whole = {}, {}
     for i, names in enumerate(files, 1):
@@ -232,13 +233,13 @@ def export(out_dir, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a run's newest checkpoint as a Hugging Face model folder.")
+    parser = entry.Arguments(description="Write a run's newest checkpoint as a Hugging Face model folder.")
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("out_dir", help="out_dir of a run of train.py")
-    parser.add_argument("hf_dir", help="new folder to write")
+    parser.add_argument("out_dir", type=os.path.expanduser, help="out_dir of a run of train.py")
+    parser.add_argument("hf_dir", type=os.path.expanduser, help="new folder to write")
     args = parser.parse_args()
     export(args.out_dir, args.hf_dir)
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

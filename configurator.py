@@ -12,17 +12,13 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import sys
 import textwrap
-import time
 import traceback
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
-
-import torch.distributed as dist
 
 import fp8
 from data import DataConfig
@@ -32,7 +28,7 @@ from optim import OptimConfig
 from schema import closest, comments, fits, flat, parse, sections, to_python, type_name
 
 __all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
-           "load", "read_file", "run", "to_python"]
+           "load", "read_file", "to_python"]
 REPO = Path(__file__).resolve().parent
 
 
@@ -122,7 +118,8 @@ def load(argv, own=None):
     bare = {"--help", "--print_config"} | {f"--{f.name}" for _, s in own_section for f in fields(s) if f.type is bool}
     detached = {i + 1 for i, arg in enumerate(argv) if arg.startswith("-") and "=" not in arg and arg not in bare}
     files = [arg for i, arg in enumerate(argv) if not arg.startswith("-") and i not in detached]
-    config, mistakes, broken = Config(), [], set()
+    config, mistakes, broken = Config(), [], []  # broken: keys that did not get the value that was meant
+    first = int(os.environ.get("RANK", 0)) == 0
     if bare_keys := [arg for arg in files if "=" in arg and not Path(arg).exists()]:
         mistakes += [f"{arg}: write --{arg}" for arg in bare_keys]
     elif len(files) > 1:
@@ -133,7 +130,8 @@ def load(argv, own=None):
         except ValueError as error:
             mistakes.append(str(error))
     if "--help" in argv and not mistakes:
-        print(help_text([*own_section, *sections(config)]))
+        if first:
+            print(help_text([*own_section, *sections(config)]))
         sys.exit(0)
 
     readable = not mistakes
@@ -147,7 +145,8 @@ def load(argv, own=None):
             text = "True"
         section, key = keys.get(name, (None, None))
         if key is None:
-            mistake = f"unknown key, did you mean --{closest(name, [*keys, 'help', 'print_config'])}? See --help"
+            name = closest(name, [*keys, "help", "print_config"])
+            mistake = f"unknown key, did you mean --{name}? See --help"
         elif is_dataclass(key.type):
             mistake = "a section, set its keys: " + ", ".join(f"{name}.{f.name}" for f in fields(key.type))
         elif not equals and arg not in bare:
@@ -160,14 +159,17 @@ def load(argv, own=None):
             setattr(section, key.name, value)
             continue
         mistakes.append(f"{arg}: {mistake}")
-        broken.add(name[: name.rfind(".") + 1])
-    if readable:  # a section with a wrong key is not what its author means: no consequences of that
-        parts = [s for prefix, s in [*sections(config), *own_section] if prefix not in broken]
-        mistakes += [problem for s in parts if hasattr(s, "problems") for problem in s.problems()]
+        broken.append(name)
+    config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
+    if readable:
+        parts = [s for _, s in [*sections(config), *own_section] if hasattr(s, "problems")]
+        mistakes += [problem for s in parts for problem in s.problems()  # but no consequences of a broken key
+                     if not any(re.search(rf"(?<![\w.]){re.escape(name)}\b", problem) for name in broken)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
     if "--print_config" in argv:
-        print(to_python(config), end="")
+        if first:
+            print(to_python(config), end="")
         sys.exit(0)
     return config
 
@@ -243,44 +245,3 @@ def help_text(parts):
             lines.append(textwrap.fill(meaning or "-", width, initial_indent=head, subsequent_indent=" " * start))
     lines += ["", "Other names of the same keys:", *(f"  fp8.{a} = fp8.{name}" for a, name in fp8.ALIASES.items())]
     return "\n".join(lines).strip()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# the entry point of every script
-
-
-def run(main):
-    """Call main(). What a `raise` in our own files tells ends in one message, anything else is a bug and a traceback.
-
-    Exit status 2 for a ValueError, a mistake of the user's; 1 for a RuntimeError, a run that must not go on, and a bug.
-    """
-    rank = int(os.environ.get("RANK", 0))  # set by torchrun
-    interrupted = False
-
-    def interrupt(*_):
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except BaseException as error:
-        if interrupted:  # whatever it has become on its way: torch.distributed.checkpoint wraps a KeyboardInterrupt
-            if rank == 0:
-                print("interrupted", file=sys.stderr)
-            sys.exit(130)
-        origin = traceback.extract_tb(error.__traceback__)[-1]
-        folder = Path(origin.filename).resolve().parent
-        ours = folder in (REPO, REPO / "bench", REPO / "bench" / "peers") and origin.line.startswith("raise")
-        if not isinstance(error, (ValueError, RuntimeError)) or not ours:
-            raise
-        if rank > 0:
-            # All ranks find the same, one speaks: when rank 0 has, torchrun ends the others in their sleep.
-            # Whoever wakes up found something that rank 0 did not, and had better say so. Nobody leaves earlier,
-            # because torchrun ends rank 0 too when another rank is the first to go.
-            time.sleep(10)
-        print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    if dist.is_initialized():  # not after an error: it would wait for ranks that are stuck in a collective
-        dist.destroy_process_group()

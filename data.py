@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -66,29 +67,31 @@ def embedded_files():
 
 def find_files(patterns):
     """The files that paths, folders (recursive) and globs name, sorted within each. ValueError if one names none."""
-    files = []
+    files = {}  # by where they really are: what two patterns name counts once
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in SUFFIXES]
-        else:
-            found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        path, found = Path(pattern).expanduser(), []
+        for match in [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True))):
+            inside = sorted(match.rglob("*")) if match.is_dir() else ()
+            found += [p for p in inside if p.is_file() and p.suffix.lower() in SUFFIXES] or [match] * match.is_file()
         if not found:
             raise ValueError(f"data: {pattern!r} matches no file (in a folder, files ending in "
                              + ", ".join(sorted(SUFFIXES)) + " count)")
-        files += [p for p in found if p.is_file()]
-    return files
+        for p in found:
+            files.setdefault(p.resolve(), p)
+    return list(files.values())
 
 
 def documents(files, text_key):
     """Yield the text of each document: a file, or a line of a .jsonl file. ValueError names what cannot be read."""
     for path in files:
         try:
-            if path.suffix != ".jsonl":
-                yield path.read_text(encoding="utf-8")
+            if path.suffix.lower() != ".jsonl":
+                yield path.read_text(encoding="utf-8-sig")  # -sig: some editors put a mark before the text
                 continue
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):
+                    if not line.strip():
+                        continue
                     try:
                         row = json.loads(line)
                     except json.JSONDecodeError as error:
@@ -249,7 +252,7 @@ def build(folder, train, val, cfg, encoding):
     """Tokenize files into shards in `folder`, which appears when it is complete and not before."""
     if encoding.eos is None:
         raise ValueError(f"tokenizer {encoding.name} has no end-of-text token to close documents with")
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
     aside.mkdir(parents=True)
     workers, end = cfg.workers or os.cpu_count(), np.array([encoding.eos])
     try:
@@ -309,19 +312,16 @@ class Loader:
     """Training batches as a function of the step: the same global batch for any number of ranks.
 
     rows: Tokens or Samples. An epoch is all of them in an order shuffled by (seed, epoch); batches run over epoch
-    borders. Raises ValueError if there is less than one global batch, or token ids that the model lacks.
+    borders. Raises ValueError if there is less than one global batch.
     """
 
-    def __init__(self, rows, *, global_batch_size, micro_batch_size, seed, vocab_size, rank=0, world_size=1):
+    def __init__(self, rows, *, global_batch_size, micro_batch_size, seed, rank=0, world_size=1):
         self.rows, self.global_batch_size, self.micro_batch_size = rows, global_batch_size, micro_batch_size
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, (None, None)
         if rows.n_rows < global_batch_size:
             raise ValueError(f"the training data fills {rows.n_rows} rows of {rows.block_size} tokens, one step needs "
                              f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size or "
                              "model.block_size")
-        if rows.largest >= vocab_size:
-            raise ValueError(f"the text has token id {rows.largest}, model.vocab_size={vocab_size} ends before: set "
-                             f"model.vocab_size to at least {rows.largest + 1}, or another data.tokenizer")
 
     def sample(self, k):
         """Row k, counted from the start of training."""

@@ -7,7 +7,6 @@ log-probabilities (acc), or by that sum over the ending's length in characters (
 Ranks share the questions; each holds the whole model, in the precision that its weights are stored in.
 """
 
-import argparse
 import json
 import math
 import os
@@ -20,9 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
-import configurator
 import data
+import entry
 import hellaswag
+from model import check_ids
 from sample import load_model
 
 TOKENS = {"cuda": 8192, "cpu": 1024}  # of a forward pass: enough to be busy, and few enough for their logits
@@ -39,6 +39,7 @@ def score(model, encoding, questions, *, device, rank, world_size, reduce):
     block_size = model.cfg.block_size
     sequences = [hellaswag.encode(encoding, q["query"], ending, block_size)[:2]
                  for q in questions for ending in q["endings"]]
+    check_ids(model.cfg, max(int(ids.max()) for ids, _ in sequences))
     order, batches = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])), []
     while order:
         length = min(block_size, -(-(len(sequences[order[0]][0]) - 1) // 16) * 16)
@@ -74,11 +75,13 @@ def accuracies(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="folder", required=True, help="out_dir of a run of train.py, or a model folder")
-    parser.add_argument("--data", help="questions as JSONL (default: HellaSwag's validation, downloaded if need be)")
+    parser = entry.Arguments(description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="folder", required=True, type=os.path.expanduser,
+                        help="out_dir of a run of train.py, or a model folder")
+    parser.add_argument("--data", type=os.path.expanduser,
+                        help="questions as JSONL (default: HellaSwag's validation, downloaded if need be)")
     parser.add_argument("--limit", type=int, default=0, help="score the first N questions; 0: all (0)")
-    parser.add_argument("--out", help="write a row for each question to this JSONL file")
+    parser.add_argument("--out", type=os.path.expanduser, help="write a row for each question to this JSONL file")
     parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that holds none")
     args = parser.parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -87,14 +90,15 @@ def main():
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if not Path(args.folder).is_dir():
-        raise ValueError(f"--from={args.folder}: no such folder")
-    if args.limit < 0:
-        raise ValueError(f"--limit={args.limit} must not be negative")
-    if args.data and not Path(args.data).is_file():
-        raise ValueError(f"--data={args.data}: no such file")
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
-        raise ValueError(f"--out={args.out}: name a file, in a folder that exists")
+    out = Path(args.out or "scores.jsonl")
+    mistakes = [told for wrong, told in (
+        (not Path(args.folder).is_dir(), f"--from={args.folder}: no such folder"),
+        (args.limit < 0, f"--limit={args.limit} must not be negative"),
+        (args.data and not Path(args.data).is_file(), f"--data={args.data}: no such file"),
+        (args.out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)),
+         f"--out={out}: name a file, in a folder that exists and can be written to")) if wrong]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
     if rank > 0:
         checkpoint.barrier()
     path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
@@ -115,9 +119,9 @@ def main():
         error = math.sqrt(acc_norm * (1 - acc_norm) / len(rows))  # of drawing this many questions
         print(f"{len(rows):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (standard error {error:.4f})")
         if args.out:
-            Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
-            print(f"written: {args.out}")
+            out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            print(f"written: {out}")
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

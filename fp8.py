@@ -79,11 +79,13 @@ class FP8Config:
     enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
     precompute_fp8_dynamic_scale_for_fsdp: InitVar[bool | None] = None
 
-    def __post_init__(self, enable_fsdp_fp8_all_gather, precompute_fp8_dynamic_scale_for_fsdp):
-        if enable_fsdp_fp8_all_gather is not None:
-            self.enable_fsdp_float8_all_gather = enable_fsdp_fp8_all_gather
-        if precompute_fp8_dynamic_scale_for_fsdp is not None:
-            self.precompute_float8_dynamic_scale_for_fsdp = precompute_fp8_dynamic_scale_for_fsdp
+    def __post_init__(self, *aliases):
+        for name, value in zip(ALIASES.values(), aliases, strict=True):
+            if value is not None:
+                setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(ALIASES.get(name, name), value)
 
     def problems(self):
         """What is wrong with these values taken together, one sentence each (needs no GPU and no model)."""

@@ -10,8 +10,8 @@ EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accur
 import hashlib
 import http.client
 import json
-import os
 import re
+import secrets
 import shutil
 import urllib.request
 from pathlib import Path
@@ -35,7 +35,7 @@ def download(name, folder):
     path = Path(folder, name)
     if path.is_file():
         return path
-    aside = path.with_name(f"{name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{name}.{secrets.token_hex(4)}.tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(URL + name, timeout=60) as response, aside.open("wb") as file:
@@ -67,14 +67,15 @@ def read(files):
                 continue
             try:
                 raw = json.loads(line)
-                context = f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}" if "ctx_a" in raw else raw["ctx"]
-                item = {"ind": raw["ind"], "query": clean(f"{raw['activity_label']}: {context}"),
-                        "endings": [clean(ending) for ending in raw["endings"]], "label": int(raw["label"])}
+                whole = raw.get("ctx_a") is None
+                context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
+                item = {"ind": raw.get("ind", number - 1), "query": clean(f"{raw['activity_label']}: {context}"),
+                        "endings": [clean(ending) for ending in raw["endings"]], "label": int(str(raw["label"]))}
                 if not isinstance(raw["endings"], list) or not 0 <= item["label"] < len(raw["endings"]):
                     raise IndexError("endings must be a list, and label the place of one in it")
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: no HellaSwag question with ind, activity_label, ctx_a and "
-                                 f"ctx_b, endings and label ({type(error).__name__}: {error})") from error
+                raise ValueError(f"{path}, line {number}: no HellaSwag question with activity_label, ctx_a and ctx_b, "
+                                 f"endings and label ({type(error).__name__}: {error})") from error
             items.append(item)
     return items
 

@@ -265,6 +265,13 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_x, None, None, None, *grads
 
 
+def check_ids(cfg, largest):
+    """ValueError if the embedding has no row for the largest token id of what the model is to read."""
+    if largest >= cfg.vocab_size:
+        raise ValueError(f"the text has token id {largest}, model.vocab_size={cfg.vocab_size} ends before: set it to "
+                         f"at least {largest + 1} for a new model, or take the tokenizer that this one was made with")
+
+
 @torch.no_grad()
 def init_weights(model, seed):
     """Fill every parameter and buffer: normal(0, 0.02), projections into the residual stream scaled by depth.

@@ -25,6 +25,7 @@ import torch
 
 import bench
 import configurator
+import entry
 import logs
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
@@ -103,11 +104,8 @@ def judge(results):
 
     Losses and the band in nats. target_loss, the edge of the band, is what each variant inside of it comes down to.
     None is what one bf16 run cannot tell: noise, band, a row's `inside`, the verdict unless a variant failed.
-    Raises RuntimeError if a bf16 run failed.
     """
     seeds = [curves for variant, _, curves in results if variant == "bf16"]
-    if failed := [reason for reason in seeds if isinstance(reason, str)]:
-        raise RuntimeError(f"a bf16 run failed, so there is nothing to compare with: {failed[0]}")
     finals = [curves["val_loss"][-1] for curves in seeds]
     noise = statistics.stdev(finals) if len(finals) > 1 else None
     band, rows = noise and 2 * math.sqrt(2) * noise, []
@@ -191,6 +189,8 @@ def main():
             failure = "its validation loss ends as inf or nan"
         results.append((variant, seed, failure or curves))
         print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)
+        if failure and variant == "bf16":
+            raise RuntimeError(f"a bf16 run failed, so there is nothing to compare with: {failure}")
     judged = judge(results)
     run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
     report = {**{key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step")},
@@ -214,4 +214,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

@@ -7,8 +7,9 @@ Runs in the precision that the weights were trained in, without FP8: the checkpo
 context goes through the model for every token: short to read, and quick enough for a look at what a run has learnt.
 """
 
-import argparse
 import codecs
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 import checkpoint
 import configurator
 import data
+import entry
 import hf
 import model as models
 from tokenizer import get_tokenizer
@@ -66,8 +68,9 @@ def load_model(folder, device, tokenizer=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="folder", required=True, help="out_dir of a run of train.py, or a model folder")
+    parser = entry.Arguments(description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="folder", required=True, type=os.path.expanduser,
+                        help="out_dir of a run of train.py, or a model folder")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens to generate (default 300)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: bolder (0.7)")
@@ -75,14 +78,15 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="of the random choices (1337)")
     parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that holds none")
     args = parser.parse_args()
-    for name in ("max_new_tokens", "temperature", "top_k"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name}={getattr(args, name)} must not be negative")
+    for name, end in (("max_new_tokens", math.inf), ("temperature", math.inf), ("top_k", math.inf), ("seed", 2**63)):
+        if not 0 <= getattr(args, name) < end:
+            raise ValueError(f"--{name}={getattr(args, name)} must be at least 0, and below {end}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, encoding, config = load_model(args.folder, device, args.tokenizer)
     prompt = encoding.encode_ordinary(args.prompt)
     if not prompt:
         raise ValueError("--prompt is empty: give at least one character")
+    models.check_ids(config.model, max(prompt))
     generator = torch.Generator(device).manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside of a character
     sys.stdout.write(args.prompt)
@@ -95,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

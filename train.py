@@ -28,6 +28,7 @@ import checkpoint
 import configurator
 import cudagraph
 import data
+import entry
 import estimate
 import fp8
 import gemms
@@ -138,6 +139,8 @@ def main():
     if config.fp8.enabled:  # how long rows of HellaSwag are depends on the data
         check_fp8(tokens=config.micro_batch_size * config.model.block_size if config.data.format == "text" else 0)
     if start >= config.max_steps:
+        if first and not (out_dir / "loss.png").exists():  # the run was killed between its last save and this
+            logs.plot_losses(out_dir)
         say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Raise max_steps or set another out_dir")
         return
 
@@ -153,9 +156,9 @@ def main():
     questions = hellaswag.questions(config.data)[1][:n] if (n := config.eval_hellaswag_items) else []
     if first:
         checkpoint.barrier()
+    models.check_ids(config.model, max(train_rows.largest, val_rows.largest))
     loader = data.Loader(train_rows, global_batch_size=config.global_batch_size, seed=config.seed, rank=rank,
-                         micro_batch_size=config.micro_batch_size, vocab_size=config.model.vocab_size,
-                         world_size=world_size)
+                         micro_batch_size=config.micro_batch_size, world_size=world_size)
 
     def micro_batches(step):
         """This rank's part of a step's batch, steps counted from 0: a list of what micro_step takes."""
@@ -399,4 +402,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

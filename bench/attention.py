@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
-import configurator
+import entry
 import gemms
 import logs
 from attention import attend, check_flash4, document_bounds, document_mask
@@ -98,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 import configurator
+import entry
 import logs
 import optim
 import train
@@ -93,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

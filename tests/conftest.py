@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import configurator
+import entry
 import fp8
 import logs
 import model as models
@@ -94,7 +94,7 @@ def main_here(main, *argv):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
         try:
-            configurator.run(main)
+            entry.run(main)
         except SystemExit as ended:
             status = int(ended.code or 0)
         finally:

@@ -43,6 +43,12 @@ def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
     assert "say nothing about FP8" in text
 
 
+def test_where_nothing_runs_there_is_one_line_and_no_table(tiny_run, tmp_path):
+    status, out, err = main_here(main, *tiny_run, f"--out_dir={tmp_path}", "--variants=bf16", "--data.train=['/nope']")
+    assert status == 1 and "\nbench.py: every variant failed, the first with: train.py: data: '/nope'" in err
+    assert "error" in json.loads((tmp_path / "bench.json").read_text())["rows"][0] and "speedup is" not in out
+
+
 def test_keys_that_a_script_sets_itself_are_told_not_dropped(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "c.py", "--max_steps=3", "--seed=1", "--resume=must"])
     tell_idle(FIXED)

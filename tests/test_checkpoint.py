@@ -424,8 +424,8 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda b: b[:len(b) // 2], lambda b: b"", lambda b: bytes(255 - x for x in b), None],
-    ids=["cut", "empty", "other", "gone"])
+    lambda b: b[:len(b) // 2], lambda b: b"", lambda b: bytes(255 - x for x in b), lambda b: b"I wrote this\n", None],
+    ids=["cut", "empty", "other", "text", "gone"])
 def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path, damage):
     model = build()
     optimizer = AdamW(model, OptimConfig(weights="plain"), seed=0, compiled=False)

@@ -2,18 +2,14 @@
 
 import ast
 import copy
-import json
 import os
 import re
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch.distributed as dist
 
 import configurator
 import fp8
@@ -98,6 +94,27 @@ def test_aliases_set_the_same_field(alias, name, file):
     path = file(f"config = Config(fp8=FP8Config({alias}=True))")
     assert getattr(load([path]).fp8, name) is True
     assert getattr(load([path, f"--fp8.{alias}=False"]).fp8, name) is False
+
+
+@pytest.mark.parametrize("alias, name", fp8.ALIASES.items())
+def test_aliases_can_be_assigned(alias, name, file):
+    assert getattr(load([file(f"config = Config()\nconfig.fp8.{alias} = True")]).fp8, name) is True
+
+
+def test_folders_may_begin_with_a_tilde():
+    config = load(["--out_dir=~/x", "--data.cache_dir=~/y"])
+    assert [config.out_dir, config.data.cache_dir] == [os.path.expanduser("~/x"), os.path.expanduser("~/y")]
+
+
+def test_a_wrong_key_hides_its_own_consequences_and_no_other_mistake():
+    with pytest.raises(ValueError) as error:
+        load(["--max_stepz=3", "--log_interval=0", "--optim.lrr=1", "--optim.eps=0", "--fp8.enabled=True",
+              "--fp8.enable_fsdp_float8_all_gathr=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
+              "--micro_batch_size=x", "--global_batch_size=7"])
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0].split("=")[0] for line in lines[:4]] == [
+        "--max_stepz", "--optim.lrr", "--fp8.enable_fsdp_float8_all_gathr", "--micro_batch_size"]
+    assert sorted(lines[4:]) == ["log_interval=0 must be at least 1", "optim.eps=0.0 must be at least 1e-30"]
 
 
 def test_a_file_is_overridden_by_flags_and_left_as_it_was(file):
@@ -538,72 +555,3 @@ def test_every_field_is_read_somewhere(name, read_attributes):
 @pytest.mark.parametrize("path", sorted(REPO.glob("config/*.py")), ids=lambda p: p.name)
 def test_every_shipped_config_loads(path):
     assert isinstance(load([str(path), "--init_from=scratch"]), Config)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# the entry point
-
-
-def test_a_users_mistake_is_one_message_and_exit_status_2(tmp_path):
-    (tmp_path / "script.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(REPO)!r})
-import configurator
-configurator.run(lambda: configurator.load(sys.argv[1:]))
-""")
-    env = {k: v for k, v in os.environ.items() if k != "RANK"}
-    done = subprocess.run([sys.executable, "script.py", "--max_steps=x", "--sede=1"], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["script.py: --max_steps=x: expected int",
-                                        "--sede=1: unknown key, did you mean --seed? See --help"]
-
-
-def test_a_value_error_from_within_a_library_is_a_bug():
-    with pytest.raises(json.JSONDecodeError):  # passes through: Python prints a traceback and exits with 1
-        configurator.run(lambda: json.loads("{"))
-
-
-def test_a_value_error_that_no_raise_of_ours_told_is_a_bug(monkeypatch):
-    monkeypatch.setattr(configurator, "REPO", Path(__file__).resolve().parent)  # this file is one of ours
-    with pytest.raises(ValueError, match="invalid literal"):
-        configurator.run(lambda: int("x"))
-
-
-@pytest.mark.parametrize("becomes", [KeyboardInterrupt, RuntimeError, ValueError])
-def test_an_interrupt_ends_quietly_whatever_a_library_makes_of_it(capsys, becomes):
-    def main():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt as error:
-            raise becomes from error
-
-    with pytest.raises(SystemExit) as done:
-        configurator.run(main)
-    assert (done.value.code, capsys.readouterr().err) == (130, "interrupted\n")
-
-
-@pytest.mark.parametrize("rank, waits, speaker", [("0", [], ""), ("1", [10], "rank 1: ")])
-def test_other_ranks_leave_the_word_to_rank_0_and_speak_up_if_it_has_none(rank, waits, speaker, monkeypatch, capsys):
-    waited = []
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(configurator.time, "sleep", waited.append)
-    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
-    with pytest.raises(SystemExit) as done:
-        configurator.run(lambda: load(["--max_steps=x"]))
-    assert (done.value.code, waited) == (2, waits)
-    assert capsys.readouterr().err == f"train.py: {speaker}--max_steps=x: expected int\n"
-
-
-def test_a_process_group_is_destroyed_at_the_end_and_left_alone_after_an_error(tmp_path):
-    def main(error=None):
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path / str(error)}", rank=0, world_size=1)
-        if error:
-            raise error
-
-    configurator.run(main)
-    assert not dist.is_initialized()
-    with pytest.raises(RuntimeError):
-        configurator.run(lambda: main(RuntimeError("lost")))
-    assert dist.is_initialized()
-    dist.destroy_process_group()

@@ -51,7 +51,7 @@ def stream(n, tmp_path, name="numbers", block_size=8):
 
 
 def loader(tokens, **keys):
-    sizes = dict(global_batch_size=4, micro_batch_size=1, seed=3, vocab_size=70000)
+    sizes = dict(global_batch_size=4, micro_batch_size=1, seed=3)
     return Loader(tokens, **{**sizes, **keys})
 
 
@@ -285,6 +285,39 @@ def test_validation_text_that_is_empty_too_short_or_given_alone(tmp_path):
     assert len(prepare(cfg)[1]) == len("validation") + 1
 
 
+def test_folders_that_a_glob_matches_count_as_folders_and_what_two_patterns_name_counts_once(tmp_path):
+    for name in ("a/1.txt", "a/deep/2.TXT", "a/3.bin", "b/4.jsonl", "5.txt", "c/6.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*patterns):
+        return [str(p.relative_to(tmp_path)) for p in data.find_files([str(tmp_path / p) for p in patterns])]
+
+    assert found("*") == ["5.txt", "a/1.txt", "a/deep/2.TXT", "b/4.jsonl"]
+    assert found("[ab]") == ["a/1.txt", "a/deep/2.TXT", "b/4.jsonl"]
+    assert found("b/4.jsonl", "b/*", "b", "a/../b/4.jsonl", "a/3.bin") == ["b/4.jsonl", "a/3.bin"]
+    for empty in ("c*", "nothing*"):  # a folder of what does not count, no match
+        with pytest.raises(ValueError, match="matches no file"):
+            found(empty)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_text(tmp_path):
+    (tmp_path / "d.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n  \n{"text": "two"}\n\n')
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfthree")
+    assert list(data.documents([tmp_path / "d.JSONL", tmp_path / "d.txt"], "text")) == ["one", "two", "three"]
+
+
+def test_what_a_killed_run_left_of_its_shards_is_in_nobodys_way(tmp_path, corpus, monkeypatch):
+    cfg, rename = config(tmp_path, corpus), data.Path.rename
+    monkeypatch.setattr(data.shutil, "rmtree", lambda *args, **kwargs: None)  # killed: it cleans nothing up
+    monkeypatch.setattr(data.Path, "rename", lambda *args: None)
+    with pytest.raises(ValueError):
+        prepare(cfg)
+    assert len(list((tmp_path / "cache").glob("*.tmp"))) == 1
+    monkeypatch.setattr(data.Path, "rename", rename)
+    assert len(prepare(cfg)[0])  # in the same process id, as every start of a container has
+
+
 @pytest.mark.parametrize("line, told", [
     ("{broken", "line 2 is no JSON: Expecting property name"),
     ('{"id": 1, "body": "x"}', r"line 2 has no text under data.text_key='text' \(its keys: id, body\)"),
@@ -299,13 +332,6 @@ def test_text_shorter_than_a_batch_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="fills 3 rows of 8 tokens, one step needs global_batch_size=4: give more"):
         loader(stream(25, tmp_path))
     loader(stream(26, tmp_path, "enough"))
-
-
-def test_token_id_beyond_the_vocabulary_is_an_error(tmp_path):
-    tokens = stream(500, tmp_path)
-    with pytest.raises(ValueError, match="token id 499, model.vocab_size=499 ends before: set model.vocab_size to at"):
-        loader(tokens, vocab_size=499)
-    loader(tokens, vocab_size=500)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def test_memory_is_within_5_percent_of_what_bench_measured(name, variant, gib, t
     config = llama_8b(compile=CompileConfig(enabled=True))
     if "8_layers" in name:
         config = replace(config, model=models.llama3_1_8b(n_layer=8), activation_checkpoint="none", loss_chunks=1)
-    if name in ("bench_llama_8b_fast", "bench_8_layers_fast", "bench_8_layers_fp8_moments"):  # its keys are in the config, not in the variant
+    # whose keys are in the config, not in the variant
+    if name in ("bench_llama_8b_fast", "bench_8_layers_fast", "bench_8_layers_fp8_moments"):
         config = with_fast_keys(config)
     config = as_variant(config, variant, tmp_path)
     assert estimate.memory(config, shards=0, accumulation=1) == pytest.approx(gib, rel=0.05)

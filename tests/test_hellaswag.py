@@ -8,11 +8,12 @@ import threading
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import build, metrics, run, run_many, train_here
 
 import attention
-import configurator
+import entry
 import eval as scoring
 import hellaswag
 from data import DataConfig, Loader
@@ -71,9 +72,16 @@ def test_text_is_prepared_by_the_rules_of_the_harness(tmp_path):
                      {"ind": 8, "query": "Dogs: A dog runs.", "endings": ["x", "y"], "label": 0}]
 
 
+def test_fields_that_the_published_rows_always_have_may_be_missing(tmp_path):
+    row = {"activity_label": "A", "ctx": "b c", "ctx_a": None, "endings": ["d", "e"], "label": 1}
+    (tmp_path / "q.jsonl").write_text(f"{json.dumps(row)}\n\n{json.dumps(row)}\n")
+    assert [(q["ind"], q["query"]) for q in hellaswag.read([tmp_path / "q.jsonl"])] == [(0, "A: b c"), (2, "A: b c")]
+
+
 @pytest.mark.parametrize("line, told", [
-    ('{"ind": 1', "JSONDecodeError"), ("[1]", "TypeError"), (b"\xff", "UnicodeDecodeError"),
+    ('{"ind": 1', "JSONDecodeError"), ("[1]", "AttributeError"), (b"\xff", "UnicodeDecodeError"),
     (json.dumps({**question(0), "label": "4"}), "IndexError"), (json.dumps({**question(0), "label": ""}), "ValueError"),
+    (json.dumps({**question(0), "label": 1.7}), "ValueError"),
     (json.dumps({**question(0), "label": "-1"}), "label"), (json.dumps({**question(0), "endings": "abcd"}), "endings"),
     (json.dumps({k: v for k, v in question(0).items() if k != "activity_label"}), "activity_label")])
 def test_broken_lines_are_named(tmp_path, line, told):
@@ -212,7 +220,7 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(file, size):
     rows = hellaswag.prepare(config(file, packed_sequence_size=size), 256, 1)[0]
     batches = []
     for n in (1, 2, 4):
-        parts = [Loader(rows, global_batch_size=4, micro_batch_size=1, seed=1, vocab_size=272, rank=r, world_size=n)
+        parts = [Loader(rows, global_batch_size=4, micro_batch_size=1, seed=1, rank=r, world_size=n)
                  .batch(1) for r in range(n)]
         assert all((part[2] is None) == (size == 0) for part in parts)
         batches.append([torch.cat(c, 1).flatten(0, 1) for c in zip(*parts, strict=True) if c[0] is not None])
@@ -312,7 +320,7 @@ def evaluate(monkeypatch):
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["eval.py", *args])
-        configurator.run(scoring.main)
+        entry.run(scoring.main)
 
     return call
 
@@ -376,6 +384,23 @@ def test_eval_mistakes_are_one_line(runs, file, evaluate, capsys, args, told):
     assert stopped.value.code == 2
     told_lines = capsys.readouterr().err.strip().splitlines()
     assert len(told_lines) == 1 and told in told_lines[0]
+
+
+def test_all_mistakes_of_eval_are_told_at_once(evaluate, capsys):
+    with pytest.raises(SystemExit):
+        evaluate("--from=/nowhere", "--limit=-1", "--data=/no/such", "--out=/no/such/file")
+    assert [line.split("=")[0] for line in capsys.readouterr().err.removeprefix("eval.py: ").splitlines()] == [
+        "--from", "--limit", "--data", "--out"]
+
+
+def test_a_tokenizer_that_is_not_the_models_is_told(runs, file, evaluate, capsys, monkeypatch):
+    wide = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks={bytes([i]): i + 300 for i in range(256)},
+                             special_tokens={})
+    wide.bos = None
+    monkeypatch.setattr("sample.get_tokenizer", lambda _: wide)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", "--limit=2")
+    assert stopped.value.code == 2 and "model.vocab_size=" in capsys.readouterr().err
 
 
 def test_eval_of_an_empty_file_says_so(runs, evaluate, capsys, tmp_path):

@@ -13,6 +13,7 @@ from conftest import REPO, main_here, metrics, run, run_many, train_here
 import checkpoint
 import configurator
 import cudagraph
+import data
 import logs
 import sample
 import train
@@ -620,6 +621,31 @@ def test_sample_continues_the_prompt_and_repeats_with_the_seed(finished):
     assert again == first != other
 
 
+@pytest.mark.parametrize("arg", ["--temperature=nan", "--seed=9223372036854775808", "--top_k=-1"])
+def test_sample_tells_what_it_cannot_take(finished, arg):
+    status, _, told = main_here(sample.main, f"--from={finished[1] / 'whole'}", arg)
+    assert status == 2 and told.startswith(f"sample.py: {arg} must be at least 0, and below ")
+
+
+def test_a_run_that_was_killed_before_its_plot_gets_it_at_the_next_start(tiny_run, tmp_path):
+    train_here(*tiny_run, f"--out_dir={tmp_path}")
+    (tmp_path / "loss.png").unlink()
+    train_here(*tiny_run, f"--out_dir={tmp_path}")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_validation_token_that_the_model_lacks_is_told_before_training(tiny_run, tmp_path, monkeypatch):
+    largest = data.Tokens.__init__
+
+    def init(self, *args):
+        largest(self, *args)
+        self.largest = 300 * (len(self) < 10000)  # of validation, the smaller part
+
+    monkeypatch.setattr(data.Tokens, "__init__", init)
+    status, out, told = main_here(train.main, *tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272")
+    assert status == 2 and "token id 300, model.vocab_size=272 ends before" in told and "step 1" not in out
+
+
 def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
     done = run("sample.py", f"--from={tmp_path}", check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no checkpoint" in done.stderr
@@ -651,7 +677,7 @@ def test_under_torchrun_the_message_comes_once(tiny_run, tmp_path):
     done = run("train.py", *tiny_run, "--micro_batch_size=8", f"--out_dir={tmp_path / 'out'}", ranks=2, check=False)
     assert done.returncode != 0
     told = "global_batch_size=8 must be a multiple of micro_batch_size x ranks = 8 x 2 = 16"
-    assert done.stderr.count(told) == 1 and "configurator.py" not in done.stderr  # torchrun adds a report of its own
+    assert done.stderr.count(told) == 1 and "entry.py" not in done.stderr  # torchrun adds a report of its own
 
 
 def test_diverged_training_stops_and_says_so(tiny_run, tmp_path):
@@ -671,7 +697,7 @@ def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path, moment):
     script.write_text(textwrap.dedent(f"""
             import os, signal, sys
             sys.path.insert(0, {str(REPO)!r})
-            import configurator, torch, train
+            import entry, torch, train
             calls, old = [], {place[moment]}
             def interrupted(self, *args):
                 calls.append(1)
@@ -679,7 +705,7 @@ def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path, moment):
                     os.kill(os.getpid(), signal.SIGINT)
                 return old(self, *args)
             {place[moment]} = interrupted
-            configurator.run(train.main)
+            entry.run(train.main)
             """))
     done = run(script, *tiny_run, f"--out_dir={tmp_path / 'out'}", check=False)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (130, "interrupted")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bench
-import configurator
+import entry
 import train
 
 CLONE = "--clone="  # first argument of a process that trains with nanochat's FP8; behind it the clone's folder
@@ -76,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    entry.run(main)

@@ -87,7 +87,7 @@ def measure(variant, args):
     model = build(args, sizes, words, recipe, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rows, _, _ = data.prepare(data.DataConfig(cache_dir=args.cache_dir, tokenizer="bytes"), args.tokens)
-    loader = data.Loader(rows, global_batch_size=1, micro_batch_size=1, seed=1337, vocab_size=args.vocab)
+    loader = data.Loader(rows, global_batch_size=1, micro_batch_size=1, seed=1337)
 
     def now():
         if device.type == "cuda":

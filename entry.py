@@ -1,0 +1,62 @@
+"""How every script ends: well, in one message about a mistake, or in a traceback of a bug."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+REPO = Path(__file__).resolve().parent
+DISK_SAYS_NO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+
+
+class Arguments(argparse.ArgumentParser):
+    """The parser of the scripts that need no config; their mistakes end as `run` says."""
+
+    def error(self, message):
+        raise ValueError(f"{message}, see --help")
+
+
+def run(main):
+    """Call main(). What a `raise` in our own files tells ends in one message, anything else is a bug and a traceback.
+
+    Exit status 2 for a ValueError, a mistake of the user's; 1 for a RuntimeError, a run that must not go on, and a bug.
+    A path that the operating system refuses is the user's mistake too, wherever it shows.
+    """
+    rank = int(os.environ.get("RANK", 0))  # set by torchrun
+    interrupted = False
+
+    def interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        main()
+    except BaseException as error:
+        if interrupted:  # whatever it has become on its way: torch.distributed.checkpoint wraps a KeyboardInterrupt
+            if rank == 0:
+                print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        folder = Path(origin.filename).resolve().parent
+        ours = folder in (REPO, REPO / "bench", REPO / "bench" / "peers") and origin.line.startswith("raise")
+        if rank > 0 and isinstance(error, Exception):
+            # All ranks find the same, or miss rank 0 when it has gone; one speaks: torchrun ends the others in their
+            # sleep. Whoever wakes up found something that rank 0 did not, and had better say so. Nobody leaves
+            # earlier, because torchrun ends rank 0 too when another rank is the first to go.
+            time.sleep(10)
+        if isinstance(error, OSError) and error.errno in DISK_SAYS_NO and error.filename:
+            error = ValueError(f"{error.filename}: {error.strerror}: name another path, or make this one usable")
+        elif not isinstance(error, (ValueError, RuntimeError)) or not ours:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    if dist.is_initialized():  # not after an error: it would wait for ranks that are stuck in a collective
+        dist.destroy_process_group()

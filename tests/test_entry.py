@@ -1,0 +1,122 @@
+"""entry.py: who is told what, with which exit status, when a script ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import REPO, run
+
+import entry
+from configurator import load
+
+
+def test_a_users_mistake_is_one_message_and_exit_status_2(tmp_path):
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import configurator, entry
+entry.run(lambda: configurator.load(sys.argv[1:]))
+""")
+    env = {k: v for k, v in os.environ.items() if k != "RANK"}
+    done = subprocess.run([sys.executable, "script.py", "--max_steps=x", "--sede=1"], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["script.py: --max_steps=x: expected int",
+                                        "--sede=1: unknown key, did you mean --seed? See --help"]
+
+
+def test_a_value_error_from_within_a_library_is_a_bug():
+    with pytest.raises(json.JSONDecodeError):  # passes through: Python prints a traceback and exits with 1
+        entry.run(lambda: json.loads("{"))
+
+
+def test_a_value_error_that_no_raise_of_ours_told_is_a_bug(monkeypatch):
+    monkeypatch.setattr(entry, "REPO", Path(__file__).resolve().parent)  # this file is one of ours
+    with pytest.raises(ValueError, match="invalid literal"):
+        entry.run(lambda: int("x"))
+
+
+def test_a_run_that_must_not_go_on_is_one_message_and_exit_status_1(monkeypatch, capsys):
+    def main():
+        raise RuntimeError("the loss is nan")
+
+    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
+    with pytest.raises(RuntimeError):  # from a library, as far as entry.py knows
+        entry.run(main)
+    monkeypatch.setattr(entry, "REPO", Path(__file__).resolve().parent)
+    with pytest.raises(SystemExit) as done:
+        entry.run(main)
+    assert (done.value.code, capsys.readouterr().err) == (1, "train.py: the loss is nan\n")
+
+
+def test_a_path_that_the_system_refuses_is_the_users_mistake(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as done:
+        entry.run(lambda: (tmp_path / "file" / "folder").mkdir())
+    assert done.value.code == 2 and "Traceback" not in (told := capsys.readouterr().err)
+    assert told.startswith(f"train.py: {tmp_path / 'file' / 'folder'}: Not a directory: name another path")
+    with pytest.raises(FileNotFoundError):  # what we thought to be there: a bug
+        entry.run(lambda: (tmp_path / "nothing").read_text())
+
+
+def test_arguments_of_scripts_without_a_config_are_told_in_one_line():
+    done = subprocess.run([sys.executable, "sample.py", "--from=x", "--top_k=y"], cwd=REPO, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sample.py: argument --top_k: invalid int value: 'y', see --help\n"
+
+
+def test_ranks_that_miss_rank_0_do_not_talk_over_it(tiny_run, tmp_path):
+    done = run("train.py", *tiny_run, "--data.train=['/nope']", f"--out_dir={tmp_path / 'out'}", ranks=2, check=False)
+    assert done.stderr.count("data: '/nope' matches no file") == 1
+    assert "[rank1]" not in done.stderr and "entry.py" not in done.stderr  # torchrun adds a report of its own
+
+
+def test_help_and_the_resolved_config_come_once():
+    done = run("train.py", "config/llama_fp8.py", "--print_config", ranks=2)
+    assert done.stdout.count("config = Config(") == 1
+
+
+@pytest.mark.parametrize("becomes", [KeyboardInterrupt, RuntimeError, ValueError])
+def test_an_interrupt_ends_quietly_whatever_a_library_makes_of_it(capsys, becomes):
+    def main():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise becomes from error
+
+    with pytest.raises(SystemExit) as done:
+        entry.run(main)
+    assert (done.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("rank, waits, speaker", [("0", [], ""), ("1", [10], "rank 1: ")])
+def test_other_ranks_leave_the_word_to_rank_0_and_speak_up_if_it_has_none(rank, waits, speaker, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(entry.time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
+    with pytest.raises(SystemExit) as done:
+        entry.run(lambda: load(["--max_steps=x"]))
+    assert (done.value.code, waited) == (2, waits)
+    assert capsys.readouterr().err == f"train.py: {speaker}--max_steps=x: expected int\n"
+
+
+def test_a_process_group_is_destroyed_at_the_end_and_left_alone_after_an_error(tmp_path):
+    def main(error=None):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / str(error)}", rank=0, world_size=1)
+        if error:
+            raise error
+
+    entry.run(main)
+    assert not dist.is_initialized()
+    with pytest.raises(RuntimeError):
+        entry.run(lambda: main(RuntimeError("lost")))
+    assert dist.is_initialized()
+    dist.destroy_process_group()
