@@ -100,7 +100,7 @@ def tell_idle(keys):
     """Print which keys of the command line the calling script sets itself, so that typing them has no effect."""
     idle = [arg for arg in sys.argv[1:] if arg.partition("=")[0].removeprefix("--") in keys]
     if idle:
-        print(f"{' '.join(idle)}: no effect here, --warmup and --steps say how long it trains", flush=True)
+        print(f"{' '.join(idle)}: no effect here, this script sets that itself", flush=True)
 
 
 def slug(variant):
@@ -230,7 +230,7 @@ def main():
                           None if own.gemms else out_dir / "bench.json")
     rows = report["rows"]
     if all("error" in row for row in rows):
-        raise RuntimeError(f"every variant failed, the first with: {rows[0]['error']}")
+        raise RuntimeError(f"nothing ran: {rows[0]['error']}")
     if own.gemms:
         device = torch.device("cpu" if on_cpu(config) else "cuda")
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])

@@ -106,8 +106,8 @@ def reading(folder):
     """Reading a checkpoint folder, which is complete or not there: that a file cannot be read is told in one line."""
     try:
         yield
-    except (CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError, AttributeError, ImportError,
-            IndexError, KeyError) as error:  # the last four too come from pickles that are damaged
+    except (CheckpointException, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError, AttributeError,
+            ImportError, LookupError) as error:  # any of them can come from a pickle that is damaged
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]  # what went wrong on the first rank where it did
         why = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
@@ -126,6 +126,7 @@ def read_run(folder, config=None, **wanted):
         raise ValueError(f"{folder} is no checkpoint of nanofp8: it has no run.json")
     with reading(folder):
         run = json.loads(path.read_text())
+        run["step"]  # or it is none
     if changed := [key for key in wanted if run.get(key) != wanted[key]]:
         keys = configurator.changed(Path(folder).parents[1] / "config.py", config)
         raise ValueError(f"{folder} was made with another {', '.join(changed)}{keys}: resuming would not continue that "

@@ -159,7 +159,8 @@ def load(argv, own=None):
             setattr(section, key.name, value)
             continue
         mistakes.append(f"{arg}: {mistake}")
-        broken.append(name)
+        prefix, dot, leaf = name.rpartition(".")
+        broken.append(f"{prefix}{dot}{fp8.ALIASES.get(leaf, leaf)}".removesuffix(".enabled"))  # which stands for all
     config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
     if readable:
         parts = [s for _, s in [*sections(config), *own_section] if hasattr(s, "problems")]

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class DataConfig:
     """Where tokens come from."""
 
     format: Literal["text", "hellaswag"] = "text"  # hellaswag: JSONL as published, loss on the right ending only
-    train: list[str] = field(default_factory=list)  # files, folders, globs; []: the embedded corpus or HellaSwag's own
+    train: list[str] = field(default_factory=list)  # files, folders, globs, each file once; []: built in
     val: list[str] = field(default_factory=list)  # the same for validation; []: every 20th document of train
     packed_sequence_size: int = 0  # hellaswag: tokens of a row that samples are packed into; 0: one sample a row
     tokenizer: str = "auto"  # "bytes", a tiktoken name, a tokenizer file or folder; auto: init_from's, else bytes
@@ -66,13 +67,17 @@ def embedded_files():
 
 
 def find_files(patterns):
-    """The files that paths, folders (recursive) and globs name, sorted within each. ValueError if one names none."""
+    """The files that paths, folders (recursive, but for hidden ones) and globs name, sorted within each, each once.
+
+    ValueError if one names none.
+    """
     files = {}  # by where they really are: what two patterns name counts once
     for pattern in patterns:
         path, found = Path(pattern).expanduser(), []
         for match in [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True))):
-            inside = sorted(match.rglob("*")) if match.is_dir() else ()
-            found += [p for p in inside if p.is_file() and p.suffix.lower() in SUFFIXES] or [match] * match.is_file()
+            inside = [p for p in sorted(match.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()
+                      and not any(part.startswith(".") for part in p.relative_to(match).parts)]
+            found += inside or [match] * match.is_file()
         if not found:
             raise ValueError(f"data: {pattern!r} matches no file (in a folder, files ending in "
                              + ", ".join(sorted(SUFFIXES)) + " count)")
@@ -95,10 +100,10 @@ def documents(files, text_key):
                     try:
                         row = json.loads(line)
                     except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+                        raise ValueError(f"{path}, line {number} is no JSON: {error.msg}") from error
                     if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-                        has = f"its keys: {', '.join(row)}" if isinstance(row, dict) else "no JSON object"
-                        raise ValueError(f"{path}, line {number} has no text under data.text_key={text_key!r} ({has})")
+                        has = f"it has {', '.join(row) or 'none'}" if isinstance(row, dict) else "it is no object"
+                        raise ValueError(f"{path}, line {number} has no text under data.text_key={text_key!r}: {has}")
                     yield row[text_key]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out") from error
@@ -253,6 +258,9 @@ def build(folder, train, val, cfg, encoding):
     if encoding.eos is None:
         raise ValueError(f"tokenizer {encoding.name} has no end-of-text token to close documents with")
     aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by runs that were killed
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     workers, end = cfg.workers or os.cpu_count(), np.array([encoding.eos])
     try:

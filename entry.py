@@ -1,4 +1,4 @@
-"""How every script ends: well, in one message about a mistake, or in a traceback of a bug."""
+"""How a script ends: well, in one message about a mistake, or in the traceback of a bug."""
 
 import argparse
 import errno
@@ -10,9 +10,11 @@ import traceback
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 REPO = Path(__file__).resolve().parent
-DISK_SAYS_NO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+FULL = {errno.ENOSPC, errno.EDQUOT}  # come without a file's name
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class Arguments(argparse.ArgumentParser):
@@ -25,8 +27,8 @@ class Arguments(argparse.ArgumentParser):
 def run(main):
     """Call main(). What a `raise` in our own files tells ends in one message, anything else is a bug and a traceback.
 
-    Exit status 2 for a ValueError, a mistake of the user's; 1 for a RuntimeError, a run that must not go on, and a bug.
-    A path that the operating system refuses is the user's mistake too, wherever it shows.
+    Exit status 2 for a ValueError (a mistake of the user's), 1 for a RuntimeError (a run that must not go on) and for a
+    bug. A path that the operating system refuses, or a full disk, is told like a mistake of the user's.
     """
     rank = int(os.environ.get("RANK", 0))  # set by torchrun
     interrupted = False
@@ -47,13 +49,15 @@ def run(main):
         origin = traceback.extract_tb(error.__traceback__)[-1]
         folder = Path(origin.filename).resolve().parent
         ours = folder in (REPO, REPO / "bench", REPO / "bench" / "peers") and origin.line.startswith("raise")
-        if rank > 0 and isinstance(error, Exception):
+        if rank > 0 and not isinstance(error, (SystemExit, KeyboardInterrupt)):
             # All ranks find the same, or miss rank 0 when it has gone; one speaks: torchrun ends the others in their
             # sleep. Whoever wakes up found something that rank 0 did not, and had better say so. Nobody leaves
             # earlier, because torchrun ends rank 0 too when another rank is the first to go.
             time.sleep(10)
-        if isinstance(error, OSError) and error.errno in DISK_SAYS_NO and error.filename:
-            error = ValueError(f"{error.filename}: {error.strerror}: name another path, or make this one usable")
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, OSError) and (cause.errno in FULL or cause.errno in REFUSED and cause.filename):
+            error = ValueError(f"{cause.filename or 'the disk'}: {cause.strerror}: name another path, or make this one "
+                               "usable")
         elif not isinstance(error, (ValueError, RuntimeError)) or not ours:
             raise
         print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)

@@ -37,9 +37,8 @@ def score(model, encoding, questions, *, device, rank, world_size, reduce):
     under FSDP each is a collective. reduce: sums a tensor over all ranks in place, and returns it.
     """
     block_size = model.cfg.block_size
-    sequences = [hellaswag.encode(encoding, q["query"], ending, block_size)[:2]
-                 for q in questions for ending in q["endings"]]
-    check_ids(model.cfg, max(int(ids.max()) for ids, _ in sequences))
+    sequences = hellaswag.sequences(encoding, questions, block_size)
+    check_ids(model.cfg, max(ids.max() for ids, _ in sequences))
     order, batches = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])), []
     while order:
         length = min(block_size, -(-(len(sequences[order[0]][0]) - 1) // 16) * 16)
@@ -95,8 +94,8 @@ def main():
         (not Path(args.folder).is_dir(), f"--from={args.folder}: no such folder"),
         (args.limit < 0, f"--limit={args.limit} must not be negative"),
         (args.data and not Path(args.data).is_file(), f"--data={args.data}: no such file"),
-        (args.out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)),
-         f"--out={out}: name a file, in a folder that exists and can be written to")) if wrong]
+        (args.out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)),
+         f"--out={out}: name a file that can be written, in a folder that exists")) if wrong]
     if mistakes:
         raise ValueError("\n".join(mistakes))
     if rank > 0:

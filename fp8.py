@@ -47,7 +47,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import attention  # noqa: F401  registers two of the SAVED_OPS
 
-# NeMo-Automodel's documentation spells two of the keys in two ways: both name the same field.
+# NeMo-Automodel's documentation spells two of the keys in two ways: both set the same field, read by its first name.
 ALIASES = {
     "enable_fsdp_fp8_all_gather": "enable_fsdp_float8_all_gather",
     "precompute_fp8_dynamic_scale_for_fsdp": "precompute_float8_dynamic_scale_for_fsdp",
@@ -106,7 +106,7 @@ class FP8Config:
         for key, about in (("grad_fast_accum", "how tensor cores add up, and emulated FP8 adds up in float32"),
                            ("auto_filter", "which layers FP8 makes faster, and emulated FP8 makes none")):
             if getattr(self, key) and self.emulate:
-                yield f"fp8.{key}=True is about {about}: turn one of the two off"
+                yield f"fp8.{key}=True is about {about}: turn it or fp8.emulate off"
 
 
 @dataclass(kw_only=True)

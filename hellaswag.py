@@ -67,15 +67,15 @@ def read(files):
                 continue
             try:
                 raw = json.loads(line)
-                whole = raw.get("ctx_a") is None
+                whole, label = raw.get("ctx_a") is None, float(raw["label"])
                 context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
                 item = {"ind": raw.get("ind", number - 1), "query": clean(f"{raw['activity_label']}: {context}"),
-                        "endings": [clean(ending) for ending in raw["endings"]], "label": int(str(raw["label"]))}
-                if not isinstance(raw["endings"], list) or not 0 <= item["label"] < len(raw["endings"]):
+                        "endings": [clean(ending) for ending in raw["endings"]], "label": int(label)}
+                if not isinstance(raw["endings"], list) or label not in range(len(raw["endings"])):
                     raise IndexError("endings must be a list, and label the place of one in it")
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: no HellaSwag question with activity_label, ctx_a and ctx_b, "
-                                 f"endings and label ({type(error).__name__}: {error})") from error
+                raise ValueError(f"{path}, line {number}: no HellaSwag question with activity_label, ctx or ctx_a and "
+                                 f"ctx_b, endings and label ({type(error).__name__}: {error})") from error
             items.append(item)
     return items
 
@@ -112,6 +112,11 @@ def encode(encoding, query, ending, limit):
     ids = np.append(bos, encoding.encode_ordinary(f"{query} {ending}")).astype(np.int64)
     cut = max(0, len(ids) - limit - 1)
     return np.delete(ids, np.s_[len(bos) : len(bos) + cut]), max(start - cut, 1), cut
+
+
+def sequences(encoding, items, limit):
+    """(ids, where the ending's begin) of every ending of every question, one question after the other."""
+    return [encode(encoding, item["query"], ending, limit)[:2] for item in items for ending in item["endings"]]
 
 
 class Samples:

@@ -268,7 +268,7 @@ class ChunkedLoss(torch.autograd.Function):
 def check_ids(cfg, largest):
     """ValueError if the embedding has no row for the largest token id of what the model is to read."""
     if largest >= cfg.vocab_size:
-        raise ValueError(f"the text has token id {largest}, model.vocab_size={cfg.vocab_size} ends before: set it to "
+        raise ValueError(f"the text has token id {largest}, and model.vocab_size={cfg.vocab_size} no row for it: set "
                          f"at least {largest + 1} for a new model, or take the tokenizer that this one was made with")
 
 

@@ -52,7 +52,7 @@ def table(model, cfg, flops_share, *, shards):
 def verify_sharded(model, cfg, expected, *, shards):
     """After sharding and loading weights: the converted layers are all there, and their weights set up as asked.
 
-    expected: names of the layers that convert() made. Raises RuntimeError otherwise: this is a defect, not a mistake.
+    expected: names of the layers that convert() made. Raises RuntimeError otherwise: a defect of this code or a fork.
     """
     found = fp8.float8_linears(model)
     if list(found) != expected:

@@ -78,9 +78,12 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="of the random choices (1337)")
     parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that holds none")
     args = parser.parse_args()
-    for name, end in (("max_new_tokens", math.inf), ("temperature", math.inf), ("top_k", math.inf), ("seed", 2**63)):
-        if not 0 <= getattr(args, name) < end:
-            raise ValueError(f"--{name}={getattr(args, name)} must be at least 0, and below {end}")
+    mistakes = [f"--{name}={value} must be a number that is not negative" for name, value in vars(args).items()
+                if name in ("max_new_tokens", "temperature", "top_k") and not 0 <= value < math.inf]
+    if not -(2**63) <= args.seed < 2**63:
+        mistakes.append(f"--seed={args.seed} must fit in 64 bits")
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, encoding, config = load_model(args.folder, device, args.tokenizer)
     prompt = encoding.encode_ordinary(args.prompt)

@@ -139,8 +139,8 @@ def main():
     if config.fp8.enabled:  # how long rows of HellaSwag are depends on the data
         check_fp8(tokens=config.micro_batch_size * config.model.block_size if config.data.format == "text" else 0)
     if start >= config.max_steps:
-        if first and not (out_dir / "loss.png").exists():  # the run was killed between its last save and this
-            logs.plot_losses(out_dir)
+        if first and (out_dir / "metrics.jsonl").exists() and not (out_dir / "loss.png").exists():
+            logs.plot_losses(out_dir)  # the run was killed after its last save
         say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Raise max_steps or set another out_dir")
         return
 
@@ -156,7 +156,8 @@ def main():
     questions = hellaswag.questions(config.data)[1][:n] if (n := config.eval_hellaswag_items) else []
     if first:
         checkpoint.barrier()
-    models.check_ids(config.model, max(train_rows.largest, val_rows.largest))
+    asked = [ids.max() for ids, _ in hellaswag.sequences(encoding, questions, config.model.block_size)]
+    models.check_ids(config.model, max(train_rows.largest, val_rows.largest, *asked))
     loader = data.Loader(train_rows, global_batch_size=config.global_batch_size, seed=config.seed, rank=rank,
                          micro_batch_size=config.micro_batch_size, world_size=world_size)
 

@@ -37,7 +37,8 @@ if gib > 75:
         out_dir="out/llama_8b_fp8", max_steps=1000, eval_interval=250, eval_sequences=16, log_interval=5,
         checkpoint_interval=500)
 else:
-    # 8 sequences x 256 bytes = 2,048 bytes per step; 450 steps see 0.9 MB and end near 1.7 nats per byte. 3 ranks: 6.
+    # 8 sequences x 256 bytes = 2,048 bytes per step; 450 steps see 0.9 MB and end near 1.7 nats per byte.
+    # Where the ranks do not divide 8 it is the largest multiple of them below.
     choice = "no 80 GB GPU with FP8 here: a small model" + ("" if gpu else ", FP8 emulated")
     config = Config(
         model=model.llama_tiny(), fp8=fp8, compile=CompileConfig(enabled=True), dtype="float32",
@@ -47,4 +48,4 @@ else:
         eval_interval=150, eval_sequences=128, checkpoint_interval=150)
 
 if rank == 0:
-    print(f"config/llama_fp8.py: {choice}", file=sys.stderr)
+    print(f"config/llama_fp8.py: {choice}{'' if even else ', weights gathered in bf16'}", file=sys.stderr)

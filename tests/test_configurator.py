@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 import configurator
 import fp8
@@ -115,6 +116,27 @@ def test_a_wrong_key_hides_its_own_consequences_and_no_other_mistake():
     assert [line.split(":")[0].split("=")[0] for line in lines[:4]] == [
         "--max_stepz", "--optim.lrr", "--fp8.enable_fsdp_float8_all_gathr", "--micro_batch_size"]
     assert sorted(lines[4:]) == ["log_interval=0 must be at least 1", "optim.eps=0.0 must be at least 1e-30"]
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--fp8.enabled=True", "--fp8.enable_fsdp_fp8_all_gathr=True", "--fp8.precompute_fp8_dynamic_scale_for_fsdp=True"],
+    ["--fp8.enabled=True", "--fp8.enable_fsdp_fp8_all_gather=y", "--fp8.precompute_fp8_dynamic_scale_for_fsdp=True"],
+    ["config/llama_fp8.py", "--fp8.enabled=no", "--fp8.recipe_name=rowwise"],
+    ["config/llama_fp8.py", "--fp8.emulat=False", "--fp8.grad_fast_accum=True"]])
+def test_consequences_are_known_by_every_name_of_a_key(wrong):
+    with pytest.raises(ValueError) as error:
+        load(wrong)
+    assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("ranks, batch, even", [
+    (1, 8, True), (3, 6, False), (4, 8, True), (9, 9, False), (16, 16, True)])
+def test_the_front_door_opens_on_any_number_of_ranks(ranks, batch, even, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load([str(REPO / "config/llama_fp8.py")])
+    assert config.global_batch_size == batch and batch % (config.micro_batch_size * ranks) == 0
+    assert config.fp8.enable_fsdp_float8_all_gather == config.fp8.precompute_float8_dynamic_scale_for_fsdp == even
 
 
 def test_a_file_is_overridden_by_flags_and_left_as_it_was(file):

@@ -1,5 +1,6 @@
 """entry.py: who is told what, with which exit status, when a script ends."""
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import REPO, run
+from torch.distributed.checkpoint.api import CheckpointException
 
 import entry
 from configurator import load
@@ -63,6 +65,35 @@ def test_a_path_that_the_system_refuses_is_the_users_mistake(tmp_path, monkeypat
     assert told.startswith(f"train.py: {tmp_path / 'file' / 'folder'}: Not a directory: name another path")
     with pytest.raises(FileNotFoundError):  # what we thought to be there: a bug
         entry.run(lambda: (tmp_path / "nothing").read_text())
+
+
+@pytest.mark.parametrize("error, told", [
+    (OSError(errno.ENOSPC, "No space left on device"), "train.py: the disk: No space left on device: name another"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x"), "train.py: /x: Permission denied: name another"),
+    (CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), None)}), "train.py: the disk:"),
+    (PermissionError(errno.EACCES, "Permission denied"), None), (OSError(errno.EIO, "I/O", "/x"), None)])
+def test_a_full_disk_is_told_and_what_is_not_about_a_path_is_a_bug(error, told, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit if told else type(error)) as done:
+        entry.run(main)
+    assert not told or done.value.code == 2 and capsys.readouterr().err.startswith(told)
+
+
+@pytest.mark.parametrize("error, waits", [(CheckpointException("save", {0: (OSError(5, "I/O"), None)}), [10]),
+                                          (TypeError("a bug"), [10]), (SystemExit(3), [])])
+def test_other_ranks_wait_before_a_traceback_too(error, waits, monkeypatch):
+    def main():
+        raise error
+
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(entry.time, "sleep", waited.append)
+    with pytest.raises(type(error)):
+        entry.run(main)
+    assert waited == waits
 
 
 def test_arguments_of_scripts_without_a_config_are_told_in_one_line():

@@ -73,15 +73,16 @@ def test_text_is_prepared_by_the_rules_of_the_harness(tmp_path):
 
 
 def test_fields_that_the_published_rows_always_have_may_be_missing(tmp_path):
-    row = {"activity_label": "A", "ctx": "b c", "ctx_a": None, "endings": ["d", "e"], "label": 1}
+    row = {"activity_label": "A", "ctx": "b c", "ctx_a": None, "endings": ["d", "e"], "label": 1.0}
     (tmp_path / "q.jsonl").write_text(f"{json.dumps(row)}\n\n{json.dumps(row)}\n")
-    assert [(q["ind"], q["query"]) for q in hellaswag.read([tmp_path / "q.jsonl"])] == [(0, "A: b c"), (2, "A: b c")]
+    assert [(q["ind"], q["query"], q["label"]) for q in hellaswag.read([tmp_path / "q.jsonl"])] == [
+        (0, "A: b c", 1), (2, "A: b c", 1)]
 
 
 @pytest.mark.parametrize("line, told", [
     ('{"ind": 1', "JSONDecodeError"), ("[1]", "AttributeError"), (b"\xff", "UnicodeDecodeError"),
     (json.dumps({**question(0), "label": "4"}), "IndexError"), (json.dumps({**question(0), "label": ""}), "ValueError"),
-    (json.dumps({**question(0), "label": 1.7}), "ValueError"),
+    (json.dumps({**question(0), "label": 1.7}), "IndexError"),
     (json.dumps({**question(0), "label": "-1"}), "label"), (json.dumps({**question(0), "endings": "abcd"}), "endings"),
     (json.dumps({k: v for k, v in question(0).items() if k != "activity_label"}), "activity_label")])
 def test_broken_lines_are_named(tmp_path, line, told):

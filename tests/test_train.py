@@ -6,7 +6,9 @@ import shutil
 import textwrap
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import REPO, main_here, metrics, run, run_many, train_here
 
@@ -621,10 +623,19 @@ def test_sample_continues_the_prompt_and_repeats_with_the_seed(finished):
     assert again == first != other
 
 
-@pytest.mark.parametrize("arg", ["--temperature=nan", "--seed=9223372036854775808", "--top_k=-1"])
-def test_sample_tells_what_it_cannot_take(finished, arg):
-    status, _, told = main_here(sample.main, f"--from={finished[1] / 'whole'}", arg)
-    assert status == 2 and told.startswith(f"sample.py: {arg} must be at least 0, and below ")
+def test_sample_tells_what_it_cannot_take(finished):
+    wrong = ["--temperature=nan", "--top_k=-1", "--max_new_tokens=-2", "--seed=9223372036854775808"]
+    status, _, told = main_here(sample.main, f"--from={finished[1] / 'whole'}", *wrong)
+    lines = told.removeprefix("sample.py: ").splitlines()
+    assert status == 2 and sorted(line.split(" must")[0] for line in lines) == sorted(wrong)
+
+
+def test_sample_tells_of_a_prompt_that_the_model_has_no_tokens_for(finished, monkeypatch):
+    wide = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks={bytes([i]): i + 300 for i in range(256)},
+                             special_tokens={})
+    monkeypatch.setattr(sample, "get_tokenizer", lambda _: wide)
+    status, _, told = main_here(sample.main, f"--from={finished[1] / 'whole'}", "--prompt=def")
+    assert status == 2 and "model.vocab_size=" in told
 
 
 def test_a_run_that_was_killed_before_its_plot_gets_it_at_the_next_start(tiny_run, tmp_path):
@@ -632,18 +643,26 @@ def test_a_run_that_was_killed_before_its_plot_gets_it_at_the_next_start(tiny_ru
     (tmp_path / "loss.png").unlink()
     train_here(*tiny_run, f"--out_dir={tmp_path}")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "loss.png").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    train_here(*tiny_run, f"--out_dir={tmp_path}")  # nothing to plot, nothing to do
 
 
-def test_a_validation_token_that_the_model_lacks_is_told_before_training(tiny_run, tmp_path, monkeypatch):
-    largest = data.Tokens.__init__
+@pytest.mark.parametrize("split", ["train", "val", "questions"])
+def test_tokens_that_the_model_lacks_are_told_before_training(tiny_run, tmp_path, monkeypatch, split):
+    init, args = data.Tokens.__init__, [*tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272"]
 
-    def init(self, *args):
-        largest(self, *args)
-        self.largest = 300 * (len(self) < 10000)  # of validation, the smaller part
+    def with_largest(self, *shards):
+        init(self, *shards)
+        self.largest = 300 if split == ("val" if len(self) < 10000 else "train") else 255
 
-    monkeypatch.setattr(data.Tokens, "__init__", init)
-    status, out, told = main_here(train.main, *tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272")
-    assert status == 2 and "token id 300, model.vocab_size=272 ends before" in told and "step 1" not in out
+    monkeypatch.setattr(data.Tokens, "__init__", with_largest)
+    if split == "questions":
+        monkeypatch.setattr(train.hellaswag, "questions", lambda _: ([], [{}]))
+        monkeypatch.setattr(train.hellaswag, "sequences", lambda *_: [(np.array([1, 300]), 1)])
+        args.append("--eval_hellaswag_items=1")
+    status, out, told = main_here(train.main, *args)
+    assert status == 2 and "token id 300, and model.vocab_size=272 no row for it" in told and "step 1" not in out
 
 
 def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
@@ -661,7 +680,7 @@ def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
     ([*FP8[:1]], "set fp8.emulate=True"),
     ([*FP8, '--fp8.filter_fqns=["typo"]'], "'typo' matches no linear layer"),
     (['--data.train=["/nowhere"]'], "matches no file"),
-    (["--model.vocab_size=256", "--fp8.enabled=False"], "model.vocab_size=256 ends before"),
+    (["--model.vocab_size=256", "--fp8.enabled=False"], "model.vocab_size=256 no row for it"),
     (["--device=cuda"], "no GPU"),
     (["--init_from=/nowhere"], "/nowhere is no Hugging Face model folder"),
     (["config/llama_fp9.py"], "did you mean config/llama_fp8.py"),
