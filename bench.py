@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import configurator
+import data
 import entry
 import gemms
 import logs
@@ -89,6 +90,7 @@ def prepare(own, default):
         raise ValueError("this script works on one machine: start torchrun without --nnodes")
     if int(os.environ.get("RANK", 0)) > 0:
         return None  # rank 0 starts the processes of every variant
+    data.find_files([*config.data.train, *config.data.val])  # a wrong path is told once, not by every variant
     config.fp8.emulate |= on_cpu(config)
     base = Path(config.out_dir, "base_config.py")
     base.parent.mkdir(parents=True, exist_ok=True)

@@ -44,8 +44,8 @@ def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
 
 
 def test_where_nothing_runs_there_is_one_line_and_no_table(tiny_run, tmp_path):
-    status, out, err = main_here(main, *tiny_run, f"--out_dir={tmp_path}", "--variants=bf16", "--data.train=['/nope']")
-    assert status == 1 and "\nbench.py: nothing ran: train.py: data: '/nope'" in err
+    status, out, err = main_here(main, *tiny_run, f"--out_dir={tmp_path}", "--variants=bf16", "--data.tokenizer=nope")
+    assert status == 1 and "\nbench.py: nothing ran: train.py: data.tokenizer='nope' is neither" in err
     assert "error" in json.loads((tmp_path / "bench.json").read_text())["rows"][0] and "speedup is" not in out
 
 

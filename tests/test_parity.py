@@ -139,10 +139,12 @@ def test_an_interrupted_run_goes_on_and_finished_ones_are_kept(compared):
 
 
 def test_without_bf16_there_is_nothing_to_compare_with(tiny_run, tmp_path):
-    args = [*tiny_run, f"--out_dir={tmp_path}", "--seeds=2", "--variants=bf16,tensorwise", "--data.train=['/nope']"]
-    status, out, err = main_here(main, *args)
+    args = [*tiny_run, f"--out_dir={tmp_path}", "--seeds=2", "--variants=bf16,tensorwise"]
+    status, out, err = main_here(main, *args, "--data.tokenizer=nope")
     assert status == 1 and out.count("6 steps") == 1  # the other runs would find the same
-    assert err.startswith("parity.py: a bf16 run failed, so there is nothing to compare with: train.py: data: '/nope'")
+    assert err.startswith("parity.py: a bf16 run failed, so there is nothing to compare with: train.py: data.tokenizer")
+    status, out, err = main_here(main, *args, "--data.val=['/nope']")
+    assert (status, out) == (2, "") and err.startswith("parity.py: data: '/nope' matches no file")
 
 
 def test_under_torchrun_a_variant_runs_on_all_ranks(compared):
