@@ -108,8 +108,7 @@ def reading(folder):
         yield
     except (CheckpointException, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError, AttributeError,
             ImportError, LookupError) as error:  # any of them can come from a pickle that is damaged
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]  # what went wrong on the first rank where it did
+        error = entry.cause(error)
         why = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
         raise ValueError(f"{folder} cannot be read ({why}). If it is damaged, delete it, and the run goes on from the "
                          "one before") from error

@@ -24,6 +24,11 @@ class Arguments(argparse.ArgumentParser):
         raise ValueError(f"{message}, see --help")
 
 
+def cause(error):
+    """An exception, or for one of a checkpoint that ranks share, what went wrong on the first rank where it did."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 def run(main):
     """Call main(). What a `raise` in our own files tells ends in one message, anything else is a bug and a traceback.
 
@@ -54,9 +59,9 @@ def run(main):
             # sleep. Whoever wakes up found something that rank 0 did not, and had better say so. Nobody leaves
             # earlier, because torchrun ends rank 0 too when another rank is the first to go.
             time.sleep(10)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if isinstance(cause, OSError) and (cause.errno in FULL or cause.errno in REFUSED and cause.filename):
-            error = ValueError(f"{cause.filename or 'the disk'}: {cause.strerror}: name another path, or make this one "
+        disk = cause(error)
+        if isinstance(disk, OSError) and (disk.errno in FULL or disk.errno in REFUSED and disk.filename):
+            error = ValueError(f"{disk.filename or 'the disk'}: {disk.strerror}: name another path, or make this one "
                                "usable")
         elif not isinstance(error, (ValueError, RuntimeError)) or not ours:
             raise

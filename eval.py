@@ -29,16 +29,15 @@ TOKENS = {"cuda": 8192, "cpu": 1024}  # of a forward pass: enough to be busy, an
 
 
 @torch.no_grad()
-def score(model, encoding, questions, *, device, rank, world_size, reduce):
+def score(model, questions, sequences, *, device, rank, world_size, reduce):
     """Rows for --out: {ind, label, loglikelihood, pred, pred_norm} of each question. Every rank must call it.
 
     Sequences of like length go through the model together, padded to a multiple of 16 (FP8 matmuls need it), the
     longest first, so that a model too large fails at once. Ranks take turns and make equally many forward passes, since
-    under FSDP each is a collective. reduce: sums a tensor over all ranks in place, and returns it.
+    under FSDP each is a collective. sequences: hellaswag.sequences(...) of the questions, no longer than block_size.
+    reduce: sums a tensor over all ranks in place, and returns it.
     """
     block_size = model.cfg.block_size
-    sequences = hellaswag.sequences(encoding, questions, block_size)
-    check_ids(model.cfg, max(ids.max() for ids, _ in sequences))
     order, batches = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])), []
     while order:
         length = min(block_size, -(-(len(sequences[order[0]][0]) - 1) // 16) * 16)
@@ -89,12 +88,12 @@ def main():
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    out = Path(args.out or "scores.jsonl")
+    out = Path(args.out) if args.out else None
     mistakes = [told for wrong, told in (
         (not Path(args.folder).is_dir(), f"--from={args.folder}: no such folder"),
         (args.limit < 0, f"--limit={args.limit} must not be negative"),
         (args.data and not Path(args.data).is_file(), f"--data={args.data}: no such file"),
-        (args.out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)),
+        (out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)),
          f"--out={out}: name a file that can be written, in a folder that exists")) if wrong]
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -105,19 +104,21 @@ def main():
         checkpoint.barrier()
     if not (questions := hellaswag.read([path])[: args.limit or None]):
         raise ValueError(f"{path} holds no question to score")
-    model, encoding, _ = load_model(args.folder, device, args.tokenizer)
+    model, encoding, config = load_model(args.folder, device, args.tokenizer)
+    sequences = hellaswag.sequences(encoding, questions, config.model.block_size)
+    check_ids(config.model, max(ids.max() for ids, _ in sequences))
 
     def reduce(sums):
         if world_size > 1:
             dist.all_reduce(sums)
         return sums
 
-    rows = score(model, encoding, questions, device=device, rank=rank, world_size=world_size, reduce=reduce)
+    rows = score(model, questions, sequences, device=device, rank=rank, world_size=world_size, reduce=reduce)
     if rank == 0:
         acc, acc_norm = accuracies(rows)
         error = math.sqrt(acc_norm * (1 - acc_norm) / len(rows))  # of drawing this many questions
         print(f"{len(rows):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (standard error {error:.4f})")
-        if args.out:
+        if out:
             out.write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(f"written: {out}")
 

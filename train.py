@@ -156,8 +156,8 @@ def main():
     questions = hellaswag.questions(config.data)[1][:n] if (n := config.eval_hellaswag_items) else []
     if first:
         checkpoint.barrier()
-    asked = [ids.max() for ids, _ in hellaswag.sequences(encoding, questions, config.model.block_size)]
-    models.check_ids(config.model, max(train_rows.largest, val_rows.largest, *asked))
+    sequences = hellaswag.sequences(encoding, questions, config.model.block_size)
+    models.check_ids(config.model, max(train_rows.largest, val_rows.largest, *(ids.max() for ids, _ in sequences)))
     loader = data.Loader(train_rows, global_batch_size=config.global_batch_size, seed=config.seed, rank=rank,
                          micro_batch_size=config.micro_batch_size, world_size=world_size)
 
@@ -374,7 +374,7 @@ def main():
                 told = f"validation loss {val_loss:.4f} nats per token"
                 if questions:
                     with torch.compiler.set_stance("force_eager"):  # rows of many lengths are not worth their graphs
-                        scored = score(model, encoding, questions, device=device, rank=rank, world_size=world_size,
+                        scored = score(model, questions, sequences, device=device, rank=rank, world_size=world_size,
                                        reduce=reduce)
                     reshard(model)
                     row["hellaswag_acc"], row["hellaswag_acc_norm"] = accuracies(scored)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 import torch.distributed as dist
 
@@ -107,6 +108,15 @@ def real_fp8_on_a_cpu(monkeypatch):
     """The path of a GPU, matmuls and layouts too: a CPU can take it, if slowly, so only fp8.check forbids it."""
     monkeypatch.setattr(fp8, "check", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def wide():
+    """A tokenizer whose ids begin at 300, beyond the vocabulary of the models here."""
+    encoding = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks={bytes([i]): i + 300 for i in range(256)},
+                                 special_tokens={})
+    encoding.bos = None
+    return encoding
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import threading
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from conftest import build, metrics, run, run_many, train_here
 
@@ -394,10 +393,7 @@ def test_all_mistakes_of_eval_are_told_at_once(evaluate, capsys):
         "--from", "--limit", "--data", "--out"]
 
 
-def test_a_tokenizer_that_is_not_the_models_is_told(runs, file, evaluate, capsys, monkeypatch):
-    wide = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks={bytes([i]): i + 300 for i in range(256)},
-                             special_tokens={})
-    wide.bos = None
+def test_a_tokenizer_that_is_not_the_models_is_told(runs, file, evaluate, capsys, monkeypatch, wide):
     monkeypatch.setattr("sample.get_tokenizer", lambda _: wide)
     with pytest.raises(SystemExit) as stopped:
         evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", "--limit=2")

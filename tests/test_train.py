@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from conftest import REPO, main_here, metrics, run, run_many, train_here
 
@@ -630,9 +629,7 @@ def test_sample_tells_what_it_cannot_take(finished):
     assert status == 2 and sorted(line.split(" must")[0] for line in lines) == sorted(wrong)
 
 
-def test_sample_tells_of_a_prompt_that_the_model_has_no_tokens_for(finished, monkeypatch):
-    wide = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks={bytes([i]): i + 300 for i in range(256)},
-                             special_tokens={})
+def test_sample_tells_of_a_prompt_that_the_model_has_no_tokens_for(finished, monkeypatch, wide):
     monkeypatch.setattr(sample, "get_tokenizer", lambda _: wide)
     status, _, told = main_here(sample.main, f"--from={finished[1] / 'whole'}", "--prompt=def")
     assert status == 2 and "model.vocab_size=" in told
