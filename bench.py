@@ -219,6 +219,11 @@ def plot(rows, title, path):
     figure.savefig(path, dpi=150)
 
 
+def warn_of_emulation(config):
+    if on_cpu(config):
+        print("On a CPU FP8 is emulated: these speeds say nothing about FP8.")
+
+
 def main():
     own = BenchConfig()
     prepared = prepare(own, "llama_fp8.py")
@@ -241,14 +246,14 @@ def main():
         report["gemms"] = gemms.time_linears(ran, device, passes)
         (out_dir / "gemms.json").write_text(json.dumps(report, indent=1))
         print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
+        warn_of_emulation(config)
         print(f"written: {out_dir / 'gemms.json'}")
         return
     title = f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}"
     plot(rows, title, out_dir / "bench.png")
     print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "
           f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows, COLUMNS), "", sep="\n")
-    if on_cpu(config):
-        print("On a CPU FP8 is emulated: these speeds say nothing about FP8.")
+    warn_of_emulation(config)
     print(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
     sys.exit(any("error" in row for row in rows))
 

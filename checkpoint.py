@@ -11,10 +11,12 @@ the noise of stochastic rounding; FP8 scales are functions of the weights.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import pickle
+import re
 import secrets
 import shutil
 import textwrap
@@ -42,8 +44,12 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 
 def latest(out_dir):
     """The newest complete checkpoint folder below out_dir, or None."""
-    found = sorted(p for p in Path(out_dir, "checkpoints").glob("step_*") if not p.name.endswith(".tmp"))
-    return found[-1] if found else None
+    return max(complete(Path(out_dir, "checkpoints")), default=None)
+
+
+def complete(folder):
+    """The complete checkpoints in a folder of them, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
 
 def open_run(out_dir):
@@ -80,7 +86,8 @@ def save(out_dir, step, model, optimizer, run, *, keep):
         for incomplete in folder.parent.glob("step_*.tmp"):  # of a run that was killed while it saved
             shutil.rmtree(incomplete)
     barrier()
-    dcp.save(tensors(model, optimizer), checkpoint_id=aside, no_dist=not dist.is_initialized())
+    with writing(out_dir):
+        dcp.save(tensors(model, optimizer), checkpoint_id=aside, no_dist=not dist.is_initialized())
     barrier()
     if first:
         aside.joinpath("run.json").write_text(json.dumps({"step": step, **run}, indent=1))
@@ -88,8 +95,7 @@ def save(out_dir, step, model, optimizer, run, *, keep):
             flush(path)
         aside.rename(folder)
         flush(folder.parent)
-        complete = sorted(p for p in folder.parent.glob("step_*") if not p.name.endswith(".tmp"))
-        for old in complete[:-keep] if keep else []:
+        for old in complete(folder.parent)[:-keep] if keep else []:
             shutil.rmtree(old)
     barrier()
 
@@ -112,6 +118,17 @@ def reading(folder):
         why = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
         raise ValueError(f"{folder} cannot be read ({why}). If it is damaged, delete it, and the run goes on from the "
                          "one before") from error
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """Writing below a folder: a full disk is told as such, whatever the writer makes of it."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is none of the former
+        if shutil.disk_usage(folder).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
 
 
 def read_run(folder, config=None, **wanted):
@@ -149,8 +166,11 @@ def load(folder, model, optimizer=None):
     if differ and all(name.startswith("optim.exp_avg") for name in differ):
         raise ValueError(f"{folder} has other optimizer states: set optim.fp8_moments as the run did that saved it")
     if differ:
-        raise ValueError(f"{folder} is a checkpoint of another model: " + ", ".join(differ[:5])
-                         + (f" and {len(differ) - 5} more" if len(differ) > 5 else ""))
+        commit = read_run(folder).get("git_commit")
+        raise ValueError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}"
+                         + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
+                         + f". Go back to the code that saved it{f', of commit {commit}' if commit else ''}, or start "
+                         "anew: another out_dir, or --resume=never")
     with reading(folder):
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     if optimizer is not None:
@@ -167,6 +187,21 @@ def barrier():
 
 # ----------------------------------------------------------------------------------------------------------------
 # export
+
+
+@contextlib.contextmanager
+def appearing(folder):
+    """A folder to fill, under another name until all of it went well; else it is removed."""
+    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        with writing(aside):
+            yield aside
+        if folder.is_dir():
+            folder.rmdir()
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def export(out_dir, folder):
@@ -199,34 +234,30 @@ def export(out_dir, folder):
             room = SHARD_BYTES
         files[-1].append(name)
         room -= size
-    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
-    aside.mkdir(parents=True)
-    where, whole = {}, {}
-    for i, names in enumerate(files, 1):
-        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        pieces = {}
-        for name in names:
-            ours, first, shape = layout[name]
-            if ours not in whole:
-                whole = {ours: torch.empty(saved[f"model.{ours}"].size, dtype=dtype)}
-                with reading(newest):
-                    dcp.load({f"model.{ours}": whole[ours]}, checkpoint_id=newest, no_dist=True)
-            pieces[name] = whole[ours][first : first + shape[0]].clone()  # one storage each, as the format wants
-        save_file(pieces, aside / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(names, file)
-    total = sum(math.prod(shape) for _, _, shape in layout.values()) * dtype.itemsize
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        aside.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    aside.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
-    for file in aside.glob("*.safetensors"):  # which the library makes for its owner alone
-        shutil.copymode(aside / "config.json", file)
-    if config.init_from != "scratch":
-        for path in {p for pattern in CARRIED for p in Path(config.init_from).glob(pattern) if p.is_file()}:
-            shutil.copy(path, aside)
-    if folder.is_dir():
-        folder.rmdir()
-    aside.rename(folder)
+    with appearing(folder) as aside:
+        where, whole = {}, {}
+        for i, names in enumerate(files, 1):
+            file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+            pieces = {}
+            for name in names:
+                ours, first, shape = layout[name]
+                if ours not in whole:
+                    whole = {ours: torch.empty(saved[f"model.{ours}"].size, dtype=dtype)}
+                    with reading(newest):
+                        dcp.load({f"model.{ours}": whole[ours]}, checkpoint_id=newest, no_dist=True)
+                pieces[name] = whole[ours][first : first + shape[0]].clone()  # one storage each, as the format wants
+            save_file(pieces, aside / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(names, file)
+        total = sum(math.prod(shape) for _, _, shape in layout.values()) * dtype.itemsize
+        if len(files) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            aside.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        aside.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
+        for file in aside.glob("*.safetensors"):  # which the library makes for its owner alone
+            shutil.copymode(aside / "config.json", file)
+        if config.init_from != "scratch":
+            for path in {p for pattern in CARRIED for p in Path(config.init_from).glob(pattern) if p.is_file()}:
+                shutil.copy(path, aside)
     print(f"{newest} as {written['architectures'][0]} in {folder}: {len(where)} tensors, {total / 1e9:.2f} GB")
     if config.init_from == "scratch":
         print(f"it holds no tokenizer: sample.py --from={folder} --tokenizer={config.data.tokenizer}")

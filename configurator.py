@@ -8,6 +8,7 @@ dataclass: nothing here has to change.
 
 import copy
 import inspect
+import json
 import os
 import re
 import runpy
@@ -25,7 +26,7 @@ from data import DataConfig
 from fp8 import CompileConfig, FP8Config
 from model import ModelConfig
 from optim import OptimConfig
-from schema import closest, comments, fits, flat, parse, sections, to_python, type_name
+from schema import closest, comments, fits, flat, parse, sections, suggest, to_python, type_name
 
 __all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
            "load", "read_file", "to_python"]
@@ -88,6 +89,9 @@ class Config:
         if self.data.format == "text" and self.loss_chunks > 0 and tokens % self.loss_chunks:
             yield (f"loss_chunks={self.loss_chunks} must divide the tokens of a forward pass, "
                    f"micro_batch_size x model.block_size = {tokens}")
+        if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
+            yield ("optim.weights=stochastic_rounding rounds to bf16, and dtype=float32 has no bf16 weights: set "
+                   "optim.weights=plain, or dtype=bfloat16")
         if self.seed >= 2**40:
             yield f"seed={self.seed} must be below 2**40"  # times a million it has to fit 64 bits
         if (self.fp8.enabled and self.fp8.force_recompute_fp8_weight_in_bwd and not self.reshard_after_forward
@@ -144,9 +148,12 @@ def load(argv, own=None):
         elif arg in bare:
             text = "True"
         section, key = keys.get(name, (None, None))
-        if key is None:
-            name = closest(name, [*keys, "help", "print_config"])
-            mistake = f"unknown key, did you mean --{name}? See --help"
+        if key is None and name == "config":
+            mistake = f"name the file without a key: {text}"
+        elif key is None:
+            name, known = name.lstrip("-"), [*keys, "help", "print_config"]
+            mistake = f"unknown key{suggest(name, known, '--{}') or '.'} See --help"
+            name = closest(name, known) or name
         elif is_dataclass(key.type):
             mistake = "a section, set its keys: " + ", ".join(f"{name}.{f.name}" for f in fields(key.type))
         elif not equals and arg not in bare:
@@ -154,7 +161,9 @@ def load(argv, own=None):
         elif not fits(value := parse(text, key.type), key.type):
             mistake = f"expected {type_name(key.type)}"
             if typing.get_origin(key.type) in (list, tuple):
-                mistake += f" as a Python literal, in shell quotes: '--{name}=[...]'"
+                parts = [part.strip(" '\"") for part in text.strip("[]").split(",")]
+                example = ", ".join(json.dumps(p) for p in parts if p) if key.type == list[str] else "..."
+                mistake += f" as a Python literal, in shell quotes: '--{name}=[{example}]'"
         else:
             setattr(section, key.name, value)
             continue
@@ -182,8 +191,9 @@ def read_file(path):
     """
     path = str(path)
     if not Path(path).is_file():
-        near = closest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")])
-        raise ValueError(f"{path}: no such config file, did you mean {os.path.relpath(REPO / 'config' / near)}.py?")
+        near = suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")],
+                       f"{os.path.relpath(REPO / 'config')}/{{}}.py")
+        raise ValueError(f"{path}: no such config file{near or ', see ' + os.path.relpath(REPO / 'config')}")
     if str(REPO) not in sys.path:  # for `import model` and `from config.llama_fp8 import config`, whatever the cwd
         sys.path.insert(0, str(REPO))
     try:
@@ -197,18 +207,18 @@ def read_file(path):
         if typo := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
             modules = [sys.modules[type(s).__module__] for _, s in sections(Config())]
             kind = next((getattr(m, typo[1]) for m in modules if hasattr(m, typo[1])), Config)
-            near = closest(typo[2], [f.name for f in fields(kind)])
-            told = f"{typo[1]} has no field {typo[2]!r}, did you mean {near!r}?"
+            told = f"{typo[1]} has no field {typo[2]!r}{suggest(typo[2], [f.name for f in fields(kind)], '{!r}')}"
         file, line = places[-1] if places else (path, None)
         raise ValueError(f"{file}, line {line}: {told}" if line else f"{path}: {told}") from error
     if not isinstance(config, Config):
-        raise ValueError(f"{path} must bind `config` to a configurator.Config, it binds {type(config).__name__}")
+        raise ValueError(f"{path} must bind `config` to a configurator.Config, as in `from configurator import Config` "
+                         f"and `config = Config(max_steps=100)`; it binds {type(config).__name__}")
     mistakes = []
     for prefix, section in sections(config):
         values = {f.name: f.type for f in fields(section)}
         for name, value in vars(section).items():
             if name not in values:  # config.max_stepz = 5
-                mistakes.append(f"{path}: {prefix}{name} is no field, did you mean {prefix}{closest(name, values)}?")
+                mistakes.append(f"{path}: {prefix}{name} is no field{suggest(name, values, prefix + '{}')}")
             elif not fits(value, values[name]):
                 mistakes.append(f"{path}: {prefix}{name}={value!r}: expected {type_name(values[name])}")
     if mistakes:
@@ -220,7 +230,10 @@ def changed(path, config):
     """", now with KEY=VALUE instead of ..." for what config has other than the file at `path`; "" if there is none."""
     if not path.exists():
         return ""
-    before = flat(read_file(path))
+    try:
+        before = flat(read_file(path))
+    except ValueError as error:  # no reason not to go on
+        return f" (whether with other keys is not known: {error})"
     told = [f"{key}={value!r} instead of {before.get(key)!r}" for key, value in flat(config).items()
             if key != "resume" and value != before.get(key)]
     return f", now with {', '.join(told)}" if told else ""

@@ -86,6 +86,19 @@ def find_files(patterns):
     return list(files.values())
 
 
+def find_splits(train, val):
+    """(training files, validation files, a remark) of two lists of patterns.
+
+    What both name, as where data.val is a file in data.train's folder, is for validation, unless it is all there is.
+    """
+    files, held = find_files(train), find_files(val)
+    for_val = {p.resolve() for p in held}
+    kept = [p for p in files if p.resolve() not in for_val]
+    if not kept:
+        return files, held, ", all of them validation text too"
+    return kept, held, f", {len(files) - len(kept)} more for validation alone" if len(kept) < len(files) else ""
+
+
 def documents(files, text_key):
     """Yield the text of each document: a file, or a line of a .jsonl file. ValueError names what cannot be read."""
     for path in files:
@@ -223,7 +236,7 @@ def prepare(cfg, block_size):
     With several ranks call it on rank 0 first. Raises ValueError for text that cannot be found, read or used.
     """
     encoding = get_tokenizer(cfg.tokenizer)
-    train, val = find_files(cfg.train) if cfg.train else embedded_files(), find_files(cfg.val)
+    train, val, remark = find_splits(cfg.train or embedded_files(), cfg.val)
     identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files] for files in (train, val)]
     key = hashlib.blake2b(repr((identity, cfg.text_key, fingerprint(encoding))).encode(), digest_size=8).hexdigest()
     name = Path(cfg.train[0]).stem if cfg.train else "python_stdlib"
@@ -247,6 +260,7 @@ def prepare(cfg, block_size):
         raise ValueError(f"data: {len(streams[0])} tokens for training leave {len(streams[1])} for validation, which "
                          "takes 2: give more text, or data.val")
     source = f"{len(train)} files" + (f" of {', '.join(cfg.train)}" if cfg.train else " of Python's standard library")
+    source += remark
     for stream in streams:
         stream.description = (f"{source}, {len(streams[0]):,} training and {len(streams[1]):,} validation tokens in "
                               f"{folder}, tokenizer {encoding.name}")

@@ -1,9 +1,10 @@
-"""What a step costs, from the config alone, before anything is allocated: matmul FLOPs and peak memory."""
+"""What a step costs, before anything is allocated: matmul FLOPs and peak memory."""
 
 import copy
 import math
 
 import torch
+import torch.nn as nn
 
 import fp8
 
@@ -17,18 +18,17 @@ def bf16_peak(hardware):
     return next((flops for name, flops in BF16_PEAK.items() if name in hardware), None)
 
 
-def matmul_flops_per_token(cfg, document=None):
-    """Forward and backward matmul FLOPs per token of a ModelConfig: (linear layers, attention scores).
+def matmul_flops_per_token(model, document=None):
+    """Forward and backward matmul FLOPs per token of a Transformer: (linear layers, attention scores).
 
     2 per multiply-add, x3 for forward and both gradients. Attention counts the causal half only (what a fused kernel
     computes), within the sliding window; tables that count the full square (PaLM's and torchtitan's MFU) come out
     higher. document: the length that attention sees, by default block_size; of packed documents the mean over tokens,
     sum(length^2) / sum(length).
     """
-    length = document or cfg.block_size
+    cfg, length = model.cfg, document or model.cfg.block_size
     window = min(cfg.sliding_window or length, length)
-    attn = cfg.n_embd * (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + cfg.n_head * cfg.head_dim * cfg.n_embd
-    weights = cfg.n_layer * (attn + 3 * cfg.n_embd * cfg.ffn_dim) + cfg.vocab_size * cfg.n_embd
+    weights = sum(linear.weight.numel() for linear in model.modules() if isinstance(linear, nn.Linear))
     seen = window - window**2 / (2 * length)  # keys per query, on average
     scores = 2 * cfg.n_layer * cfg.n_head * cfg.head_dim * seen
     return 6 * weights, 6 * scores

@@ -1,6 +1,7 @@
 """HellaSwag accuracy of a checkpoint, or of a Hugging Face model folder.
 
-    [torchrun --nproc-per-node=N] eval.py --from=DIR [--data=FILE.jsonl] [--limit=N] [--out=SCORES.jsonl]
+    [torchrun --nproc-per-node=N] eval.py --from=DIR [--data=FILE.jsonl] [--tokenizer=NAME] [--limit=N]
+        [--out=SCORES.jsonl]
 
 A question's prediction is the ending whose tokens are likeliest given the context: by the sum of their
 log-probabilities (acc), or by that sum over the ending's length in characters (acc_norm, the usual number to quote).
@@ -68,7 +69,9 @@ def score(model, questions, sequences, *, device, rank, world_size, reduce):
 
 
 def accuracies(rows):
-    """(acc, acc_norm) of scored questions."""
+    """(acc, acc_norm) of scored questions; nan where the model gives nan, which argmax takes for the likeliest."""
+    if not all(math.isfinite(value) for row in rows for value in row["loglikelihood"]):
+        return math.nan, math.nan
     return tuple(float(np.mean([row[key] == row["label"] for row in rows])) for key in ("pred", "pred_norm"))
 
 
@@ -116,6 +119,8 @@ def main():
     rows = score(model, questions, sequences, device=device, rank=rank, world_size=world_size, reduce=reduce)
     if rank == 0:
         acc, acc_norm = accuracies(rows)
+        if math.isnan(acc):
+            raise RuntimeError(f"{args.folder}: the model gives nan, which has no accuracy")
         error = math.sqrt(acc_norm * (1 - acc_norm) / len(rows))  # of drawing this many questions
         print(f"{len(rows):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (standard error {error:.4f})")
         if out:

@@ -1,4 +1,4 @@
-"""FP8 training: which linear layers, how they are cast, how weights cross GPUs, and the proof that it is so.
+"""FP8 training: which linear layers, how they are cast, and how weights cross GPUs.
 
 A linear layer is three matmuls. With x (tokens, in), w (out, in) and g = dloss/dy (tokens, out):
 
@@ -34,6 +34,7 @@ import functools
 import importlib.metadata
 import logging
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import InitVar, dataclass, field
@@ -113,7 +114,7 @@ class FP8Config:
 class CompileConfig:
     """torch.compile of each transformer block and of the loss. With enabled=False everything else here is ignored."""
 
-    enabled: bool = False  # compile
+    enabled: bool = False  # compile, the optimizer's update too, which has options of its own
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"  # torch's
     fullgraph: bool = False  # a graph break is an error
     dynamic: bool | None = False  # None lets torch.compile decide after a recompile
@@ -162,6 +163,12 @@ def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
     if not converted:
         problems.append(f"fp8.filter_fqns={cfg.filter_fqns} leaves no linear layer to convert: "
                         "remove an entry, or set fp8.enabled=False")
+    if compiled and (off := [v for v in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(v) == "1"]):
+        problems.append(f"compile.enabled=True compiles nothing while {off[0]}=1 is in the environment: unset it")
+    own = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", fqn) for fqn, m in converted.items() if type(m) is not nn.Linear)
+    if own:
+        problems.append("fp8 would replace the forward of subclasses of nn.Linear, add these to fp8.filter_fqns: "
+                        + ", ".join(own))
     bad = dict.fromkeys(re.sub(r"^layers\.\d+\.", "", f"{fqn} {tuple(m.weight.shape)}")
                         for fqn, m in converted.items() if any(n % 16 for n in m.weight.shape))
     if bad:

@@ -221,9 +221,10 @@ def check_weights(folder, expected):
             problems.append(f"{name} has shape {found[name][0]}, by config.json it should have {shape}")
         elif found[name] and found[name][1] not in ("F32", "BF16", "F16"):
             problems.append(f"{name} is {found[name][1]}, only F32, BF16 and F16 can be read")
-    # some old files hold rotary frequencies, which follow from config.json
+    # some files hold what follows from config.json: rotary frequencies, the embedding again as the head tied to it
+    tied = {"lm_head.weight"} if found.get("lm_head.weight") == found.get("model.embed_tokens.weight") else set()
     return problems + [f"{name} is not part of this architecture" for name in found
-                       if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+                       if name not in expected and name not in tied and not name.endswith("rotary_emb.inv_freq")]
 
 
 @torch.no_grad()

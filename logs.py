@@ -33,6 +33,12 @@ def git_commit():
     return commit.stdout.strip() + ("+changes" if changed else "")
 
 
+def changed_code(run):
+    """", by code of commit X instead of Y" if that of a run.json is another; "" if it is not, or not known."""
+    before, now = run.get("git_commit"), git_commit()
+    return f", by code of commit {now} instead of {before}" if before and now and before != now else ""
+
+
 def number(tensor):
     """The value of a 0-d tensor, or None for inf and nan, which JSON lacks."""
     return tensor.item() if tensor.isfinite() else None
@@ -57,8 +63,21 @@ def peak_memory(use_cuda):
 
 def read_metrics(out_dir):
     """The rows of out_dir/metrics.jsonl, a dict for each, without one that a killed run wrote half of."""
-    lines = Path(out_dir, "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    path, rows = Path(out_dir, "metrics.jsonl"), []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no JSON ({error}): delete that line") from error
+    return rows
+
+
+def replace_text(path, text):
+    """Write a file as a whole: a run that is killed meanwhile leaves the one before."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def lock(file, how):
@@ -97,8 +116,16 @@ def open_metrics(out_dir, start, newest):
         for path in (out_dir / name for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png")):
             if path.exists():
                 path.rename(earlier / path.name)
-    (out_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
+    with (out_dir / "metrics.jsonl").open("rb") as lines:
+        kept = sum(len(line) for line, row in zip(lines, rows, strict=False) if row["step"] <= start)
+    file.truncate(kept)  # cut, not written anew, so that a kill here loses no row
     return file, earlier
+
+
+def unplotted(out_dir):
+    """Whether metrics.jsonl has what loss.png has not: a run was killed between its last save and its plots."""
+    metrics, plot = out_dir / "metrics.jsonl", out_dir / "loss.png"
+    return metrics.exists() and not (plot.exists() and plot.stat().st_mtime >= metrics.stat().st_mtime)
 
 
 def check_trackers(config):

@@ -62,10 +62,10 @@ class ModelConfig:
                 yield f"model.{name}={getattr(self, name)} must be at least 1"
         if self.n_kv_head >= 1 and self.n_head % self.n_kv_head:
             yield f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}"
+        turned = int(self.head_dim * self.rope_fraction)
         if self.head_dim % 2:
             yield f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs"
-        turned = int(self.head_dim * self.rope_fraction)
-        if not 0 < self.rope_fraction <= 1 or turned % 2 or turned < min(2, self.head_dim):
+        elif not 0 < self.rope_fraction <= 1 or turned % 2 or turned < min(2, self.head_dim):
             yield (f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of "
                    f"model.head_dim={self.head_dim}")
         if self.rope_theta <= 0 or self.norm_eps < 0:
@@ -146,7 +146,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B*T, F) each
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up)  # hf.py says "hidden_act": "silu" of what it exports
 
 
 class Block(nn.Module):
@@ -269,15 +269,17 @@ def check_ids(cfg, largest):
     """ValueError if the embedding has no row for the largest token id of what the model is to read."""
     if largest >= cfg.vocab_size:
         raise ValueError(f"the text has token id {largest}, and model.vocab_size={cfg.vocab_size} no row for it: set "
-                         f"at least {largest + 1} for a new model, or take the tokenizer that this one was made with")
+                         f"{64 * (largest // 64 + 1)} or a larger multiple of 64 for a new model, or take the "
+                         "tokenizer that this one was made with")
 
 
 @torch.no_grad()
 def init_weights(model, seed):
     """Fill every parameter and buffer: normal(0, 0.02), projections into the residual stream scaled by depth.
 
-    The values depend on seed and parameter name alone, never on the number of ranks: each rank draws the whole
-    tensor (one at a time) and keeps its rows. Source of the scaling: GPT-2 (Radford et al. 2019, section 2.3).
+    The values depend on the seed and on how many parameters come before, never on the number of ranks: each rank draws
+    the whole tensor (one at a time) and keeps its rows.
+    Source of the scaling: GPT-2 (Radford et al. 2019, section 2.3).
     """
     init_buffers(model)
     cfg, device = model.cfg, model.cos.device

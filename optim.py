@@ -4,7 +4,7 @@ A bf16 weight has 8 significant bits: an update below 1/512 of the weight rounds
 do. `optim.weights` says what to do about it:
 
     fp32_master           a float32 copy of each weight, and float32 moments: 12 more bytes a parameter than its bf16
-                          self. The default wherever it fits.
+                          self (and gradients add up in float32, 2 more). The default wherever it fits.
     stochastic_rounding   bf16 weights and moments, 4 more bytes: the exact result is rounded up or down at random in
                           proportion to its distance, so that small updates arrive on average. Fits 8B on 80 GB.
     plain                 moments in the weight's dtype, round to nearest. For float32 weights, where there is nothing

@@ -4,10 +4,10 @@
 
 Every run is train.py in processes of its own. bf16 runs several times, each seed with other initial weights and another
 order of the data: the standard deviation of where they end is the noise. Every FP8 variant (written as for bench.py)
-has the first seed, and is compared with that bf16 run. It is outside of the band, with exit status 1 as for a run that
-failed, if it ends above its twin by more than two runs that differ in nothing but chance would, 19 times in 20: twice
-the standard deviation of their difference, 2 sqrt(2) noise. (Three seeds know their noise to within half of it.) Where
-more than one bf16 run costs too much, --seeds=1 shows curves and gaps without a verdict.
+has the first seed, and is compared with that bf16 run, its twin. It is outside of the band, with exit status 1 as for a
+run that failed, if it ends above its twin by more than 2 sqrt(2) noise: two standard deviations of the difference
+between two runs. (Three seeds know their noise to within half of it.) Where more than one bf16 run costs too much,
+--seeds=1 shows curves and gaps without a verdict.
 
 Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Started again, it keeps the
 runs that are done and goes on with the one that was interrupted.

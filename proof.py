@@ -166,8 +166,12 @@ def self_check(config, micro_batch, device):
     All layers run the same graph, so one stands for all. micro_batch: (x, y, documents) of the run, on the device.
     Returns a line for the screen. Raises RuntimeError where loss or gradients differ by more than rounding explains.
     """
-    # which of the layers the run leaves out (layers.3.mlp) says nothing about how the others compute
-    kinds = [fqn for fqn in config.fp8.filter_fqns if not any(part.isdigit() for part in fqn.split("."))]
+    with torch.device("meta"):
+        whole = models.Transformer(config.model)
+    linears = [fqn for fqn, m in whole.named_modules() if isinstance(m, nn.Linear)]
+    # the one layer stands for any that the run converts (layers.3.mlp says nothing about the other 31)
+    converted = {re.sub(r"\d+", "0", fqn) for fqn in linears if not fp8.is_filtered(fqn, config.fp8.filter_fqns)}
+    kinds = [fqn for fqn in linears if re.sub(r"\d+", "0", fqn) == fqn and fqn not in converted]
     results = {}
     for variant in ("bf16", "eager", "compiled"):
         cfg = replace(config.fp8, enabled=variant != "bf16", filter_fqns=kinds)

@@ -39,13 +39,21 @@ def comments(kind):
 
 
 def closest(name, names):
-    """The likeliest of `names`, compared whole and by the part behind the last dot."""
+    """The likeliest of `names`, compared whole and by the part behind the last dot; "" if none looks like it."""
     def score(other):
         pairs = (name, other), (name.split(".")[-1], other.split(".")[-1])
         whole, leaf = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return max(whole, leaf), whole
+        word = 0.9 * (pairs[1][1].startswith(name) or name in pairs[1][1].split("_"))  # --steps for --max_steps
+        return max(whole, leaf, word), whole
 
-    return max(names, key=score, default="")
+    best = max(names, key=score, default="")
+    return best if best and score(best)[0] > 0.7 else ""
+
+
+def suggest(name, names, form="{}"):
+    """", did you mean FORM?" with the closest of `names` in the place of {}; "" if none looks like it."""
+    near = closest(name, names)
+    return f", did you mean {form.format(near)}?" if near else ""
 
 
 def alternatives(kind):

@@ -79,7 +79,12 @@ def main():
         raise ValueError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"a rank for GPU {device.index}, but there are {torch.cuda.device_count()}: start no more "
+                             "ranks than there are GPUs (torchrun --nproc-per-node)")
         torch.cuda.set_device(device)
+        if config.deterministic:  # what cuBLAS wants for it
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     dtype, scratch = getattr(torch, config.dtype), config.init_from == "scratch"
     if not scratch:
         config.init_from = str(Path(config.init_from).expanduser().resolve())
@@ -139,9 +144,12 @@ def main():
     if config.fp8.enabled:  # how long rows of HellaSwag are depends on the data
         check_fp8(tokens=config.micro_batch_size * config.model.block_size if config.data.format == "text" else 0)
     if start >= config.max_steps:
-        if first and (out_dir / "metrics.jsonl").exists() and not (out_dir / "loss.png").exists():
-            logs.plot_losses(out_dir)  # the run was killed after its last save
-        say(f"nothing to do: {folder} has {start} of {config.max_steps} steps. Raise max_steps or set another out_dir")
+        if first and logs.unplotted(out_dir):
+            logs.plot_losses(out_dir)
+            telemetry.plot_health(out_dir)
+        say(f"nothing to do: {folder} has {start} of {config.max_steps} steps"
+            f"{configurator.changed(out_dir / 'config.py', config)}. Raise max_steps to go on, or start anew: another "
+            "out_dir, or --resume=never")
         return
 
     # ------------------------------------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ def main():
     #    block's forward, then FSDP2 cuts the parameters (its hooks stay outside of the compiled graphs), and only then
     #    is memory taken: by each rank for its own shards, so that no rank ever holds the whole model.
 
-    flops_per_token, fp8_flops = sum(estimate.matmul_flops_per_token(config.model, train_rows.document)), 0.0
+    flops_per_token, fp8_flops = sum(estimate.matmul_flops_per_token(model, train_rows.document)), 0.0
     auto_filtered = None
     if config.fp8.enabled:
         if config.fp8.auto_filter:  # a resumed run keeps what it chose, whatever a new timing would say
@@ -186,7 +194,7 @@ def main():
             if auto_filtered is None:
                 auto_filtered = gemms.choose(real, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
-            config.fp8.filter_fqns += auto_filtered
+            config.fp8.filter_fqns += [fqn for fqn in auto_filtered if fqn not in config.fp8.filter_fqns]
         check_fp8(tokens=tokens)
         if config.fp8.self_check:
             say(proof.self_check(config, micro_batches(0)[0], device))
@@ -221,11 +229,14 @@ def main():
     if before:
         checkpoint.read_run(folder, config, data=train_rows.digest)
         checkpoint.load(folder, model, optimizer)
-        say(f"resuming from {folder}, {start} steps done" + configurator.changed(out_dir / "config.py", config))
+        say(f"resuming from {folder}, {start} steps done" + configurator.changed(out_dir / "config.py", config)
+            + logs.changed_code(before))
     elif not scratch:
         hf.load(config.init_from, model, optimizer)
         say(f"weights: {config.init_from}")
     unfilled = [name for name, p in model.named_parameters() if plain_local(p).isnan().any()]
+    if unfilled and not (scratch or before):  # hf.load fills all
+        raise ValueError(f"{config.init_from} holds nan, in {', '.join(unfilled[:3])}: download it again")
     assert not unfilled, f"weights that nothing filled: {unfilled}"
     fp8.precompute_scales(model, config.fp8, shards=shards)
     say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
@@ -277,8 +288,8 @@ def main():
         if earlier:
             say(f"the run that was in {out_dir} is now in {earlier}")
         trackers = logs.open_trackers(config)
-        (out_dir / "config.py").write_text(configurator.to_python(config))
-        (out_dir / "run.json").write_text(json.dumps(run, indent=1))
+        logs.replace_text(out_dir / "config.py", configurator.to_python(config))
+        logs.replace_text(out_dir / "run.json", json.dumps(run, indent=1))
 
     def log(*rows):
         if first:
@@ -341,7 +352,7 @@ def main():
                 if config.checkpoint_interval:
                     kept = {**identity, **run, "time_s": seconds}
                     checkpoint.save(evidence, bad_step - 1, model, optimizer, kept, keep=0)
-                    told += f" Take the step again: the same command with --out_dir={evidence}"
+                    told += f" Take the step again: the same command with --out_dir={evidence} --resume=must"
                 raise RuntimeError(told)
             say(told)
             if in_a_row >= 10:
@@ -377,8 +388,9 @@ def main():
                         scored = score(model, questions, sequences, device=device, rank=rank, world_size=world_size,
                                        reduce=reduce)
                     reshard(model)
-                    row["hellaswag_acc"], row["hellaswag_acc_norm"] = accuracies(scored)
-                    told += f" | HellaSwag acc {row['hellaswag_acc']:.4f}, acc_norm {row['hellaswag_acc_norm']:.4f}"
+                    acc, acc_norm = accuracies(scored)
+                    row |= {"hellaswag_acc": acc, "hellaswag_acc_norm": acc_norm} if math.isfinite(acc) else {}
+                    told += f" | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
                 log(row)
                 say(f"step {step}/{config.max_steps} | {told}")
             if saves:

@@ -1,16 +1,19 @@
 """hf.py and checkpoint.py's export: logit for logit against transformers, and the same bits in and out."""
 
+import errno
 import json
 import shutil
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, build, run
+from conftest import REPO, build, run, train_here
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 import checkpoint
 import configurator
@@ -419,7 +422,8 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path):
     small, large = (build(dtype=torch.bfloat16, n_layer=n) for n in (2, 3))
     checkpoint.save(tmp_path, 1, small, AdamW(small, OptimConfig(), seed=1, compiled=False), {}, keep=1)
     for optimizer in (None, AdamW(large, OptimConfig(), seed=1, compiled=False)):
-        with pytest.raises(ValueError, match=r"of another model: model.layers.2.*missing for .* and \d+ more"):
+        with pytest.raises(ValueError, match=r"of another model: model.layers.2.*missing for .* and \d+ more. Go back "
+                                             "to the code that saved it, or start anew: another out_dir, or --resume="):
             checkpoint.load(checkpoint.latest(tmp_path), large, optimizer)
 
 
@@ -440,6 +444,61 @@ def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path, damage)
         assert "\n" not in str(told.value)
         path.write_bytes(content)
     checkpoint.load(folder, model, optimizer)
+
+
+def test_a_full_disk_is_told_whatever_the_writer_makes_of_it(tmp_path, monkeypatch, copy, folders):
+    model = build()
+    optimizer = AdamW(model, OptimConfig(weights="plain"), seed=0, compiled=False)
+    free = 0
+
+    def fails(*_, **__):
+        raise CheckpointException("save", {0: (RuntimeError("unexpected pos 704 vs 598"), None)})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.dcp, "save", fails)
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        with pytest.raises(OSError) as told:
+            checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1)
+        assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
+        free = 2**30
+        with pytest.raises(CheckpointException):
+            checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1)
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), checkpoint.appearing(tmp_path / "new") as aside:
+        (aside / "half").touch()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_name_that_save_gives_is_a_checkpoint(tmp_path):
+    for name in ("step_00000003", "step_00000003.bak", "step_00000004.tmp", "step_9", "steps"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint.latest(tmp_path).name == "step_00000003"
+
+
+def test_nan_in_a_model_folder_is_told_as_such(copy, tiny_run, tmp_path):
+    folder = copy("smollm2", "new")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    args = [a for a in tiny_run if not a.startswith("--model.")]
+    with pytest.raises(ValueError, match="holds nan, in norm.weight: download it again"):
+        train_here(*args, f"--init_from={folder}", "--data.tokenizer=bytes", "--model.block_size=64",
+                   f"--out_dir={tmp_path / 'out'}")
+
+
+def test_a_tied_head_may_be_stored_too(copy):
+    folder = copy("smollm2", "new")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(loaded(folder).lm_head.weight, weights["lm_head.weight"])
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lm_head.weight is not part of this architecture"):
+        loaded(folder)
 
 
 def test_sampling_from_a_model_folder(folders, monkeypatch, capsys):

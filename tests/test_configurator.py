@@ -236,7 +236,12 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
     ("--optim.lr=1e999", "expected float"),
     ("--fp8.recipe_name=row", "expected 'tensorwise' | 'rowwise' | 'rowwise_with_gw_hp' | None"),
     ("--resume=None", "expected 'auto' | 'never' | 'must'"),
-    ("--fp8.filter_fqns=lm_head", "expected list[str] as a Python literal, in shell quotes: '--fp8.filter_fqns=[...]'"),
+    ("--fp8.filter_fqns=lm_head",
+     "expected list[str] as a Python literal, in shell quotes: '--fp8.filter_fqns=[\"lm_head\"]'"),
+    ("--data.train=[a.txt, 'b']", "expected list[str] as a Python literal, in shell quotes: "
+                                  "'--data.train=[\"a.txt\", \"b\"]'"),
+    ("--optim.betas=0.9, 0.95, 1", "expected tuple[float, float] as a Python literal, in shell quotes: "
+                                   "'--optim.betas=[...]'"),
     ("--fp8.filter_fqns=[1]", "expected list[str]"),
     ("--fp8.filter_fqns={[]}", "expected list[str]"),
     ("--optim.betas=0.9", "expected tuple[float, float]"),
@@ -265,10 +270,20 @@ def test_a_wrong_value_is_told_with_key_type_and_value(arg, told):
     ("--batch_size=1", "micro_batch_size"),
     ("--print_confg", "print_config"),
     ("-h", "help"),
+    ("--steps=1", "max_steps"),
 ])
 def test_an_unknown_key_names_the_closest_one(arg, near):
     (line,) = mistakes(arg)
     assert line.startswith(f"{arg}: unknown key, did you mean --{near}?")
+
+
+@pytest.mark.parametrize("arg", ["--learning_rate=1", "--dropout=0.1", "--epochs=3"])
+def test_an_unknown_key_that_looks_like_none_names_none(arg):
+    assert mistakes(arg, "--max_steps=0") == [f"{arg}: unknown key. See --help", "max_steps=0 must be at least 1"]
+
+
+def test_a_config_file_needs_no_key():
+    assert mistakes("--config=a.py") == ["--config=a.py: name the file without a key: a.py"]
 
 
 def test_a_value_apart_from_its_key_is_one_mistake_and_no_config_file():
@@ -308,6 +323,7 @@ def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     suggested = mistakes("llama_fp8")[0].partition("did you mean ")[2].removesuffix("?")
     assert Path(suggested).resolve() == REPO / "config/llama_fp8.py"
+    assert mistakes("gpt.py") == [f"gpt.py: no such config file, see {os.path.relpath(REPO / 'config')}"]
 
 
 @pytest.mark.parametrize("body, told", [
@@ -320,8 +336,9 @@ def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
     ("config = Config(\n", ", line 2: SyntaxError: '(' was never closed"),
     ("import nowhere_to_be_found", ", line 2: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
     ("config = Config(max_steps=1 // 0)", ", line 2: ZeroDivisionError: integer division or modulo by zero"),
-    ("confg = Config()", " must bind `config` to a configurator.Config, it binds NoneType"),
-    ("config = {'max_steps': 1}", " must bind `config` to a configurator.Config, it binds dict"),
+    ("confg = Config()", " must bind `config` to a configurator.Config, as in `from configurator import Config` and "
+                         "`config = Config(max_steps=100)`; it binds NoneType"),
+    ("config = {'max_steps': 1}", "; it binds dict"),
     ("config = Config(fp8=FP8Config(enabled='yes'))", ": fp8.enabled='yes': expected bool"),
     ("config = Config(max_steps=1e3)", ": max_steps=1000.0: expected int"),
     ("config = Config(optim=OptimConfig(betas=[.9, .99]))", ": optim.betas=[0.9, 0.99]: expected tuple[float, float]"),
@@ -396,6 +413,11 @@ def test_micro_batches_must_divide_the_global_batch():
 ])
 def test_values_that_would_fail_late_or_quietly_are_refused(key, told):
     assert told in "\n".join(mistakes(key))
+
+
+def test_float32_weights_need_no_rounding_to_bf16():
+    (line,) = mistakes("--dtype=float32", "--optim.weights=stochastic_rounding")
+    assert line.startswith("optim.weights=stochastic_rounding rounds to bf16")
 
 
 KEEP = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.keep_casts=True"]

@@ -287,6 +287,25 @@ def test_validation_text_that_is_empty_too_short_or_given_alone(tmp_path):
     assert len(prepare(cfg)[1]) == len("validation") + 1
 
 
+def test_a_file_of_data_val_in_a_folder_of_data_train_is_not_trained_on(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+
+    def prepared(**files):
+        cfg = data.DataConfig(**{key: [str(tmp_path / name)] for key, name in files.items()},
+                              cache_dir=str(tmp_path / "cache"), tokenizer="bytes")
+        train, val, _ = data.prepare(cfg, 16)
+        return len(train), len(val), train.description
+
+    *sizes, told = prepared(train="", val="b.txt")
+    assert sizes == [202, 101] and told.startswith("2 files of ")
+    assert ", 1 more for validation alone, 202 training" in told
+    *sizes, told = prepared(train="b.txt", val="b.txt")  # asked for
+    assert sizes == [101, 101] and ", all of them validation text too, 101 training" in told
+    *sizes, told = prepared(train="a.txt", val="b.txt")
+    assert sizes == [101, 101] and told.startswith(f"1 files of {tmp_path / 'a.txt'}, 101 training")
+
+
 def test_folders_that_a_glob_matches_count_as_folders_and_what_two_patterns_name_counts_once(tmp_path):
     for name in ("a/1.txt", "a/deep/2.TXT", "a/3.bin", "b/4.jsonl", "5.txt", "c/6.bin"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

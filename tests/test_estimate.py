@@ -22,9 +22,18 @@ def test_flops_per_token_agree_with_torchs_own_counter():
     x = torch.randint(0, 256, (1, 64))
     with FlopCounterMode(display=False) as counter:
         model(x, x).backward()
-    linear, _ = estimate.matmul_flops_per_token(model.cfg)
+    linear, _ = estimate.matmul_flops_per_token(model)
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     assert counts["aten.mm"] == linear * 64
+
+
+def test_flops_per_token_are_those_of_a_block_that_somebody_changed():
+    model = build()
+    before, _ = estimate.matmul_flops_per_token(model)
+    for layer in model.layers:
+        layer.mlp.gate_up = torch.nn.Linear(64, 128, bias=False)  # no gate
+    after, _ = estimate.matmul_flops_per_token(model)
+    assert before - after == 6 * len(model.layers) * 64 * 128
 
 
 def llama_8b(**changes):

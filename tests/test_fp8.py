@@ -53,6 +53,29 @@ def test_old_torchao_is_an_error(monkeypatch, old):
         check(emulated())
 
 
+@pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_compile_that_the_environment_turns_off_is_an_error(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ValueError, match=f"compiles nothing while {variable}=1"):
+        check(emulated(), compiled=True)
+    check(emulated(), compiled=False)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_an_error():
+    class Half(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    with torch.device("meta"):
+        model = models.Transformer(models.ModelConfig(**TINY))
+        for layer in model.layers:
+            layer.mlp.down = Half(128, 64, bias=False)
+    told = dict(device=torch.device("cpu"), compiled=True, shards=0, tokens=64)
+    with pytest.raises(ValueError, match="forward of subclasses of nn.Linear, add these to fp8.filter_fqns: mlp.down$"):
+        fp8.check(emulated(), model, **told)
+    fp8.check(emulated(filter_fqns=["mlp.down"]), model, **told)
+
+
 def test_cpu_without_emulate_is_an_error():
     with pytest.raises(ValueError, match="this run is on the cpu: set fp8.emulate=True"):
         check(FP8Config(enabled=True))
@@ -197,7 +220,7 @@ def test_both_spellings_set_the_same_field():
 def test_table_shows_what_is_covered_and_what_is_not():
     cfg = emulated(filter_fqns=["lm_head"], enable_fsdp_float8_all_gather=True)
     model = build(cfg)
-    share = proof.covered_flops(model, cfg) / sum(estimate.matmul_flops_per_token(model.cfg))
+    share = proof.covered_flops(model, cfg) / sum(estimate.matmul_flops_per_token(model))
     table = proof.table(model, cfg, share, shards=0)
     assert "8 of 9 linear layers converted" in table
     assert "layers.*.attn.qkv      (128, 64)        x2    fp8 tensorwise (emulated)" in table

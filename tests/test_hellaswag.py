@@ -341,6 +341,25 @@ def test_eval_of_a_run_is_the_same_on_two_ranks(runs, file, tmp_path, evaluate, 
         assert list(a) == ["ind", "label", "pred", "pred_norm"]
 
 
+def test_a_model_that_gives_nan_has_no_accuracy(runs, file, evaluate, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(scoring, "score", lambda *args, **_: [
+        {"ind": 0, "label": 0, "loglikelihood": [float("nan")] * 4, "pred": 0, "pred_norm": 0}])
+    with pytest.raises(SystemExit) as done:
+        evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", "--limit=1", f"--out={tmp_path / 'out'}")
+    assert done.value.code == 1 and "the model gives nan" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_file_for_training_and_validation_overlaps_only_if_it_is_all_there_is(file, tmp_path):
+    def count(train, val):
+        return [len(p) for p in hellaswag.questions(DataConfig(format="hellaswag", train=[str(train)], val=[str(val)]))]
+
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(file, tmp_path / name)
+    n = len(hellaswag.read([file]))
+    assert count(tmp_path, tmp_path / "b.jsonl") == [n, n] == count(file, file) and n > 0
+
+
 def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path, evaluate, capsys):
     import tokenizers
     import transformers

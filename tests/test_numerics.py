@@ -402,6 +402,23 @@ def test_self_check_passes_with_margin(recipe):
         assert float(told.rsplit("loss ", 1)[1].split(",")[0]) < 1e-3
 
 
+@pytest.mark.parametrize("filters, converted", [
+    (["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "lm_head"], {"layers.0.attn.qkv", "layers.0.attn.out"}),
+    (["layers.0", "mlp.down"], {"layers.0.attn.qkv", "layers.0.attn.out", "layers.0.mlp.gate_up", "lm_head"})])
+def test_self_check_converts_what_any_layer_of_the_run_has_in_fp8(monkeypatch, filters, converted):
+    convert, seen, (x, y) = fp8.convert, [], batch()
+
+    def spy(model, cfg, *, shards):
+        convert(model, cfg, shards=shards)
+        seen.append(set(fp8.float8_linears(model)))
+
+    monkeypatch.setattr(fp8, "convert", spy)
+    config = small_config("tensorwise")
+    config.fp8.filter_fqns = filters
+    proof.self_check(config, (x, y, ()), torch.device("cpu"))
+    assert seen == [converted, converted]
+
+
 @pytest.mark.parametrize("broken", ["double", "transposed", "nan"])
 def test_self_check_refuses_a_matmul_that_is_wrong(monkeypatch, broken):
     convert, (x, y) = fp8.convert, batch()

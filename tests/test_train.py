@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import shutil
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -506,7 +508,7 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
         train_here(*out, "--resume=must")
     told("--checkpoint_interval=1", "--keep=2")
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000006"]
-    assert "has 6 of 6 steps. Raise max_steps or set another out_dir" in told()
+    assert "has 6 of 6 steps, now with checkpoint_interval=3 instead of 1. Raise max" in told()
     with pytest.raises(ValueError, match="was made with another model, seed, now with .*seed=3 instead of 1337, .*"
                                          "model.n_layer=1 instead of 2: resuming.*Give another out_dir"):
         told("--model.n_layer=1", "--seed=3")
@@ -643,6 +645,66 @@ def test_a_run_that_was_killed_before_its_plot_gets_it_at_the_next_start(tiny_ru
     (tmp_path / "loss.png").unlink()
     (tmp_path / "metrics.jsonl").unlink()
     train_here(*tiny_run, f"--out_dir={tmp_path}")  # nothing to plot, nothing to do
+
+
+def test_a_run_that_was_killed_before_its_plots_were_new_gets_new_ones(tiny_run, tmp_path):
+    train_here(*tiny_run, f"--out_dir={tmp_path}")
+    old = b"\x89PNG of step 3"
+    (tmp_path / "loss.png").write_bytes(old)
+    os.utime(tmp_path / "loss.png", (0, 0))
+    train_here(*tiny_run, f"--out_dir={tmp_path}")
+    assert (tmp_path / "loss.png").read_bytes() != old
+
+
+def test_a_kill_while_metrics_are_cut_loses_no_row(tmp_path, monkeypatch):
+    rows = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3, 4, 5))
+    (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 6, "lo')
+    written = []
+    monkeypatch.setattr(Path, "write_text", lambda *args: written.append(args))
+    monkeypatch.setattr(Path, "write_bytes", lambda *args: written.append(args))
+    file, _ = logs.open_metrics(tmp_path, 3, None)
+    with file:
+        file.write('{"step": 4}\n')
+    assert not written and [row["step"] for row in logs.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(rows[:rows.index('{"step": 4')])
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is no JSON .*delete that line"):
+        logs.open_metrics(tmp_path, 1, None)
+
+
+def test_a_damaged_config_of_an_earlier_run_is_no_reason_to_stop(tiny_run, tmp_path, capsys):
+    train_here(*tiny_run, f"--out_dir={tmp_path}", "--max_steps=3")
+    (tmp_path / "config.py").write_text("")
+    train_here(*tiny_run, f"--out_dir={tmp_path}", "--max_steps=4")
+    assert "3 steps done (whether with other keys is not known: " in capsys.readouterr().out
+    assert configurator.read_file(tmp_path / "config.py").max_steps == 4
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_more_ranks_than_gpus_are_told(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="a rank for GPU 1, but there are 1: start no more ranks than there are GPUs"):
+        train_here(*tiny_run, f"--out_dir={tmp_path}", "--device=cuda")
+
+
+def test_a_finished_run_started_with_other_keys_says_which(tiny_run, tmp_path):
+    train_here(*tiny_run, f"--out_dir={tmp_path}", "--max_steps=1")
+    status, told, _ = main_here(train.main, *tiny_run, f"--out_dir={tmp_path}", "--max_steps=1", "--optim.lr=0.5")
+    assert status == 0 and "has 1 of 1 steps, now with optim.lr=0.5 instead of 0.003. Raise max_steps" in told
+
+
+def test_a_run_resumed_by_other_code_says_so(tiny_run, tmp_path, monkeypatch):
+    told = []
+    for steps, commit in enumerate(("abc", "abc", "abc+changes", None), 3):
+        monkeypatch.setattr(logs, "git_commit", lambda commit=commit: commit)
+        told.append(main_here(train.main, *tiny_run, f"--out_dir={tmp_path}", f"--max_steps={steps}")[1])
+    assert [", by code of commit abc+changes instead of abc\n" in text for text in told] == [False, False, True, False]
+    assert [text.count("by code of") for text in told] == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("split", ["train", "val", "questions"])

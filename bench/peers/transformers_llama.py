@@ -117,7 +117,8 @@ def measure(variant, args):
     ms.append(1000 * (now() - clock) / bench.WINDOW)
     middle = statistics.median(ms)
     peak = estimate.bf16_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    flops = sum(estimate.matmul_flops_per_token(sizes)) * args.tokens
+    with torch.device("meta"):
+        flops = sum(estimate.matmul_flops_per_token(models.Transformer(sizes))) * args.tokens
     return {"variant": variant, "ms_per_step": middle, "spread_ms": max(ms) - min(ms), "speedup": None,
             "tokens_per_s": 1000 * args.tokens / middle, "mfu": flops / middle * 1000 / peak if peak else None,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan"),
