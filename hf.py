@@ -231,7 +231,7 @@ def check_weights(folder, expected):
 def load(folder, model, optimizer=None):
     """Fill model, in place, from a folder that model_config has seen; and the optimizer's master weights, unrounded.
 
-    Each rank reads the rows that it holds, and of those one tensor's at a time. Dtypes convert.
+    Each rank reads the rows that it holds, and of those one tensor's at a time. Dtypes convert. ValueError for nan.
     """
     where, _, _ = weight_files(folder)
     params = dict(model.named_parameters())
@@ -246,3 +246,5 @@ def load(folder, model, optimizer=None):
                 rows = files[where[name]].get_slice(name)[start - first : stop - first]
                 for target in (plain_local(params[ours]), *([masters[ours]] if ours in masters else [])):
                     target[start - begin : stop - begin].copy_(rows)
+    if bad := [name for name, p in params.items() if plain_local(p).isnan().any()]:
+        raise ValueError(f"{folder} holds nan, in {', '.join(bad[:3])}: download it again")
