@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import os
 import signal
 import sys
@@ -27,6 +28,14 @@ class Arguments(argparse.ArgumentParser):
 def cause(error):
     """An exception, or for one of a checkpoint that ranks share, what went wrong on the first rank where it did."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def leave():
+    """End the process groups, if there are any. One that garbage still holds would end with Python itself, and gloo's
+    threads then now and then abort a process that has done all its work."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def run(main):
@@ -67,5 +76,4 @@ def run(main):
             raise
         print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ValueError) else 1)
-    if dist.is_initialized():  # not after an error: it would wait for ranks that are stuck in a collective
-        dist.destroy_process_group()
+    leave()  # not after an error: it would wait for ranks that are stuck in a collective

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,18 @@ def test_a_process_group_is_destroyed_at_the_end_and_left_alone_after_an_error(t
         if error:
             raise error
 
-    entry.run(main)
-    assert not dist.is_initialized()
+    class Holds:
+        pass
+
+    def held():
+        main()
+        holder = Holds()
+        holder.itself, holder.group = holder, dist.group.WORLD
+        return weakref.ref(holder)
+
+    refs = []
+    entry.run(lambda: refs.append(held()))
+    assert not dist.is_initialized() and refs[0]() is None  # no group lives on in garbage
     with pytest.raises(RuntimeError):
         entry.run(lambda: main(RuntimeError("lost")))
     assert dist.is_initialized()

@@ -309,7 +309,7 @@ def sent(tiny_run, tmp_path_factory):
     script.write_text(textwrap.dedent(f"""
             import json, os, sys
             sys.path.insert(0, {str(REPO)!r})
-            import torch, train
+            import entry, torch, train
             from torch.utils._python_dispatch import TorchDispatchMode
             sent = {{}}
             class Count(TorchDispatchMode):
@@ -331,7 +331,7 @@ def sent(tiny_run, tmp_path_factory):
                     train.main()
             if os.environ["RANK"] == "0":
                 print("sent", json.dumps(counted))
-            torch.distributed.destroy_process_group()  # else gloo's threads now and then abort the exit
+            entry.leave()
             """))
     return json.loads(run(script, ranks=2).stdout.split("sent ", 1)[1].splitlines()[0])
 
@@ -367,7 +367,7 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, ranks)
     script.write_text(textwrap.dedent(f"""
             import sys
             sys.path.insert(0, {str(REPO)!r})
-            import torch, fp8, train
+            import entry, torch, fp8, train
             from types import SimpleNamespace
             cls, told = fp8.gather_in_fp8(), {{}}
             kept = [(place, dict(vars(place))) for place in (cls, fp8)]
@@ -383,7 +383,7 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, ranks)
                             setattr(place, key, names[key])
             if torch.distributed.get_rank() == 0:
                 print("told", told)
-            torch.distributed.destroy_process_group()
+            entry.leave()
             """))
     done = run(script, *tiny_run, *FP8, *PRECOMPUTE, *ONE_SHARD, f"--out_dir={tmp_path / 'out'}", ranks=ranks)
     told = ast.literal_eval(done.stdout.split("told ", 1)[1].splitlines()[0])

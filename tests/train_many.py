@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import entry
 import train
 
 for argv in json.loads(Path(sys.argv[1]).read_text()):
@@ -21,5 +21,4 @@ for argv in json.loads(Path(sys.argv[1]).read_text()):
     train.main()
     if int(os.environ.get("RANK", 0)) == 0:
         print("---- end of a run ----", flush=True)
-if dist.is_initialized():
-    dist.destroy_process_group()
+entry.leave()
