@@ -86,17 +86,16 @@ def find_files(patterns):
     return list(files.values())
 
 
-def find_splits(train, val):
-    """(training files, validation files, a remark) of two lists of patterns.
+def keep_apart(train, val):
+    """(files of `train` that are not among those of `val`, a remark); all of them where `val` has every one.
 
-    What both name, as where data.val is a file in data.train's folder, is for validation, unless it is all there is.
+    data.val may be a file in data.train's folder: what is for validation is not trained on.
     """
-    files, held = find_files(train), find_files(val)
-    for_val = {p.resolve() for p in held}
-    kept = [p for p in files if p.resolve() not in for_val]
+    held = {p.resolve() for p in val}
+    kept = [p for p in train if p.resolve() not in held] if held else train
     if not kept:
-        return files, held, ", all of them validation text too"
-    return kept, held, f", {len(files) - len(kept)} more for validation alone" if len(kept) < len(files) else ""
+        return train, ", all of them validation text too"
+    return kept, f", {len(train) - len(kept)} more for validation alone" if len(kept) < len(train) else ""
 
 
 def documents(files, text_key):
@@ -236,7 +235,8 @@ def prepare(cfg, block_size):
     With several ranks call it on rank 0 first. Raises ValueError for text that cannot be found, read or used.
     """
     encoding = get_tokenizer(cfg.tokenizer)
-    train, val, remark = find_splits(cfg.train or embedded_files(), cfg.val)
+    train, val = find_files(cfg.train) if cfg.train else embedded_files(), find_files(cfg.val)
+    train, remark = keep_apart(train, val)
     identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files] for files in (train, val)]
     key = hashlib.blake2b(repr((identity, cfg.text_key, fingerprint(encoding))).encode(), digest_size=8).hexdigest()
     name = Path(cfg.train[0]).stem if cfg.train else "python_stdlib"

@@ -33,8 +33,8 @@ def cause(error):
 def leave():
     """End the process groups, if there are any. One that garbage still holds would end with Python itself, and gloo's
     threads then now and then abort a process that has done all its work."""
-    gc.collect()
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import VAL_EVERY, find_files, find_splits
+from data import VAL_EVERY, find_files, keep_apart
 from model import IGNORE
 from tokenizer import get_tokenizer
 
@@ -90,10 +90,10 @@ def questions(cfg):
         train = read([download("hellaswag_train.jsonl", cfg.cache_dir)]) if ours else []
         val = find_files(cfg.val) if ours and cfg.val else [download("hellaswag_val.jsonl", cfg.cache_dir)]
         return train, read(val)
-    files, held, _ = find_splits(cfg.train, cfg.val)
-    train = read(files)
-    if held:
-        return train, read(held)
+    val = find_files(cfg.val)
+    train = read(keep_apart(find_files(cfg.train), val)[0])
+    if val:
+        return train, read(val)
     return [item for i, item in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]
 
 

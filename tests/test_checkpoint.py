@@ -446,7 +446,7 @@ def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path, damage)
     checkpoint.load(folder, model, optimizer)
 
 
-def test_a_full_disk_is_told_whatever_the_writer_makes_of_it(tmp_path, monkeypatch, copy, folders):
+def test_a_full_disk_is_told_whatever_the_writer_makes_of_it(tmp_path, monkeypatch):
     model = build()
     optimizer = AdamW(model, OptimConfig(weights="plain"), seed=0, compiled=False)
     free = 0
