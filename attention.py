@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.torch_version import TorchVersion
 
+from plumbing.errors import UserError
+
 # torch 2.11 takes fewer key/value heads than query heads as they come, later ones want to be told
 VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 MIN_FLASH4 = "4.0.0b36"  # what was tried: earlier ones have other arguments
@@ -87,7 +89,7 @@ def attend(q, k, v, mask=None, window=None, flash4=False):
 
 
 def check_flash4(config, device):
-    """ValueError where a configurator.Config asks for flash4 and cannot have it."""
+    """UserError where a configurator.Config asks for flash4 and cannot have it."""
     if not config.flash4:
         return
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
@@ -106,7 +108,7 @@ def check_flash4(config, device):
         except importlib.metadata.PackageNotFoundError:
             why = f"it is not installed: {INSTALL_FLASH4} (cu12 for a torch with CUDA 12)"
     if why:
-        raise ValueError(f"flash4=True: {why}; or set flash4=False")
+        raise UserError(f"flash4=True: {why}; or set flash4=False")
 
 
 @torch.library.custom_op("nanofp8::flash4", mutates_args=())

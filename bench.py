@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 import configurator
-import data
-import entry
-import gemms
-import logs
+from checks import gemms
+from formats import files
+from plumbing import entry, logs
+from plumbing.errors import RunStopped, UserError
 
 REPO = Path(__file__).parent
 TRAIN = (REPO / "train.py",)  # what a variant runs
@@ -87,10 +87,10 @@ def prepare(own, default):
     """
     config = configurator.load(arguments(default), own)
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        raise ValueError("this script works on one machine: start torchrun without --nnodes")
+        raise UserError("this script works on one machine: start torchrun without --nnodes")
     if int(os.environ.get("RANK", 0)) > 0:
         return None  # rank 0 starts the processes of every variant
-    data.find_files([*config.data.train, *config.data.val])  # a wrong path is told once, not by every variant
+    files.find_files([*config.data.train, *config.data.val])  # a wrong path is told once, not by every variant
     config.fp8.emulate |= on_cpu(config)
     base = Path(config.out_dir, "base_config.py")
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def main():
                           None if own.gemms else out_dir / "bench.json")
     rows = report["rows"]
     if all("error" in row for row in rows):
-        raise RuntimeError(f"nothing ran: {rows[0]['error']}")
+        raise RunStopped(f"nothing ran: {rows[0]['error']}")
     if own.gemms:
         device = torch.device("cpu" if on_cpu(config) else "cuda")
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])

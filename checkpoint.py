@@ -30,9 +30,10 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import configurator
-import entry
-import hf
-from shards import like, plain_local
+from formats import hf
+from plumbing import entry
+from plumbing.errors import UserError
+from plumbing.sharding import like, plain_local
 
 SHARD_BYTES = 2**31  # of an exported file, and about what exporting needs of memory
 # what an export takes along from the folder that training began with
@@ -53,12 +54,12 @@ def complete(folder):
 
 
 def open_run(out_dir):
-    """(newest checkpoint folder, Config) of a run of train.py. Raises ValueError if there is none."""
+    """(newest checkpoint folder, Config) of a run of train.py. Raises UserError if there is none."""
     if not Path(out_dir).is_dir():
-        raise ValueError(f"{out_dir}: no such folder")
+        raise UserError(f"{out_dir}: no such folder")
     newest = latest(out_dir)
     if newest is None or not Path(out_dir, "config.py").is_file():
-        raise ValueError(f"{out_dir} holds no checkpoint of train.py and no config.json: give the out_dir of a run "
+        raise UserError(f"{out_dir} holds no checkpoint of train.py and no config.json: give the out_dir of a run "
                          "that has saved one, or a Hugging Face model folder")
     return newest, configurator.read_file(Path(out_dir, "config.py"))
 
@@ -116,7 +117,7 @@ def reading(folder):
             ImportError, LookupError) as error:  # any of them can come from a pickle that is damaged
         error = entry.cause(error)
         why = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
-        raise ValueError(f"{folder} cannot be read ({why}). If it is damaged, delete it, and the run goes on from the "
+        raise UserError(f"{folder} cannot be read ({why}). If it is damaged, delete it, and the run goes on from the "
                          "one before") from error
 
 
@@ -134,18 +135,18 @@ def writing(folder):
 def read_run(folder, config=None, **wanted):
     """The `run` of a checkpoint folder: step and what the run was.
 
-    Raises ValueError if the folder is none, or if the run was another than `wanted` says: with the keys of config, that
+    Raises UserError if the folder is none, or if the run was another than `wanted` says: with the keys of config, that
     of the run which wants it, that differ from what the folder's run left.
     """
     path = Path(folder, "run.json")
     if not path.is_file():
-        raise ValueError(f"{folder} is no checkpoint of nanofp8: it has no run.json")
+        raise UserError(f"{folder} is no checkpoint of nanofp8: it has no run.json")
     with reading(folder):
         run = json.loads(path.read_text())
         run["step"]  # or it is none
     if changed := [key for key in wanted if run.get(key) != wanted[key]]:
         keys = configurator.changed(Path(folder).parents[1] / "config.py", config)
-        raise ValueError(f"{folder} was made with another {', '.join(changed)}{keys}: resuming would not continue that "
+        raise UserError(f"{folder} was made with another {', '.join(changed)}{keys}: resuming would not continue that "
                          "run. Give another out_dir, or set resume=never to start over")
     return run
 
@@ -154,7 +155,7 @@ def load(folder, model, optimizer=None):
     """Fill model, and optimizer where given, from a checkpoint folder, in place. Called on every rank.
 
     Dtypes convert. Master weights that the checkpoint lacks are made from its weights; ones that it has and the
-    optimizer lacks are left. Raises ValueError where the checkpoint is of another model.
+    optimizer lacks are left. Raises UserError where the checkpoint is of another model.
     """
     state = tensors(model, optimizer)
     with reading(folder):
@@ -164,10 +165,10 @@ def load(folder, model, optimizer=None):
     differ = [f"{n}: {tuple(saved[n].size) if n in saved else 'missing'} for {tuple(t.shape)}"
               for n, t in state.items() if n not in saved or saved[n].size != t.shape]
     if differ and all(name.startswith("optim.exp_avg") for name in differ):
-        raise ValueError(f"{folder} has other optimizer states: set optim.fp8_moments as the run did that saved it")
+        raise UserError(f"{folder} has other optimizer states: set optim.fp8_moments as the run did that saved it")
     if differ:
         commit = read_run(folder).get("git_commit")
-        raise ValueError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}"
+        raise UserError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}"
                          + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
                          + f". Go back to the code that saved it{f', of commit {commit}' if commit else ''}, or start "
                          "anew: another out_dir, or --resume=never")
@@ -207,12 +208,12 @@ def appearing(folder):
 def export(out_dir, folder):
     """Write the newest checkpoint of a run as a Hugging Face model folder, in the layout of the run's init_from.
 
-    One process, whatever the run had, and as much memory as one file of it takes. Raises ValueError if there is no
+    One process, whatever the run had, and as much memory as one file of it takes. Raises UserError if there is no
     checkpoint, if `folder` is there already, or if init_from's folder, whose tokenizer belongs to the model, is gone.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is not empty: give a new folder")
+        raise UserError(f"{folder} exists and is not empty: give a new folder")
     newest, config = open_run(out_dir)
     with reading(newest):
         saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata

@@ -26,7 +26,8 @@ from data import DataConfig
 from fp8 import CompileConfig, FP8Config
 from model import ModelConfig
 from optim import OptimConfig
-from schema import closest, comments, fits, flat, parse, sections, suggest, to_python, type_name
+from plumbing.errors import UserError
+from plumbing.schema import closest, comments, fits, flat, parse, sections, suggest, to_python, type_name
 
 __all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
            "load", "read_file", "to_python"]
@@ -116,7 +117,7 @@ def load(argv, own=None):
     """The Config of `[CONFIG.py] [--key=value ...]`; prints and exits for --help and --print_config.
 
     own: an instance of a small dataclass with the flags that only the calling script has. They are set on it, and
-    bools among them may stand bare (--gemms). Raises one ValueError that lists all mistakes of the call, one a line.
+    bools among them may stand bare (--gemms). Raises one UserError that lists all mistakes of the call, one a line.
     """
     own_section = [("", own)] if own is not None else []
     bare = {"--help", "--print_config"} | {f"--{f.name}" for _, s in own_section for f in fields(s) if f.type is bool}
@@ -176,7 +177,7 @@ def load(argv, own=None):
         mistakes += [problem for s in parts for problem in s.problems()  # but no consequences of a broken key
                      if not any(re.search(rf"(?<![\w.]){re.escape(name)}\b", problem) for name in broken)]
     if mistakes:
-        raise ValueError("\n".join(mistakes))
+        raise UserError("\n".join(mistakes))
     if "--print_config" in argv:
         if first:
             print(to_python(config), end="")
@@ -187,13 +188,13 @@ def load(argv, own=None):
 def read_file(path):
     """A copy of the `config` that a Python file binds, its types checked, its values not.
 
-    Raises one ValueError that lists what is wrong in the file, one mistake a line, with the line number if it has one.
+    Raises one UserError that lists what is wrong in the file, one mistake a line, with the line number if it has one.
     """
     path = str(path)
     if not Path(path).is_file():
         near = suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")],
                        f"{os.path.relpath(REPO / 'config')}/{{}}.py")
-        raise ValueError(f"{path}: no such config file{near or ', see ' + os.path.relpath(REPO / 'config')}")
+        raise UserError(f"{path}: no such config file{near or ', see ' + os.path.relpath(REPO / 'config')}")
     if str(REPO) not in sys.path:  # for `import model` and `from config.llama_fp8 import config`, whatever the cwd
         sys.path.insert(0, str(REPO))
     try:
@@ -209,9 +210,9 @@ def read_file(path):
             kind = next((getattr(m, typo[1]) for m in modules if hasattr(m, typo[1])), Config)
             told = f"{typo[1]} has no field {typo[2]!r}{suggest(typo[2], [f.name for f in fields(kind)], '{!r}')}"
         file, line = places[-1] if places else (path, None)
-        raise ValueError(f"{file}, line {line}: {told}" if line else f"{path}: {told}") from error
+        raise UserError(f"{file}, line {line}: {told}" if line else f"{path}: {told}") from error
     if not isinstance(config, Config):
-        raise ValueError(f"{path} must bind `config` to a configurator.Config, as in `from configurator import Config` "
+        raise UserError(f"{path} must bind `config` to a configurator.Config, as in `from configurator import Config` "
                          f"and `config = Config(max_steps=100)`; it binds {type(config).__name__}")
     mistakes = []
     for prefix, section in sections(config):
@@ -222,7 +223,7 @@ def read_file(path):
             elif not fits(value, values[name]):
                 mistakes.append(f"{path}: {prefix}{name}={value!r}: expected {type_name(values[name])}")
     if mistakes:
-        raise ValueError("\n".join(mistakes))
+        raise UserError("\n".join(mistakes))
     return copy.deepcopy(config)  # the object may belong to a module that others import too
 
 

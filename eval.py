@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import entry
-import hellaswag
+from formats import hellaswag
 from model import check_ids
+from plumbing import entry
+from plumbing.errors import RunStopped, UserError
 from sample import load_model
 
 TOKENS = {"cuda": 8192, "cpu": 1024}  # of a forward pass: enough to be busy, and few enough for their logits
@@ -99,14 +100,14 @@ def main():
         (out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)),
          f"--out={out}: name a file that can be written, in a folder that exists")) if wrong]
     if mistakes:
-        raise ValueError("\n".join(mistakes))
+        raise UserError("\n".join(mistakes))
     if rank > 0:
         checkpoint.barrier()
     path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
     if rank == 0:
         checkpoint.barrier()
     if not (questions := hellaswag.read([path])[: args.limit or None]):
-        raise ValueError(f"{path} holds no question to score")
+        raise UserError(f"{path} holds no question to score")
     model, encoding, config = load_model(args.folder, device, args.tokenizer)
     sequences = hellaswag.sequences(encoding, questions, config.model.block_size)
     check_ids(config.model, max(ids.max() for ids, _ in sequences))
@@ -120,7 +121,7 @@ def main():
     if rank == 0:
         acc, acc_norm = accuracies(rows)
         if math.isnan(acc):
-            raise RuntimeError(f"{args.folder}: the model gives nan, which has no accuracy")
+            raise RunStopped(f"{args.folder}: the model gives nan, which has no accuracy")
         error = math.sqrt(acc_norm * (1 - acc_norm) / len(rows))  # of drawing this many questions
         print(f"{len(rows):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (standard error {error:.4f})")
         if out:

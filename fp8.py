@@ -47,6 +47,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import attention  # noqa: F401  registers two of the SAVED_OPS
+from plumbing.errors import UserError
 
 # NeMo-Automodel's documentation spells two of the keys in two ways: both set the same field, read by its first name.
 ALIASES = {
@@ -130,7 +131,7 @@ def is_filtered(fqn, filter_fqns):
 
 
 def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
-    """Raise one ValueError that lists everything which keeps this model from training in FP8 as asked.
+    """Raise one UserError that lists everything which keeps this model from training in FP8 as asked.
 
     cfg: an enabled FP8Config. model: may still be on the meta device. shards: ranks that each weight is cut over by
     FSDP2; 0: it is off. tokens: of a forward pass on a rank; lm_head takes them in loss_chunks equal pieces.
@@ -189,7 +190,7 @@ def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
             problems.append(f"fp8 all-gather needs rows that divide evenly over {shards} shards, add these to "
                             "fp8.filter_fqns: " + ", ".join(uneven))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 # ----------------------------------------------------------------------------------------------------------------

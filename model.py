@@ -16,7 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import attend, document_bounds, document_mask
-from shards import plain_local, shard_rows
+from plumbing.errors import UserError
+from plumbing.sharding import plain_local, shard_rows
 
 IGNORE = -100  # a target with this value is no part of the loss
 
@@ -266,9 +267,9 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def check_ids(cfg, largest):
-    """ValueError if the embedding has no row for the largest token id of what the model is to read."""
+    """UserError if the embedding has no row for the largest token id of what the model is to read."""
     if largest >= cfg.vocab_size:
-        raise ValueError(f"the text has token id {largest}, and model.vocab_size={cfg.vocab_size} no row for it: set "
+        raise UserError(f"the text has token id {largest}, and model.vocab_size={cfg.vocab_size} no row for it: set "
                          f"{64 * (largest // 64 + 1)} or a larger multiple of 64 for a new model, or take the "
                          "tokenizer that this one was made with")
 

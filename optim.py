@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shards import plain_local
+from plumbing.sharding import plain_local
 
 
 @dataclass(kw_only=True)

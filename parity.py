@@ -25,8 +25,8 @@ import torch
 
 import bench
 import configurator
-import entry
-import logs
+from plumbing import entry, logs
+from plumbing.errors import RunStopped, UserError
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
            "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
@@ -52,7 +52,7 @@ class ParityConfig:
 
 
 def plan(own, config, base):
-    """[(variant, seed, folder)] of all runs, with the config of each in folder/wanted.py. ValueError for a mistake."""
+    """[(variant, seed, folder)] of all runs, with the config of each in folder/wanted.py. UserError for a mistake."""
     first, *others = bench.split(own.variants)
     runs = [(first, config.seed + i) for i in range(own.seeds)] + [(variant, config.seed) for variant in others]
     folders = [base.parent / f"{bench.slug(variant)}_seed{seed}" for variant, seed in runs]
@@ -62,7 +62,7 @@ def plan(own, config, base):
     for folder, text in zip(folders, texts, strict=True):  # when all variants are known to be right, not before
         wanted = folder / "wanted.py"
         if config.resume != "never" and wanted.exists() and wanted.read_text() != text:
-            raise ValueError(f"{wanted} is another config than this call asks for: give another out_dir, or set "
+            raise UserError(f"{wanted} is another config than this call asks for: give another out_dir, or set "
                              "resume=never to start over")
         folder.mkdir(exist_ok=True)
         wanted.write_text(text)
@@ -178,7 +178,7 @@ def main():
         return
     config, base = prepared
     if not config.eval_interval:
-        raise ValueError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
+        raise UserError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
     out_dir, results, again = base.parent, [], ["--resume=never"] if config.resume == "never" else []
     for variant, seed, folder in plan(own, config, base):
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
@@ -190,7 +190,7 @@ def main():
         results.append((variant, seed, failure or curves))
         print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)
         if failure and variant == "bf16":
-            raise RuntimeError(f"a bf16 run failed, so there is nothing to compare with: {failure}")
+            raise RunStopped(f"a bf16 run failed, so there is nothing to compare with: {failure}")
     judged = judge(results)
     run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
     report = {**{key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step")},

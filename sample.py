@@ -18,10 +18,11 @@ import torch
 import checkpoint
 import configurator
 import data
-import entry
-import hf
 import model as models
-from tokenizer import get_tokenizer
+from formats import hf
+from formats.tokenizer import get_tokenizer
+from plumbing import entry
+from plumbing.errors import UserError
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
 def load_model(folder, device, tokenizer=None):
     """(model, encoding, config) of an out_dir's newest checkpoint, or of a Hugging Face folder.
 
-    tokenizer: as data.tokenizer, where it is not the run's or the folder's. Raises ValueError if the folder is neither.
+    tokenizer: as data.tokenizer, where it is not the run's or the folder's. Raises UserError if the folder is neither.
     """
     if Path(folder, "config.json").is_file():
         source, _ = hf.read_config(folder)
@@ -83,12 +84,12 @@ def main():
     if not -(2**63) <= args.seed < 2**63:
         mistakes.append(f"--seed={args.seed} must fit in 64 bits")
     if mistakes:
-        raise ValueError("\n".join(mistakes))
+        raise UserError("\n".join(mistakes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, encoding, config = load_model(args.folder, device, args.tokenizer)
     prompt = encoding.encode_ordinary(args.prompt)
     if not prompt:
-        raise ValueError("--prompt is empty: give at least one character")
+        raise UserError("--prompt is empty: give at least one character")
     models.check_ids(config.model, max(prompt))
     generator = torch.Generator(device).manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside of a character

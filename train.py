@@ -26,21 +26,16 @@ from tqdm import tqdm
 import attention
 import checkpoint
 import configurator
-import cudagraph
 import data
-import entry
-import estimate
 import fp8
-import gemms
-import hellaswag
-import hf
-import logs
 import model as models
-import proof
-import telemetry
+from checks import estimate, gemms, proof, telemetry
 from eval import accuracies, score
+from formats import hellaswag, hf, text
 from optim import AdamW, get_lr
-from shards import plain_local, reshard
+from plumbing import cudagraph, entry, logs
+from plumbing.errors import RunStopped, UserError
+from plumbing.sharding import plain_local, reshard
 
 
 def on_device(x, y, positions, device):
@@ -76,11 +71,11 @@ def main():
     first = rank == 0  # this one prints and writes
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
+        raise UserError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"a rank for GPU {device.index}, but there are {torch.cuda.device_count()}: start no more "
+            raise UserError(f"a rank for GPU {device.index}, but there are {torch.cuda.device_count()}: start no more "
                              "ranks than there are GPUs (torchrun --nproc-per-node)")
         torch.cuda.set_device(device)
         if config.deterministic:  # what cuBLAS wants for it
@@ -93,12 +88,12 @@ def main():
         config.data.tokenizer = "bytes" if scratch else config.init_from
     logs.check_trackers(config)
     if world_size % config.replicas:
-        raise ValueError(f"replicas={config.replicas} must divide the number of ranks, {world_size}")
+        raise UserError(f"replicas={config.replicas} must divide the number of ranks, {world_size}")
     # ranks that FSDP2 cuts a copy of the weights over; 0: it is off, as its copying costs one rank 7 to 17% of the step
     shards = world_size // config.replicas if world_size > 1 or config.shard_one_rank else 0
     per_pass = config.micro_batch_size * world_size
     if config.global_batch_size % per_pass:
-        raise ValueError(f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size x ranks "
+        raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size x ranks "
                          f"= {config.micro_batch_size} x {world_size} = {per_pass}")
     accumulation = config.global_batch_size // per_pass
     torch.use_deterministic_algorithms(config.deterministic)
@@ -130,7 +125,7 @@ def main():
     newest = checkpoint.latest(out_dir)
     folder = newest if config.resume != "never" else None
     if config.resume == "must" and folder is None:
-        raise ValueError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
+        raise UserError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
                 "init_from": Path(config.init_from).name}  # a folder may move
     before = folder and checkpoint.read_run(folder, config, **identity)
@@ -160,7 +155,7 @@ def main():
     if config.data.format == "hellaswag":
         train_rows, val_rows, encoding = hellaswag.prepare(config.data, config.model.block_size, config.seed)
     else:
-        train_rows, val_rows, encoding = data.prepare(config.data, config.model.block_size)
+        train_rows, val_rows, encoding = text.prepare(config.data, config.model.block_size)
     questions = hellaswag.questions(config.data)[1][:n] if (n := config.eval_hellaswag_items) else []
     if first:
         checkpoint.barrier()
@@ -177,7 +172,7 @@ def main():
     length = train_rows.block_size  # of the rows that the model sees; model.block_size is the longest that it could
     tokens = config.micro_batch_size * length  # of a forward pass on a rank
     if tokens % config.loss_chunks:
-        raise ValueError(f"loss_chunks={config.loss_chunks} must divide the tokens of a forward pass, {tokens}")
+        raise UserError(f"loss_chunks={config.loss_chunks} must divide the tokens of a forward pass, {tokens}")
     tokens_per_step = round(config.global_batch_size * length * (1 - train_rows.padding))  # of text, on average
     real = replace(config, model=replace(config.model, block_size=length))  # what a step costs
 
@@ -351,10 +346,10 @@ def main():
                     kept = {**identity, **run, "time_s": seconds}
                     checkpoint.save(evidence, bad_step - 1, model, optimizer, kept, keep=0)
                     told += f" Take the step again: the same command with --out_dir={evidence} --resume=must"
-                raise RuntimeError(told)
+                raise RunStopped(told)
             say(told)
             if in_a_row >= 10:
-                raise RuntimeError(f"step {step}: {in_a_row} steps in a row were skipped: {told}")
+                raise RunStopped(f"step {step}: {in_a_row} steps in a row were skipped: {told}")
             bad, skipped[0] = torch.zeros_like(bad), 0
         if shows:
             elapsed = now() - clock

@@ -19,10 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
-import entry
-import gemms
-import logs
 from attention import attend, check_flash4, document_bounds, document_mask
+from checks import gemms
+from plumbing import entry, logs
 
 COLUMNS = {"case": "", "kernel": "", "forward_ms": ".3f", "backward_ms": ".3f", "difference": ".1e"}
 

@@ -19,10 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 import configurator
-import entry
-import logs
 import optim
 import train
+from plumbing import entry, logs
 
 
 @dataclass(kw_only=True)

@@ -14,11 +14,10 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-import entry
 import fp8
-import logs
 import model as models
 import train
+from plumbing import entry, logs
 
 torch.set_num_threads(1)  # matrices of 64 x 128 gain nothing from a second thread, whose waiting costs the other worker
 REPO = Path(__file__).parent.parent

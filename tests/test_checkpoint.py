@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import checkpoint
 import configurator
-import hf
 import model as models
 import sample
 import train
+from formats import hf
+from formats.tokenizer import get_tokenizer
 from optim import AdamW, OptimConfig
-from shards import plain_local
-from tokenizer import get_tokenizer
+from plumbing.sharding import plain_local
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=None, rope_theta=5000.0)
@@ -343,7 +343,9 @@ def test_mistakes_of_an_export_are_told(folders, copy, tmp_path, monkeypatch):
 COUNT = """
     import json, sys
     sys.path.insert(0, {repo!r})
-    import entry, hf, train
+    import train
+    from formats import hf
+    from plumbing import entry
     from safetensors import safe_open
 
     class Counted:

@@ -14,9 +14,11 @@ import tiktoken
 import torch
 
 import data
+import formats.files as text_files
+import formats.text as text_format
 from data import DataConfig, Loader, eval_batches
+from formats.tokenizer import END, get_tokenizer
 from model import IGNORE
-from tokenizer import END, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 
@@ -26,7 +28,7 @@ def config(tmp_path, *train, **keys):
 
 
 def prepare(config):
-    return data.prepare(config, 8)
+    return text_format.prepare(config, 8)
 
 
 def everything(tokens):
@@ -45,11 +47,11 @@ def stream(n, tmp_path, name="numbers", block_size=8):
     folder.mkdir()
     encoding = tiktoken.Encoding("wide", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={END: 65535})
-    writer = data.ShardWriter(folder, "train", encoding)
+    writer = text_format.ShardWriter(folder, "train", encoding)
     writer.write(np.arange(n) % 65521)
     writer.close()
-    shards, headers = zip(*(data.open_shard(p, encoding) for p in sorted(folder.iterdir())), strict=True)
-    return data.Tokens(shards, headers, block_size)
+    shards, headers = zip(*(text_format.open_shard(p, encoding) for p in sorted(folder.iterdir())), strict=True)
+    return text_format.Tokens(shards, headers, block_size)
 
 
 def loader(tokens, **keys):
@@ -111,7 +113,7 @@ def test_a_tokenizer_without_an_end_cannot_close_documents(tmp_path, corpus, mon
     endless = tiktoken.Encoding("endless", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
                                 special_tokens={})
     endless.eos = None
-    monkeypatch.setattr(data, "get_tokenizer", lambda name: endless)
+    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: endless)
     with pytest.raises(ValueError, match="tokenizer endless has no end-of-text token"):
         prepare(config(tmp_path, corpus))
 
@@ -119,15 +121,15 @@ def test_a_tokenizer_without_an_end_cannot_close_documents(tmp_path, corpus, mon
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
     encoding = tiktoken.Encoding("large", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={END: 100_000})
-    writer = data.ShardWriter(tmp_path, "train", encoding)
+    writer = text_format.ShardWriter(tmp_path, "train", encoding)
     writer.write(np.array([1, 99_999, 100_000]))
     writer.close()
-    tokens, header = data.open_shard(tmp_path / "train_00000.bin", encoding)
+    tokens, header = text_format.open_shard(tmp_path / "train_00000.bin", encoding)
     assert tokens.dtype == np.uint32 and tokens.tolist() == [1, 99_999, 100_000] and header["largest"] == 100_000
 
 
 def test_streams_run_across_shard_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 37)
+    monkeypatch.setattr(text_format, "SHARD_TOKENS", 37)
     tokens = stream(1000, tmp_path)
     assert len(tokens.shards) == 28
     assert everything(tokens).tolist() == list(range(1000))
@@ -136,7 +138,7 @@ def test_streams_run_across_shard_borders(tmp_path, monkeypatch):
 
 
 def test_embedded_corpus_is_the_standard_library_in_a_fixed_order():
-    files = data.embedded_files()
+    files = text_files.embedded_files()
     names = [p.name for p in files]
     assert files == sorted(files) and {"argparse.py", "_pydecimal.py", "pathlib.py"} & set(names)
     assert not any("site-packages" in p.parts or "test" in p.parts for p in files)
@@ -148,7 +150,7 @@ def test_embedded_corpus_is_the_standard_library_in_a_fixed_order():
 
 def test_second_run_reads_the_shards_of_the_first(tmp_path, corpus, monkeypatch):
     first = prepare(config(tmp_path, corpus))[0]
-    monkeypatch.setattr(data, "build", lambda *args: pytest.fail("tokenized again"))
+    monkeypatch.setattr(text_format, "build", lambda *args: pytest.fail("tokenized again"))
     assert prepare(config(tmp_path, corpus))[0].digest == first.digest
 
 
@@ -198,7 +200,7 @@ def test_a_shard_is_hashed_once_and_again_when_it_or_its_stamp_has_changed(tmp_p
         hashed.extend([len(content)] if isinstance(content, np.memmap) else [])
         return hashlib.blake2b(content, **keys)
 
-    monkeypatch.setattr(data, "hashlib", SimpleNamespace(blake2b=blake2b))
+    monkeypatch.setattr(text_format, "hashlib", SimpleNamespace(blake2b=blake2b))
     assert prepare(config(tmp_path, corpus))[0].digest == first and hashed == []
     time.sleep(0.02)
     shard.touch()
@@ -228,7 +230,7 @@ def test_shard_of_another_tokenizer_is_refused(shard, tmp_path):
     (tmp_path / "o.tiktoken").write_text(ranks)
     other = get_tokenizer(str(tmp_path / "o.tiktoken"))
     with pytest.raises(ValueError, match=r"made with another tokenizer \(bytes\) than o.tiktoken"):
-        data.open_shard(shard, other)
+        text_format.open_shard(shard, other)
 
 
 @pytest.mark.parametrize("before, after", [(b'"tokens"', b'"tokenz"'), (b"{", b"\xff"), (b'"<u2"', b'"<u9"')])
@@ -236,7 +238,7 @@ def test_a_damaged_header_is_one_line(tmp_path, before, after):
     (tmp_path / "a.txt").write_text("text " * 100)
     prepare(config(tmp_path, tmp_path / "a.txt"))
     shard = next(tmp_path.glob("cache/*/train_00000.bin"))
-    head, tokens = shard.read_bytes()[: data.HEADER_BYTES], shard.read_bytes()[data.HEADER_BYTES :]
+    head, tokens = shard.read_bytes()[: text_format.HEADER_BYTES], shard.read_bytes()[text_format.HEADER_BYTES :]
     assert before in head
     shard.write_bytes(head.replace(before, after) + tokens)
     with pytest.raises(ValueError, match="train_00000.bin is corrupt: its header cannot be read: delete its folder"):
@@ -245,7 +247,7 @@ def test_a_damaged_header_is_one_line(tmp_path, before, after):
 
 @pytest.mark.parametrize("name", ["train_00001.bin", "val_00000.bin", "shards.txt"])
 def test_a_missing_shard_is_told(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(text_format, "SHARD_TOKENS", 200)
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text("text " * 20)
     files = [tmp_path / f"{i}.txt" for i in range(20)]
@@ -294,7 +296,7 @@ def test_a_file_of_data_val_in_a_folder_of_data_train_is_not_trained_on(tmp_path
     def prepared(**files):
         cfg = data.DataConfig(**{key: [str(tmp_path / name)] for key, name in files.items()},
                               cache_dir=str(tmp_path / "cache"), tokenizer="bytes")
-        train, val, _ = data.prepare(cfg, 16)
+        train, val, _ = text_format.prepare(cfg, 16)
         return len(train), len(val), train.description
 
     *sizes, told = prepared(train="", val="b.txt")
@@ -312,7 +314,7 @@ def test_folders_that_a_glob_matches_count_as_folders_and_what_two_patterns_name
         (tmp_path / name).touch()
 
     def found(*patterns):
-        return [str(p.relative_to(tmp_path)) for p in data.find_files([str(tmp_path / p) for p in patterns])]
+        return [str(p.relative_to(tmp_path)) for p in text_files.find_files([str(tmp_path / p) for p in patterns])]
 
     assert found("*") == ["5.txt", "a/1.txt", "a/deep/2.TXT", "b/4.jsonl"]
     (tmp_path / "a" / ".git").mkdir()
@@ -332,17 +334,17 @@ def test_folders_that_a_glob_matches_count_as_folders_and_what_two_patterns_name
 def test_blank_lines_and_a_byte_order_mark_are_no_text(tmp_path):
     (tmp_path / "d.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n  \n{"text": "two"}\n\n')
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfthree")
-    assert list(data.documents([tmp_path / "d.JSONL", tmp_path / "d.txt"], "text")) == ["one", "two", "three"]
+    assert list(text_files.documents([tmp_path / "d.JSONL", tmp_path / "d.txt"], "text")) == ["one", "two", "three"]
 
 
 def test_what_a_killed_run_left_of_its_shards_is_in_nobodys_way(tmp_path, corpus, monkeypatch):
     cfg, rename = config(tmp_path, corpus), data.Path.rename
-    monkeypatch.setattr(data.shutil, "rmtree", lambda *args, **kwargs: None)  # killed: it cleans nothing up
-    monkeypatch.setattr(data.Path, "rename", lambda *args: None)
+    monkeypatch.setattr(text_format.shutil, "rmtree", lambda *args, **kwargs: None)  # killed: it cleans nothing up
+    monkeypatch.setattr(text_format.Path, "rename", lambda *args: None)
     with pytest.raises(ValueError):
         prepare(cfg)
     (left,) = (tmp_path / "cache").glob("*.tmp")
-    monkeypatch.setattr(data.Path, "rename", rename)
+    monkeypatch.setattr(text_format.Path, "rename", rename)
     assert len(prepare(cfg)[0])  # in the same process id, as every start of a container has
     monkeypatch.undo()
     (made,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".tmp"))

@@ -11,10 +11,9 @@ import torch.nn as nn
 from conftest import TINY, build, sqnr
 from torch.distributed.fsdp import fully_shard
 
-import estimate
 import fp8
 import model as models
-import proof
+from checks import estimate, proof
 from fp8 import CompileConfig, FP8Config
 
 FP8 = torch.float8_e4m3fn, torch.float8_e5m2

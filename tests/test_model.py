@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from conftest import TINY, build
 
 import attention
-import estimate
 import fp8
 import model as models
+from checks import estimate
 
 SELECTIVE = functools.partial(fp8.save_or_not, True, False)
 

@@ -7,9 +7,9 @@ import torch
 from conftest import REPO, run
 
 import configurator
-import estimate
 import fp8
 import model as models
+from checks import estimate
 
 SHIPPED = sorted(p.stem for p in REPO.glob("config/*.py"))
 RECIPES = {  # published number of parameters, packed length, global batch, does it fit one 80 GB card

@@ -15,11 +15,10 @@ from conftest import REPO, main_here, metrics, run, run_many, train_here
 
 import checkpoint
 import configurator
-import cudagraph
-import data
-import logs
+import formats.text as text_format
 import sample
 import train
+from plumbing import cudagraph, logs
 
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]']
 GATHER = ["--fp8.enable_fsdp_float8_all_gather=True"]
@@ -309,7 +308,7 @@ def sent(tiny_run, tmp_path_factory):
     script.write_text(textwrap.dedent(f"""
             import json, os, sys
             sys.path.insert(0, {str(REPO)!r})
-            import entry, torch, train
+            from plumbing import entry, torch, train
             from torch.utils._python_dispatch import TorchDispatchMode
             sent = {{}}
             class Count(TorchDispatchMode):
@@ -367,7 +366,7 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, ranks)
     script.write_text(textwrap.dedent(f"""
             import sys
             sys.path.insert(0, {str(REPO)!r})
-            import entry, torch, fp8, train
+            from plumbing import entry, torch, fp8, train
             from types import SimpleNamespace
             cls, told = fp8.gather_in_fp8(), {{}}
             kept = [(place, dict(vars(place))) for place in (cls, fp8)]
@@ -709,13 +708,13 @@ def test_a_run_resumed_by_other_code_says_so(tiny_run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("split", ["train", "val", "questions"])
 def test_tokens_that_the_model_lacks_are_told_before_training(tiny_run, tmp_path, monkeypatch, split):
-    init, args = data.Tokens.__init__, [*tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272"]
+    init, args = text_format.Tokens.__init__, [*tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272"]
 
     def with_largest(self, *shards):
         init(self, *shards)
         self.largest = 300 if split == ("val" if len(self) < 10000 else "train") else 255
 
-    monkeypatch.setattr(data.Tokens, "__init__", with_largest)
+    monkeypatch.setattr(text_format.Tokens, "__init__", with_largest)
     if split == "questions":
         monkeypatch.setattr(train.hellaswag, "questions", lambda _: ([], [{}]))
         monkeypatch.setattr(train.hellaswag, "sequences", lambda *_: [(np.array([1, 300]), 1)])
@@ -775,7 +774,7 @@ def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path, moment):
     script.write_text(textwrap.dedent(f"""
             import os, signal, sys
             sys.path.insert(0, {str(REPO)!r})
-            import entry, torch, train
+            from plumbing import entry, torch, train
             calls, old = [], {place[moment]}
             def interrupted(self, *args):
                 calls.append(1)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import entry
 import train
+from plumbing import entry
 
 for argv in json.loads(Path(sys.argv[1]).read_text()):
     torch._dynamo.reset()

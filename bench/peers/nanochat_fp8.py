@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bench
-import entry
 import train
+from plumbing import entry
+from plumbing.errors import UserError
 
 CLONE = "--clone="  # first argument of a process that trains with nanochat's FP8; behind it the clone's folder
 
@@ -63,7 +64,7 @@ def main():
         return
     config, base = prepared
     if bench.on_cpu(config):
-        raise ValueError("this comparison needs a GPU: on a CPU our FP8 is emulated, and nanochat emulates none")
+        raise UserError("this comparison needs a GPU: on a CPU our FP8 is emulated, and nanochat emulates none")
     whole = "fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
     programs = {"torchao": bench.TRAIN, "nanochat": (Path(__file__).resolve(), CLONE + own.nanochat)}
     runs = [(f"{name}, {variant}", f"{variant}:{whole}", program) for variant in bench.split(own.variants)

@@ -29,9 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bench
 import data
-import estimate
-import hf
 import model as models
+from checks import estimate
+from formats import hf, text
 
 WORDS = {"best", "all", "gather"}
 
@@ -86,7 +86,7 @@ def measure(variant, args):
     sizes = sizes_of(args)
     model = build(args, sizes, words, recipe, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    rows, _, _ = data.prepare(data.DataConfig(cache_dir=args.cache_dir, tokenizer="bytes"), args.tokens)
+    rows, _, _ = text.prepare(data.DataConfig(cache_dir=args.cache_dir, tokenizer="bytes"), args.tokens)
     loader = data.Loader(rows, global_batch_size=1, micro_batch_size=1, seed=1337)
 
     def now():

@@ -11,7 +11,7 @@ import tiktoken
 from conftest import REPO
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, Encoding, fingerprint, get_tokenizer
+from formats.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, Encoding, fingerprint, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from plumbing.errors import UserError
 
 
 def provenance():
@@ -69,7 +70,7 @@ def read_metrics(out_dir):
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no JSON ({error}): delete that line") from error
+                raise UserError(f"{path}, line {number} is no JSON ({error}): delete that line") from error
     return rows
 
 
@@ -81,16 +82,16 @@ def replace_text(path, text):
 
 
 def lock(file, how):
-    """Hold an open file until it is closed. Raises ValueError if another run holds it."""
+    """Hold an open file until it is closed. Raises UserError if another run holds it."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another run is writing to {Path(file.name).parent}: wait for its end, or give another "
+        raise UserError(f"another run is writing to {Path(file.name).parent}: wait for its end, or give another "
                          "out_dir") from None
 
 
 def check_alone(out_dir):
-    """ValueError if a run is writing to out_dir."""
+    """UserError if a run is writing to out_dir."""
     if (path := out_dir / "metrics.jsonl").exists():
         with path.open() as file:
             lock(file, fcntl.LOCK_SH)  # shared: every rank may look at once
@@ -101,13 +102,13 @@ def open_metrics(out_dir, start, newest):
 
     While it is open it keeps other runs out. start: steps done. At 0 what an earlier run has left is moved to a folder
     earlier_N in out_dir; else rows after it go, of a run that was interrupted. newest: checkpoint.latest(out_dir) from
-    when the run decided on start. Raises ValueError if it is another by now, or if a run is in there.
+    when the run decided on start. Raises UserError if it is another by now, or if a run is in there.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     file, earlier = (out_dir / "metrics.jsonl").open("a"), None
     lock(file, fcntl.LOCK_EX)
     if checkpoint.latest(out_dir) != newest:
-        raise ValueError(f"another run has saved in {out_dir} since this one started: start again")
+        raise UserError(f"another run has saved in {out_dir} since this one started: start again")
     rows = read_metrics(out_dir)
     if start == 0 and (rows or newest):
         earlier = next(f for n in itertools.count(1) if not (f := out_dir / f"earlier_{n}").exists())
@@ -129,10 +130,10 @@ def unplotted(out_dir):
 
 
 def check_trackers(config):
-    """ValueError if the config asks for a tracker that is not installed."""
+    """UserError if the config asks for a tracker that is not installed."""
     for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb_project)):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"the config asks for {package}, which is not installed: pip install {package}")
+            raise UserError(f"the config asks for {package}, which is not installed: pip install {package}")
 
 
 def open_trackers(config):

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import VAL_EVERY, find_files, keep_apart
+from formats.files import VAL_EVERY, find_files, keep_apart
+from formats.tokenizer import get_tokenizer
 from model import IGNORE
-from tokenizer import get_tokenizer
+from plumbing.errors import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
 LINES = {"hellaswag_train.jsonl": 39905, "hellaswag_val.jsonl": 10042}
@@ -31,7 +32,7 @@ LINES = {"hellaswag_train.jsonl": 39905, "hellaswag_val.jsonl": 10042}
 
 
 def download(name, folder):
-    """The path of folder/name, one of LINES, which is downloaded if it is not there. ValueError where that fails."""
+    """The path of folder/name, one of LINES, which is downloaded if it is not there. UserError where that fails."""
     path = Path(folder, name)
     if path.is_file():
         return path
@@ -44,7 +45,7 @@ def download(name, folder):
             raise OSError(f"{lines} lines came, not {LINES[name]}")
         aside.rename(path)
     except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
-        raise ValueError(f"{URL + name} could not be downloaded ({error}). Without a network put that file at {path}, "
+        raise UserError(f"{URL + name} could not be downloaded ({error}). Without a network put that file at {path}, "
                          "or name files of yours (data.train and data.val where data.format=hellaswag; eval.py: --data)"
                          ) from error
     finally:
@@ -74,7 +75,7 @@ def read(files):
                 if not isinstance(raw["endings"], list) or label not in range(len(raw["endings"])):
                     raise IndexError("endings must be a list, and label the place of one in it")
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: no HellaSwag question with activity_label, ctx or ctx_a and "
+                raise UserError(f"{path}, line {number}: no HellaSwag question with activity_label, ctx or ctx_a and "
                                  f"ctx_b, endings and label ({type(error).__name__}: {error})") from error
             items.append(item)
     return items
@@ -172,13 +173,13 @@ def prepare(cfg, block_size, seed):
     """
     encoding, size = get_tokenizer(cfg.tokenizer), cfg.packed_sequence_size
     if size > block_size:
-        raise ValueError(f"data.packed_sequence_size={size} is more than model.block_size={block_size}, the longest "
+        raise UserError(f"data.packed_sequence_size={size} is more than model.block_size={block_size}, the longest "
                          "sequence that the model takes: raise that, or pack less")
     limit = size or block_size
     parts = [[encode(encoding, item["query"], item["endings"][item["label"]], limit)
               for item in items] for items in questions(cfg)]
     if not all(parts):
-        raise ValueError(f"data: {len(parts[0])} HellaSwag questions for training and {len(parts[1])} for validation "
+        raise UserError(f"data: {len(parts[0])} HellaSwag questions for training and {len(parts[1])} for validation "
                          f"are too few (without data.val, one of {VAL_EVERY} is for validation)")
     longest = max(len(ids) - 1 for part in parts for ids, _, _ in part)
     n_cut = sum(cut > 0 for part in parts for _, _, cut in part)

@@ -9,9 +9,11 @@ Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
 
 import torch
 
+from plumbing.errors import UserError
+
 
 def check(config, shards, device):
-    """ValueError where a pass of a configurator.Config cannot be recorded."""
+    """UserError where a pass of a configurator.Config cannot be recorded."""
     if not config.cuda_graph:
         return
     length = config.model.block_size
@@ -24,7 +26,7 @@ def check(config, shards, device):
          f"compile.mode={config.compile.mode} records graphs of its own, which cannot be part of one"),
     ):
         if wrong:
-            raise ValueError(f"cuda_graph=True: {why}; or set cuda_graph=False")
+            raise UserError(f"cuda_graph=True: {why}; or set cuda_graph=False")
 
 
 class GraphedPass:

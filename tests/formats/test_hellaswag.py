@@ -12,12 +12,12 @@ import torch
 from conftest import build, metrics, run, run_many, train_here
 
 import attention
-import entry
 import eval as scoring
-import hellaswag
 from data import DataConfig, Loader
+from formats import hellaswag
+from formats.tokenizer import get_tokenizer
 from model import IGNORE
-from tokenizer import get_tokenizer
+from plumbing import entry
 
 BYTES = get_tokenizer("bytes")
 WORDS = "the man puts a red hat on his dog then walks it to town and back again in rain".split()

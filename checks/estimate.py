@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 import fp8
+from plumbing.errors import UserError
 
 # Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: what MFU is measured against, in FP8 runs too.
 BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
@@ -92,7 +93,7 @@ def memory(config, shards, accumulation):
 
 
 def check_memory(config, shards, accumulation, device):
-    """The estimated GiB per rank; ValueError if `device` is a GPU that cannot hold them, with the keys that help."""
+    """The estimated GiB per rank; UserError if `device` is a GPU that cannot hold them, with the keys that help."""
     gib = memory(config, shards, accumulation)
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
     if gib > 1.05 * capacity:  # the estimate may be 5% off: closer calls are left to the GPU
@@ -108,7 +109,7 @@ def check_memory(config, shards, accumulation, device):
             passes = accumulation * config.micro_batch_size // other.micro_batch_size
             if (less := memory(other, shards, passes)) < 0.99 * gib and not list(other.problems()):
                 helps.append(f"{key}={value} ({less:.1f})")
-        raise ValueError(f"this run needs about {gib:.1f} GiB per GPU, there are {capacity:.1f}. "
+        raise UserError(f"this run needs about {gib:.1f} GiB per GPU, there are {capacity:.1f}. "
                          f"{'Lower it: ' + ', '.join(helps) + '; use' if helps else 'Use'} more GPUs, a shorter "
                          "model.block_size or a smaller model")
     return gib

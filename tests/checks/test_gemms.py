@@ -9,7 +9,7 @@ import torch
 from conftest import REPO, main_here, metrics, run, train_here
 
 import bench
-import gemms
+from checks import gemms
 from configurator import Config, FP8Config
 from model import ModelConfig
 

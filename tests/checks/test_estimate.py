@@ -10,8 +10,8 @@ from conftest import REPO, build
 
 import bench
 import configurator
-import estimate
 import model as models
+from checks import estimate
 from configurator import CompileConfig, Config, FP8Config, OptimConfig
 
 

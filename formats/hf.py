@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import model as models
-import schema
-from shards import plain_local, shard_rows
+from plumbing import schema
+from plumbing.errors import UserError
+from plumbing.sharding import plain_local, shard_rows
 
 # Our modules by their names in the files; where there are several, ours has their rows one below the other.
 SPLIT = {
@@ -56,21 +57,21 @@ def read_json(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return found
 
 
 def read_config(folder):
-    """(config.json, architecture) of a model folder. ValueError if it is none, or not of an architecture we have."""
+    """(config.json, architecture) of a model folder. UserError if it is none, or not of an architecture we have."""
     if not Path(folder, "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face model folder (no config.json in it): "
+        raise UserError(f"{folder} is no Hugging Face model folder (no config.json in it): "
                          "download the model, or name its folder")
     source = read_json(Path(folder, "config.json"))
     architecture = (source.get("architectures") or [None])[0]
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{folder}: architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{folder}: architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}")
     return source, architecture
 
 
@@ -78,7 +79,7 @@ def model_config(folder, wanted=None):
     """The ModelConfig of a model folder, after a look at all that is there but the weights' values.
 
     wanted: a ModelConfig to take block_size from (without one: the longest, up to 8192); what else it has unlike
-    ModelConfig's defaults must be as in the folder. Raises one ValueError that lists all that is unsupported,
+    ModelConfig's defaults must be as in the folder. Raises one UserError that lists all that is unsupported,
     contradictory, missing or broken. Reads old (rope_theta, rope_scaling) and new (rope_parameters) config.json.
     """
     source, architecture = read_config(folder)
@@ -86,7 +87,7 @@ def model_config(folder, wanted=None):
     values = {ours: source[key] for ours, key in SIZES.items() if source.get(key) is not None}
     values = {"n_kv_head": values.get("n_head"), "tie_embeddings": False, **values}
     if missing := [key for ours, key in SIZES.items() if ours not in values and ours != "head_dim"]:
-        raise ValueError(f"{folder}: config.json has no {', '.join(missing)}")
+        raise UserError(f"{folder}: config.json has no {', '.join(missing)}")
     problems = [f"{key}={source[key]!r} is not supported, only {value!r}" for key, value in ONLY.items()
                 if source.get(key) not in (None, value)]
 
@@ -114,7 +115,7 @@ def model_config(folder, wanted=None):
     problems += [f"{SIZES.get(ours, ours)}={value!r} in config.json: expected {schema.type_name(types[ours])}"
                  for ours, value in values.items() if not schema.fits(value, types[ours])]
     if problems:
-        raise ValueError("\n".join(f"{folder}: {p}" for p in problems))
+        raise UserError("\n".join(f"{folder}: {p}" for p in problems))
 
     values.setdefault("head_dim", values["n_embd"] // max(1, values["n_head"]))
     longest = source.get("max_position_embeddings") or 2048
@@ -132,14 +133,14 @@ def model_config(folder, wanted=None):
         problems += check_weights(folder, layout(cfg, architecture))
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError("\n".join(f"{folder}: {p}" for p in problems[:20] + more))
+        raise UserError("\n".join(f"{folder}: {p}" for p in problems[:20] + more))
     return cfg
 
 
 def config_json(cfg, dtype, architecture=None):
     """What config.json must say of a ModelConfig whose weights are in `dtype`, for old and new transformers.
 
-    architecture: by default the first that has all of its switches. Raises ValueError where there is none.
+    architecture: by default the first that has all of its switches. Raises UserError where there is none.
     """
     if architecture is None:
         used = {s for s in ("rope_scaling", "rope_fraction", "sliding_window", "qkv_bias")
@@ -148,7 +149,7 @@ def config_json(cfg, dtype, architecture=None):
         fitting = [a for a, (_, _, switches) in ARCHITECTURES.items()
                    if used <= switches and cfg.qkv_bias == ("qkv_bias" in switches)]
         if not fitting:
-            raise ValueError(f"none of {', '.join(ARCHITECTURES)} can have {', '.join(sorted(used))} together")
+            raise UserError(f"none of {', '.join(ARCHITECTURES)} can have {', '.join(sorted(used))} together")
         architecture = fitting[0]
     model_type, _, switches = ARCHITECTURES[architecture]
     dtype = str(dtype).removeprefix("torch.")
@@ -170,7 +171,7 @@ def config_json(cfg, dtype, architecture=None):
 
 
 def layout(cfg, architecture):
-    """{name in the files: (name of our parameter, its first row there, shape in the files)}, or ValueError."""
+    """{name in the files: (name of our parameter, its first row there, shape in the files)}, or UserError."""
     with torch.device("meta"):
         model = models.Transformer(cfg)
     rows = {2: [cfg.ffn_dim] * 2, 3: [n * cfg.head_dim for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)]}
@@ -178,7 +179,7 @@ def layout(cfg, architecture):
     for name, p in model.named_parameters():
         module, kind = name.rsplit(".", 1)
         if (ours := re.sub(r"\d+", "*", module)) not in names:
-            raise ValueError(f"{architecture} has no place for {ours}: add its names to hf.ARCHITECTURES")
+            raise UserError(f"{architecture} has no place for {ours}: add its names to hf.ARCHITECTURES")
         pieces = names[ours]
         sizes = rows.get(len(pieces), [len(p)])
         for piece, n, first in zip(pieces, sizes, itertools.accumulate([0, *sizes]), strict=False):
@@ -231,7 +232,7 @@ def check_weights(folder, expected):
 def load(folder, model, optimizer=None):
     """Fill model, in place, from a folder that model_config has seen; and the optimizer's master weights, unrounded.
 
-    Each rank reads the rows that it holds, and of those one tensor's at a time. Dtypes convert. ValueError for nan.
+    Each rank reads the rows that it holds, and of those one tensor's at a time. Dtypes convert. UserError for nan.
     """
     where, _, _ = weight_files(folder)
     params = dict(model.named_parameters())
@@ -247,4 +248,4 @@ def load(folder, model, optimizer=None):
                 for target in (plain_local(params[ours]), *([masters[ours]] if ours in masters else [])):
                     target[start - begin : stop - begin].copy_(rows)
     if bad := [name for name, p in params.items() if plain_local(p).isnan().any()]:
-        raise ValueError(f"{folder} holds nan, in {', '.join(bad[:3])}: download it again")
+        raise UserError(f"{folder} holds nan, in {', '.join(bad[:3])}: download it again")

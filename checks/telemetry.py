@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import fp8
-import logs
+from plumbing import logs
 
 # The casts of a layer: operand, the tensor, torchao's setting for it, the dimension that shares a scale in a row-wise
 # recipe. The last three are the second matmul that reads the tensor; tensorwise they are the same cast again.

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8
 import model as models
-import telemetry
+from checks import telemetry
+from plumbing.errors import RunStopped
 
 
 def covered_flops(model, cfg):
@@ -52,23 +53,23 @@ def table(model, cfg, flops_share, *, shards):
 def verify_sharded(model, cfg, expected, *, shards):
     """After sharding and loading weights: the converted layers are all there, and their weights set up as asked.
 
-    expected: names of the layers that convert() made. Raises RuntimeError otherwise: a defect of this code or a fork.
+    expected: names of the layers that convert() made. Raises RunStopped otherwise: a defect of this code or a fork.
     """
     found = fp8.float8_linears(model)
     if list(found) != expected:
-        raise RuntimeError(f"{len(expected)} layers were converted to fp8, {len(found)} are left: "
+        raise RunStopped(f"{len(expected)} layers were converted to fp8, {len(found)} are left: "
                            f"{sorted(set(expected) ^ set(found))}")
     if not shards or not cfg.enable_fsdp_float8_all_gather:
         return
     plain = [fqn for fqn, m in found.items()
              if not (isinstance(m.weight, DTensor) and isinstance(m.weight._local_tensor, fp8.gather_in_fp8()))]
     if plain:
-        raise RuntimeError("fp8 all-gather was asked for, but these weights would be gathered in high precision: "
+        raise RunStopped("fp8 all-gather was asked for, but these weights would be gathered in high precision: "
                            + ", ".join(plain))
     if cfg.precompute_float8_dynamic_scale_for_fsdp:
         missing = [fqn for fqn, m in found.items() if m.weight._local_tensor._precomputed_scale is None]
         if missing:
-            raise RuntimeError("fp8 scales were to be precomputed, but these weights have none: " + ", ".join(missing))
+            raise RunStopped("fp8 scales were to be precomputed, but these weights have none: " + ", ".join(missing))
 
 
 def gathered_dtypes(model):
@@ -116,7 +117,7 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
 
     The first call compiles. The second is counted: by the profiler, or emulated FP8 by a dispatch mode in eager, since
     a compiled emulated matmul looks like any other. By shape, so that forward matmuls which are recomputed do not stand
-    in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. Raises RuntimeError if the
+    in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. Raises RunStopped if the
     converted layers need some that did not run, or if a weight was gathered in another dtype than asked for.
     """
     run()
@@ -139,7 +140,7 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
     found, needed = fp8.float8_linears(model), needed_matmuls(model, cfg, tokens, loss_chunks)
     missing = (needed - seen).total() - triton
     if missing > 0:
-        raise RuntimeError(f"{len(found)} fp8 layers need {needed.total()} fp8 matmuls in a forward and backward pass, "
+        raise RunStopped(f"{len(found)} fp8 layers need {needed.total()} fp8 matmuls in a forward and backward pass, "
                            f"{missing} of them did not run: part of the model is not training in fp8")
     if shards:
         dtypes, names = gathered_dtypes(model), {id(p): name for name, p in model.named_parameters()}
@@ -147,7 +148,7 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
         want_fp8 = cfg.enable_fsdp_float8_all_gather
         wrong = [f"{fqn}: {dtype}" for fqn, dtype in gathered.items() if (dtype == torch.float8_e4m3fn) != want_fp8]
         if wrong:
-            raise RuntimeError(f"fp8 all-gather is {'on' if want_fp8 else 'off'}, but these weights were gathered as "
+            raise RunStopped(f"fp8 all-gather is {'on' if want_fp8 else 'off'}, but these weights were gathered as "
                                + ", ".join(wrong))
     return seen.total() + triton
 
@@ -164,7 +165,7 @@ def self_check(config, micro_batch, device):
     """One pass of a one-layer model of the run's shapes: FP8 as it trains, against FP8 in eager, and against none.
 
     All layers run the same graph, so one stands for all. micro_batch: (x, y, documents) of the run, on the device.
-    Returns a line for the screen. Raises RuntimeError where loss or gradients differ by more than rounding explains.
+    Returns a line for the screen. Raises RunStopped where loss or gradients differ by more than rounding explains.
     """
     with torch.device("meta"):
         whole = models.Transformer(config.model)
@@ -200,7 +201,7 @@ def self_check(config, micro_batch, device):
     del model, loss, results, grads, wanted
     torch.cuda.empty_cache()  # the run's own model is not there yet, and may need all of it
     if wrong:
-        raise RuntimeError(f"fp8 does not compute here what it should: {'; '.join(wrong)}. Rounding explains "
+        raise RunStopped(f"fp8 does not compute here what it should: {'; '.join(wrong)}. Rounding explains "
                            f"{SELF_CHECK_LOSS} of the loss and {SELF_CHECK_DB} dB. Try another version of torch, or "
                            "train with fp8.enabled=False")
     return "fp8 self-check: " + "; ".join(told)

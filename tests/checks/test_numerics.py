@@ -14,14 +14,13 @@ from conftest import REPO, build, metrics, run, run_many, sqnr, train_here
 import checkpoint
 import data
 import fp8
-import logs
 import model as models
-import proof
-import telemetry
+from checks import proof, telemetry
 from configurator import Config
 from fp8 import CompileConfig, FP8Config
 from optim import AdamW, OptimConfig
-from shards import plain_local
+from plumbing import logs
+from plumbing.sharding import plain_local
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True"]

@@ -21,6 +21,8 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
+from plumbing.errors import UserError
+
 END = "<|endoftext|>"
 
 # Split patterns. Sources: GPT-2's encoder.py; llama-models, llama3/tokenizer.py (cl100k_base has the same); Qwen's
@@ -58,7 +60,7 @@ def get_tokenizer(name):
     Files: a rank file (.tiktoken, Llama 3's tokenizer.model, qwen.tiktoken), tokenizer.json, tekken.json, or a
     SentencePiece tokenizer.model. `eos` is the id that ends a document (None: it has none), `bos` the id that the
     tokenizer's configuration puts before every text (None: it puts none; the encoding itself adds neither).
-    Raises ValueError for what is unknown, cannot be read, or would not be encoded exactly as its reference does.
+    Raises UserError for what is unknown, cannot be read, or would not be encoded exactly as its reference does.
     """
     path, config, bos = Path(name).expanduser(), {}, None
     if name == "bytes":
@@ -77,11 +79,11 @@ def get_tokenizer(name):
         try:
             encoding = tiktoken.get_encoding(name)
         except OSError as error:  # requests' errors are OSErrors
-            raise ValueError(f"data.tokenizer={name!r}: tiktoken could not download its vocabulary "
+            raise UserError(f"data.tokenizer={name!r}: tiktoken could not download its vocabulary "
                              f"({type(error).__name__}). Without a network, set TIKTOKEN_CACHE_DIR to a folder that "
                              "holds it, give a tokenizer file, or use data.tokenizer=bytes") from error
     else:
-        raise ValueError(f"data.tokenizer={name!r} is neither a file, nor a folder, nor one of bytes, "
+        raise UserError(f"data.tokenizer={name!r} is neither a file, nor a folder, nor one of bytes, "
                          + ", ".join(tiktoken.list_encoding_names()))
     ids = encoding._special_tokens
     bos, eos = (t["content"] if isinstance(t, dict) else t for t in (bos, config.get("eos_token")))
@@ -94,7 +96,7 @@ def find_file(folder):
     """The tokenizer's file in a Hugging Face folder: tokenizer.json, unless it is of a kind that another one serves."""
     found = [folder / n for n in ("tokenizer.json", "tokenizer.model", "tekken.json") if (folder / n).is_file()]
     if not found:
-        raise ValueError(f"{folder} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
+        raise UserError(f"{folder} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
                          "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
     if len(found) > 1 and found[0].name == "tokenizer.json" and "ByteLevel" not in found[0].read_text(encoding="utf-8"):
         return found[1]  # Mistral 7B: its tokenizer.json is SentencePiece's vocabulary in another form
@@ -115,8 +117,8 @@ def read_tokenizer(path, name):
         if "vocab" in spec and "config" in spec:
             return read_tekken(spec, name), None
     except KeyError as error:
-        raise ValueError(f"{path} is incomplete: it has no {error} where its kind of file has one") from error
-    raise ValueError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a tekken.json of "
+        raise UserError(f"{path} is incomplete: it has no {error} where its kind of file has one") from error
+    raise UserError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a tekken.json of "
                      "Mistral, which has 'vocab' and 'config'")
 
 
@@ -124,7 +126,7 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON, and of UTF-8
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        raise UserError(f"{path} is no JSON file: {error}") from error
 
 
 def fingerprint(encoding):
@@ -188,12 +190,12 @@ class SentencePiece:
         try:
             import sentencepiece
         except ImportError as error:
-            raise ValueError(f"{path} is a SentencePiece model, which needs a package: pip install sentencepiece"
+            raise UserError(f"{path} is a SentencePiece model, which needs a package: pip install sentencepiece"
                              ) from error
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError as error:
-            raise ValueError(f"{path} is no SentencePiece model: {error}") from error
+            raise UserError(f"{path} is no SentencePiece model: {error}") from error
         self.name, self.n_vocab = name, self.model.vocab_size()
         self.max_token_value = self.n_vocab - 1
         self._special_tokens = {self.model.id_to_piece(i): i for i in range(self.n_vocab)
@@ -224,13 +226,13 @@ def read_ranks(path, name):
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
-        raise ValueError(f"{path} is no tiktoken rank file (lines of base64 token and rank): {error}") from error
+        raise UserError(f"{path} is no tiktoken rank file (lines of base64 token and rank): {error}") from error
     if sorted(ranks.values()) != list(range(len(lines))):
-        raise ValueError(f"{path} has {len(lines)} ranks, which are not 0 to {len(lines) - 1}, each once")
+        raise UserError(f"{path} has {len(lines)} ranks, which are not 0 to {len(lines) - 1}, each once")
     if missing := [i for i in range(256) if bytes([i]) not in ranks]:
-        raise ValueError(f"{path} lacks {len(missing)} of the 256 single bytes, which tiktoken needs")
+        raise UserError(f"{path} lacks {len(missing)} of the 256 single bytes, which tiktoken needs")
     if len(ranks) in OTHERS:
-        raise ValueError(f"{path} has as many ranks as {OTHERS[len(ranks)]}, whose split pattern it does not hold: use "
+        raise UserError(f"{path} has as many ranks as {OTHERS[len(ranks)]}, whose split pattern it does not hold: use "
                          f"data.tokenizer={OTHERS[len(ranks)]}, with TIKTOKEN_CACHE_DIR where there is no network")
     pattern, special = {128000: (LLAMA3_SPLIT, LLAMA3_SPECIAL),
                         151643: (QWEN_SPLIT, QWEN_SPECIAL)}.get(len(ranks), (LLAMA3_SPLIT, [END]))
@@ -252,12 +254,12 @@ def read_tekken(spec, name):
 def read_hugging_face(spec, path, name):
     """(encoding, the token that its template puts before every text or None) of a byte-level tokenizer.json.
 
-    Raises ValueError that names each part of the file which this encoding would not follow.
+    Raises UserError that names each part of the file which this encoding would not follow.
     """
     model, normalizer = spec["model"], spec.get("normalizer")
     pattern, refused = split_pattern(spec.get("pre_tokenizer") or {})
     if model.get("type", "BPE" if "merges" in model else None) != "BPE" or model.get("byte_fallback"):
-        raise ValueError(f"{path} is no byte-level BPE (its model is {model.get('type')}"
+        raise UserError(f"{path} is no byte-level BPE (its model is {model.get('type')}"
                          + (" with byte_fallback" if model.get("byte_fallback") else "") + "): use a tokenizer.model "
                          "or tekken.json where the model's folder has one")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -283,7 +285,7 @@ def read_hugging_face(spec, path, name):
     if any(bytes([b]) not in ranks for b in range(256)) and model.get("unk_token"):
         refused.append(f"model.unk_token={model['unk_token']!r} for single bytes without a token")
     if refused:
-        raise ValueError(f"{path} has parts that would not be followed exactly: " + "; ".join(refused))
+        raise UserError(f"{path} has parts that would not be followed exactly: " + "; ".join(refused))
     encoding = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, nfc=normalizer is not None, words=words,
                         special_tokens={text: token["id"] for text, token in added.items()} | unmade)
     post = spec.get("post_processor") or {}

@@ -1,0 +1,1 @@
+"""Other people's files: model folders, tokenizers, text, HellaSwag."""

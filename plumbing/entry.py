@@ -1,0 +1,86 @@
+"""Entry point: run main(), print user errors as one line (exit 2), let bugs show their traceback."""
+
+import argparse
+import errno
+import gc
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from plumbing.errors import RunStopped, UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # come without a file's name
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+
+
+class Arguments(argparse.ArgumentParser):
+    """The parser of the scripts that need no config; their mistakes end as `run` says."""
+
+    def error(self, message):
+        raise UserError(f"{message}, see --help")
+
+
+def cause(error):
+    """An exception, or for one of a checkpoint that ranks share, what went wrong on the first rank where it did."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def leave():
+    """End the process groups, if there are any. One that garbage still holds would end with Python itself, and gloo's
+    threads then now and then abort a process that has done all its work."""
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def run(main):
+    """Call main(), print an expected error as one message, and set the exit status.
+
+    A UserError is the user's mistake: exit status 2. A RunStopped is a run that must not go on: exit status 1. A full
+    disk, or a path that the operating system refuses, counts as a UserError. Anything else is a bug of ours: it
+    passes through, and Python prints its traceback and exits with status 1.
+    """
+    rank = int(os.environ.get("RANK", 0))  # set by torchrun
+    interrupted = False
+
+    def interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        main()
+    except BaseException as error:
+        if interrupted:  # whatever it became on its way up: torch.distributed.checkpoint wraps a KeyboardInterrupt
+            if rank == 0:
+                print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        if rank > 0 and not isinstance(error, (SystemExit, KeyboardInterrupt)):
+            # Usually all ranks fail for the same reason, and only rank 0 should print it. The others wait: torchrun
+            # ends every rank when the first one exits, and would cut rank 0's message off. If this rank is still
+            # alive after 10 s, rank 0 did not fail: the error is this rank's own, so print it.
+            time.sleep(10)
+        expected = as_expected(error)
+        if expected is None:
+            raise
+        script = Path(sys.argv[0]).name
+        print(f"{script}: {f'rank {rank}: ' if rank else ''}{expected}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(expected, UserError) else 1)
+    leave()  # not after an error: it would wait for ranks that are stuck in a collective
+
+
+def as_expected(error):
+    """The UserError or RunStopped that an exception amounts to, or None for a bug."""
+    if isinstance(error, (UserError, RunStopped)):
+        return error
+    error = cause(error)
+    if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED and error.filename):
+        place = error.filename or "the disk"
+        return UserError(f"{place}: {error.strerror}: name another path, or make this one usable")
+    return None
