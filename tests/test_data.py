@@ -338,7 +338,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_text(tmp_path):
 
 
 def test_what_a_killed_run_left_of_its_shards_is_in_nobodys_way(tmp_path, corpus, monkeypatch):
-    cfg, rename = config(tmp_path, corpus), data.Path.rename
+    cfg, rename = config(tmp_path, corpus), text_format.Path.rename
     monkeypatch.setattr(text_format.shutil, "rmtree", lambda *args, **kwargs: None)  # killed: it cleans nothing up
     monkeypatch.setattr(text_format.Path, "rename", lambda *args: None)
     with pytest.raises(ValueError):

@@ -308,7 +308,9 @@ def sent(tiny_run, tmp_path_factory):
     script.write_text(textwrap.dedent(f"""
             import json, os, sys
             sys.path.insert(0, {str(REPO)!r})
-            from plumbing import entry, torch, train
+            import torch
+            import train
+            from plumbing import entry
             from torch.utils._python_dispatch import TorchDispatchMode
             sent = {{}}
             class Count(TorchDispatchMode):
@@ -366,7 +368,10 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, ranks)
     script.write_text(textwrap.dedent(f"""
             import sys
             sys.path.insert(0, {str(REPO)!r})
-            from plumbing import entry, torch, fp8, train
+            import torch
+            import fp8
+            import train
+            from plumbing import entry
             from types import SimpleNamespace
             cls, told = fp8.gather_in_fp8(), {{}}
             kept = [(place, dict(vars(place))) for place in (cls, fp8)]
@@ -774,7 +779,9 @@ def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path, moment):
     script.write_text(textwrap.dedent(f"""
             import os, signal, sys
             sys.path.insert(0, {str(REPO)!r})
-            from plumbing import entry, torch, train
+            import torch
+            import train
+            from plumbing import entry
             calls, old = [], {place[moment]}
             def interrupted(self, *args):
                 calls.append(1)

@@ -63,7 +63,10 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
     script.write_text(textwrap.dedent(f"""
             import os, sys
             sys.path.insert(0, {str(REPO)!r})
-            import checkpoint, fp8, gemms, train
+            import checkpoint
+            import fp8
+            import train
+            from checks import gemms
             fp8.FP8Config.problems = lambda self: ()
             rank = os.environ.get("RANK", "0")
             gemms.time_linears = lambda *args: [dict(layer=slow if rank == "0" else "mlp.down", calls=1, fp8=None)]

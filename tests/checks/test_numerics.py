@@ -349,9 +349,9 @@ def test_stop_ends_the_run_with_the_weights_from_before_and_all_that_a_replay_ne
 
 def test_skip_leaves_a_bad_update_out_on_every_rank_and_a_batch_without_a_target_has_no_loss(tiny_run, tmp_path):
     out, script = tmp_path / "out", tmp_path / "poisoned.py"
-    script.write_text(f"import sys\nsys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\n"
-                      "import entry, test_numerics, train\ntest_numerics.poison([2, 4], masked=5)\n"
-                      "entry.run(train.main)\n")
+    paths = [str(REPO / part) for part in ("", "tests", "tests/checks")]
+    script.write_text(f"import sys\nsys.path[:0] = {paths}\nimport test_numerics, train\nfrom plumbing import entry\n"
+                      "test_numerics.poison([2, 4], masked=5)\nentry.run(train.main)\n")
     # one of the two ranks has the bad sample
     done = run(script, *tiny_run, *FP8, "--on_nonfinite=skip", "--micro_batch_size=2", f"--out_dir={out}", ranks=2)
     m = metrics(out)
@@ -577,7 +577,8 @@ def test_emulated_and_real_fp8_agree_on_any_shape(recipe):
 KEPT = """
 import gc, json, sys
 sys.path.insert(0, {repo!r})
-import torch, torch.distributed as dist, entry, train
+import torch, torch.distributed as dist, train
+from plumbing import entry
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 largest, original = 0, torch.Tensor.backward
 def backward(self, *args, **kwargs):

@@ -324,7 +324,7 @@ def test_what_would_not_be_followed_exactly_is_refused_by_name(tmp_path, small, 
 def pieces(tmp_path_factory):
     library = pytest.importorskip("sentencepiece", reason="pip install sentencepiece")
     prefix = tmp_path_factory.mktemp("sp") / "tokenizer"
-    library.SentencePieceTrainer.train(sentence_iterator=iter((REPO / "tokenizer.py").read_text().splitlines()),
+    library.SentencePieceTrainer.train(sentence_iterator=iter((REPO / "formats/tokenizer.py").read_text().splitlines()),
                                        model_prefix=str(prefix), vocab_size=500, model_type="bpe", byte_fallback=True,
                                        minloglevel=2)
     return prefix.with_suffix(".model")

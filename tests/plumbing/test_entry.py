@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from configurator import load
 from plumbing import entry
+from plumbing.errors import RunStopped
 
 
 def test_a_users_mistake_is_one_message_and_exit_status_2(tmp_path):
@@ -23,6 +24,7 @@ import sys
 sys.path.insert(0, {str(REPO)!r})
 import configurator
 from plumbing import entry
+from plumbing.errors import RunStopped
 entry.run(lambda: configurator.load(sys.argv[1:]))
 """)
     env = {k: v for k, v in os.environ.items() if k != "RANK"}
