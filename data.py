@@ -3,15 +3,17 @@
     documents -> tokenizer -> shards on disk -> one long stream of tokens -> windows of block_size, shuffled by epoch
 
 Text is tokenized once. The loader is a function of the step number: nothing to save, nothing to fast-forward, and the
-same global batches on any number of ranks. It takes rows from `Tokens` here, or from `Samples` in hellaswag.py.
+same global batches on any number of ranks.
+It takes its rows from a format (FORMATS).
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
+from formats import hellaswag, text
 from model import IGNORE
 from plumbing.errors import UserError
 
@@ -37,6 +39,39 @@ class DataConfig:
         if self.packed_sequence_size and self.format == "text":
             yield ("data.packed_sequence_size packs HellaSwag samples, text has no padding to save: set "
                    "data.format=hellaswag, or model.block_size for the length of text")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# formats
+
+
+class Rows(Protocol):
+    """What a format makes of its files: rows of one length, each a function of its number. `row` is all a batch needs.
+
+    A new format is a function prepare(cfg, block_size, seed) in a file of formats/, and an entry in FORMATS.
+    """
+
+    n_rows: int
+    block_size: int  # tokens of a row
+    padding: float  # share of a row that is no text
+    document: float | None  # the length that attention sees, mean over tokens; None: the whole row
+    largest: int  # token id
+    digest: str  # of the content and its order: a run resumes only on the same rows
+    description: str  # for the screen
+
+    def row(self, i: int):
+        """(x, y, positions) of row i: int64 numpy (block_size,); positions None where attention sees the whole row."""
+
+
+FORMATS = {"text": text.prepare, "hellaswag": hellaswag.prepare}
+
+
+def prepare(cfg, block_size, seed):
+    """(training Rows, validation Rows, tokenizer) of a DataConfig. With several ranks call it on rank 0 first.
+
+    block_size: the longest row that the model takes. Raises UserError for files that cannot be found, read or used.
+    """
+    return FORMATS[cfg.format](cfg, block_size, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import fp8
 import model as models
 from checks import estimate, gemms, proof, telemetry
 from eval import accuracies, score
-from formats import hellaswag, hf, text
+from formats import hellaswag, hf
 from optim import AdamW, get_lr
 from plumbing import cudagraph, entry, logs
 from plumbing.errors import RunStopped, UserError
@@ -152,10 +152,7 @@ def main():
 
     if not first:
         checkpoint.barrier()
-    if config.data.format == "hellaswag":
-        train_rows, val_rows, encoding = hellaswag.prepare(config.data, config.model.block_size, config.seed)
-    else:
-        train_rows, val_rows, encoding = text.prepare(config.data, config.model.block_size)
+    train_rows, val_rows, encoding = data.prepare(config.data, config.model.block_size, config.seed)
     questions = hellaswag.questions(config.data)[1][:n] if (n := config.eval_hellaswag_items) else []
     if first:
         checkpoint.barrier()

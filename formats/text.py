@@ -128,7 +128,7 @@ class Tokens:
         return x, y, None
 
 
-def prepare(cfg, block_size):
+def prepare(cfg, block_size, seed):
     """(training rows, validation rows, encoding) of a DataConfig; tokenizes what cfg.cache_dir does not hold yet.
 
     With several ranks call it on rank 0 first. Raises UserError for text that cannot be found, read or used.

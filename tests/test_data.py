@@ -28,7 +28,7 @@ def config(tmp_path, *train, **keys):
 
 
 def prepare(config):
-    return text_format.prepare(config, 8)
+    return data.prepare(config, 8, 0)
 
 
 def everything(tokens):
@@ -296,7 +296,7 @@ def test_a_file_of_data_val_in_a_folder_of_data_train_is_not_trained_on(tmp_path
     def prepared(**files):
         cfg = data.DataConfig(**{key: [str(tmp_path / name)] for key, name in files.items()},
                               cache_dir=str(tmp_path / "cache"), tokenizer="bytes")
-        train, val, _ = text_format.prepare(cfg, 16)
+        train, val, _ = data.prepare(cfg, 16, 0)
         return len(train), len(val), train.description
 
     *sizes, told = prepared(train="", val="b.txt")

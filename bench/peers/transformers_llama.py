@@ -31,7 +31,7 @@ import bench
 import data
 import model as models
 from checks import estimate
-from formats import hf, text
+from formats import hf
 
 WORDS = {"best", "all", "gather"}
 
@@ -86,7 +86,7 @@ def measure(variant, args):
     sizes = sizes_of(args)
     model = build(args, sizes, words, recipe, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    rows, _, _ = text.prepare(data.DataConfig(cache_dir=args.cache_dir, tokenizer="bytes"), args.tokens)
+    rows, _, _ = data.prepare(data.DataConfig(cache_dir=args.cache_dir, tokenizer="bytes"), args.tokens, seed=0)
     loader = data.Loader(rows, global_batch_size=1, micro_batch_size=1, seed=1337)
 
     def now():
