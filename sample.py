@@ -87,7 +87,7 @@ def main():
         raise UserError("\n".join(mistakes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, encoding, config = load_model(args.folder, device, args.tokenizer)
-    prompt = encoding.encode_ordinary(args.prompt)
+    prompt = encoding.encode(args.prompt).tolist()
     if not prompt:
         raise UserError("--prompt is empty: give at least one character")
     models.check_ids(config.model, max(prompt))
@@ -95,9 +95,9 @@ def main():
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside of a character
     sys.stdout.write(args.prompt)
     for token in generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator):
-        if token > encoding.max_token_value or token in encoding._special_tokens.values():
+        if token > encoding.largest or token in encoding.specials.values():
             break  # end of the document, or one of the ids that only pad the vocabulary
-        sys.stdout.write(decoder.decode(encoding.decode_single_token_bytes(token)))
+        sys.stdout.write(decoder.decode(encoding.decode_bytes(token)))
         sys.stdout.flush()
     print()
 

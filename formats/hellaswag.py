@@ -110,8 +110,8 @@ def encode(encoding, query, ending, limit):
     Of a text too long the beginning is cut off, behind BOS.
     """
     bos = np.array([] if encoding.bos is None else [encoding.bos], np.int64)
-    start = len(bos) + len(encoding.encode_ordinary(query))
-    ids = np.append(bos, encoding.encode_ordinary(f"{query} {ending}")).astype(np.int64)
+    start = len(bos) + len(encoding.encode(query))
+    ids = np.append(bos, encoding.encode(f"{query} {ending}")).astype(np.int64)
     cut = max(0, len(ids) - limit - 1)
     return np.delete(ids, np.s_[len(bos) : len(bos) + cut]), max(start - cut, 1), cut
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from formats.files import VAL_EVERY, documents, embedded_files, find_files, keep_apart
-from formats.tokenizer import fingerprint, get_tokenizer
+from formats.tokenizer import get_tokenizer
 from model import IGNORE
 from plumbing.errors import UserError
 
@@ -29,7 +29,7 @@ class ShardWriter:
 
     def __init__(self, folder, split, encoding):
         self.folder, self.split, self.encoding, self.count, self.file = folder, split, encoding, 0, None
-        self.dtype = np.dtype("<u2" if encoding.max_token_value < 2**16 else "<u4")
+        self.dtype = np.dtype("<u2" if encoding.largest < 2**16 else "<u4")
 
     def write(self, tokens):
         while len(tokens):
@@ -49,7 +49,7 @@ class ShardWriter:
     def close(self):
         if self.file is None:
             return
-        header = {"tokenizer": self.encoding.name, "fingerprint": fingerprint(self.encoding), "dtype": self.dtype.str,
+        header = {"tokenizer": self.encoding.name, "fingerprint": self.encoding.fingerprint, "dtype": self.dtype.str,
                   "tokens": self.tokens, "largest": self.largest, "hash": self.hash.hexdigest()}
         self.file.seek(0)
         self.file.write(MAGIC + json.dumps(header).encode())
@@ -75,7 +75,7 @@ def open_shard(path, encoding):
         expected = HEADER_BYTES + header["tokens"] * dtype.itemsize
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is corrupt: its header cannot be read{fix}") from error
-    if made_with_print != fingerprint(encoding):
+    if made_with_print != encoding.fingerprint:
         raise UserError(f"{path} was made with another tokenizer ({made_with}) than {encoding.name}{fix}")
     found = path.stat()
     if found.st_size != expected:
@@ -137,7 +137,7 @@ def prepare(cfg, block_size, seed):
     train, val = find_files(cfg.train) if cfg.train else embedded_files(), find_files(cfg.val)
     train, remark = keep_apart(train, val)
     identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files] for files in (train, val)]
-    key = hashlib.blake2b(repr((identity, cfg.text_key, fingerprint(encoding))).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(repr((identity, cfg.text_key, encoding.fingerprint)).encode(), digest_size=8).hexdigest()
     name = Path(cfg.train[0]).stem if cfg.train else "python_stdlib"
     folder = Path(cfg.cache_dir, f"{name}-{encoding.name}-{key}")
     if not folder.is_dir():
@@ -181,10 +181,7 @@ def build(folder, train, val, cfg, encoding):
         with ThreadPoolExecutor(workers) as pool, bar:
 
             def encode(text):  # threads are enough: tiktoken lets go of the interpreter lock
-                try:
-                    return np.append(encoding.encode_to_numpy(text, disallowed_special=()), end)
-                except UnicodeEncodeError:  # JSON can hold half of a character (a lone surrogate): U+FFFD instead
-                    return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+                return np.append(encoding.encode(text), end)
 
             last = "train" if val else "val"  # of every VAL_EVERY documents
             for files, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):

@@ -13,8 +13,10 @@ SentencePiece (Mistral 7B) is another algorithm: its own library runs it, behind
 import base64
 import hashlib
 import json
+import os
 import re
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +56,49 @@ BYTE_OF = {chr(b): b for b in PRINTED}
 BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTED)}
 
 
+class Tokenizer:
+    """What this repository uses of a tokenizer. `encode` takes ordinary text: special tokens in it stay text.
+
+    name; bos: id that a document begins with as the tokenizer's configuration says, or None; eos: id that ends a
+    document, or None; largest: the largest id; specials: {text: id} of special and added control tokens; config:
+    tokenizer_config.json as a dict; chat_template: Jinja source, or None; fingerprint: changes whenever ids could.
+    """
+
+    def __init__(self, name, encoding, *, bos=None, eos=None, config=None, chat_template=None):
+        self.name, self.encoding, self.bos, self.eos = name, encoding, bos, eos
+        self.config, self.chat_template = config or {}, chat_template
+        self.largest, self.specials = encoding.max_token_value, dict(encoding._special_tokens)
+        self.fingerprint = fingerprint(encoding)
+
+    def encode(self, text):
+        """Ids of ordinary text, 1-d uint32: no BOS, no EOS. Half of a character (a lone surrogate) counts as U+FFFD."""
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def encode_batch(self, texts, threads=0):
+        """`encode` of each text, as a list, on several threads (0: one per core)."""
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode(self, ids):
+        """The text of ids, with special tokens visible; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode([int(i) for i in ids])
+
+    def decode_bytes(self, token):
+        """The bytes of one id in the middle of a text."""
+        return self.encoding.decode_single_token_bytes(token)
+
+
 def get_tokenizer(name):
-    """The tiktoken.Encoding of "bytes", a tiktoken name, a tokenizer file, or a Hugging Face folder that holds one.
+    """The Tokenizer of "bytes", a tiktoken name, a tokenizer file, or a Hugging Face folder that holds one.
 
     Files: a rank file (.tiktoken, Llama 3's tokenizer.model, qwen.tiktoken), tokenizer.json, tekken.json, or a
-    SentencePiece tokenizer.model. `eos` is the id that ends a document (None: it has none), `bos` the id that the
-    tokenizer's configuration puts before every text (None: it puts none; the encoding itself adds neither).
+    SentencePiece tokenizer.model.
     Raises UserError for what is unknown, cannot be read, or would not be encoded exactly as its reference does.
     """
-    path, config, bos = Path(name).expanduser(), {}, None
+    path, config, bos, template = Path(name).expanduser(), {}, None, None
     if name == "bytes":
         # no merges, so cutting into long pieces is as right as into words, and quicker
         encoding = tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", special_tokens={END: 256},
@@ -71,6 +107,7 @@ def get_tokenizer(name):
         if path.is_dir():
             if (path / "tokenizer_config.json").is_file():
                 config = read_json(path / "tokenizer_config.json")
+            template = read_chat_template(path, config)
             path = find_file(path)
         encoding, bos = read_tokenizer(path, Path(name).expanduser().resolve().name)
         if "add_bos_token" in config:
@@ -87,9 +124,21 @@ def get_tokenizer(name):
                          + ", ".join(tiktoken.list_encoding_names()))
     ids = encoding._special_tokens
     bos, eos = (t["content"] if isinstance(t, dict) else t for t in (bos, config.get("eos_token")))
-    encoding.bos = ids.get(bos)
-    encoding.eos = next((ids[t] for t in (eos, END, "<|end_of_text|>", "</s>") if t in ids), None)
-    return encoding
+    eos = next((ids[t] for t in (eos, END, "<|end_of_text|>", "</s>") if t in ids), None)
+    return Tokenizer(encoding.name, encoding, bos=ids.get(bos), eos=eos, config=config, chat_template=template)
+
+
+def read_chat_template(folder, config):
+    """The Jinja source of a folder's chat template, or None. chat_template.jinja wins, as in transformers.
+
+    tokenizer_config.json holds a string, or a list of named templates, of which the one named "default" is taken.
+    """
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
 
 
 def find_file(folder):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import fp8
 import model as models
 import train
+from formats.tokenizer import Tokenizer
 from plumbing import entry, logs
 
 torch.set_num_threads(1)  # matrices of 64 x 128 gain nothing from a second thread, whose waiting costs the other worker
@@ -114,8 +115,7 @@ def wide():
     """A tokenizer whose ids begin at 300, beyond the vocabulary of the models here."""
     encoding = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks={bytes([i]): i + 300 for i in range(256)},
                                  special_tokens={})
-    encoding.bos = None
-    return encoding
+    return Tokenizer("wide", encoding)
 
 
 @pytest.fixture(scope="session")

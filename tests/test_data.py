@@ -17,7 +17,7 @@ import data
 import formats.files as text_files
 import formats.text as text_format
 from data import DataConfig, Loader, eval_batches
-from formats.tokenizer import END, get_tokenizer
+from formats.tokenizer import END, Tokenizer, get_tokenizer
 from model import IGNORE
 
 BYTES = get_tokenizer("bytes")
@@ -41,12 +41,17 @@ def text_of(tokens):
     return [BYTES.decode(part[part != 256].tolist()) for part in parts if len(part)]
 
 
+def single_bytes(name, special_tokens):
+    """A Tokenizer whose ids are the bytes of the text."""
+    ranks = {bytes([i]): i for i in range(256)}
+    return Tokenizer(name, tiktoken.Encoding(name, pat_str=r".", mergeable_ranks=ranks, special_tokens=special_tokens))
+
+
 def stream(n, tmp_path, name="numbers", block_size=8):
     """A Tokens of n tokens, token i is i modulo 65521, so that every window can be told from every other."""
     folder = tmp_path / name
     folder.mkdir()
-    encoding = tiktoken.Encoding("wide", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={END: 65535})
+    encoding = single_bytes("wide", {END: 65535})
     writer = text_format.ShardWriter(folder, "train", encoding)
     writer.write(np.arange(n) % 65521)
     writer.close()
@@ -110,17 +115,13 @@ def test_half_a_character_in_jsonl_becomes_the_replacement_character(tmp_path):
 
 
 def test_a_tokenizer_without_an_end_cannot_close_documents(tmp_path, corpus, monkeypatch):
-    endless = tiktoken.Encoding("endless", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                special_tokens={})
-    endless.eos = None
-    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: endless)
+    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: single_bytes("endless", {}))
     with pytest.raises(ValueError, match="tokenizer endless has no end-of-text token"):
         prepare(config(tmp_path, corpus))
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
-    encoding = tiktoken.Encoding("large", pat_str=r".", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={END: 100_000})
+    encoding = single_bytes("large", {END: 100_000})
     writer = text_format.ShardWriter(tmp_path, "train", encoding)
     writer.write(np.array([1, 99_999, 100_000]))
     writer.close()

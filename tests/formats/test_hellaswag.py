@@ -152,7 +152,7 @@ class WithBos:
 
     bos = 300
 
-    def encode_ordinary(self, text):
+    def encode(self, text):
         return [b for b in text.replace(" w", "\x01").encode()]
 
 

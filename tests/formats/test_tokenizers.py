@@ -98,9 +98,16 @@ def small():
 @pytest.mark.parametrize("text", ["", "a", "a\nb\n\n\nc", "\r\n\t  ", "na\u00efve caf\u00e9 \u5317\u4eac \U0001f680",
                                   "<|endoftext|>", "\0\x7f"])
 def test_bytes_tokenizer_is_utf8_and_reads_special_text_as_text(text):
-    assert BYTES.encode_ordinary(text) == list(text.encode())
-    assert BYTES.decode(BYTES.encode_ordinary(text)) == text
-    assert (BYTES.eos, BYTES.bos, BYTES.n_vocab) == (256, None, 257)
+    assert BYTES.encode(text).tolist() == list(text.encode())
+    assert BYTES.decode(BYTES.encode(text)) == text
+    assert (BYTES.eos, BYTES.bos, BYTES.largest, BYTES.specials) == (256, None, 256, {"<|endoftext|>": 256})
+
+
+def test_a_batch_is_encoded_as_its_texts_are_one_by_one_and_half_characters_are_replaced():
+    texts = ["a", "", "x \ud800 y", "\ud83d\ude80"]
+    ids = BYTES.encode_batch(texts, threads=2)
+    assert [BYTES.decode(row) for row in ids] == ["a", "", "x \ufffd y", "\U0001f680"]
+    assert [row.tolist() for row in ids] == [BYTES.encode(text).tolist() for text in texts]
 
 
 def test_unknown_tokenizer_names_the_known_ones():
@@ -127,9 +134,8 @@ def rank_file(path, n=256, merges=()):
 
 def test_rank_file_is_read_and_merges_are_used(tmp_path):
     encoding = get_tokenizer(rank_file(tmp_path / "mine.tiktoken", merges=[b"th", b"the"]))
-    assert encoding.encode_ordinary("the") == encoding.encode_to_numpy("the").tolist() == [257]
+    assert encoding.encode("the").tolist() == [257]
     assert (encoding.eos, encoding.name) == (258, "mine.tiktoken")
-    assert encoding.encode("the<|endoftext|>", allowed_special={"<|endoftext|>"}) == [257, 258]
     assert 258 not in encoding.encode("the<|endoftext|>")
 
 
@@ -141,9 +147,9 @@ def test_rank_file_is_read_and_merges_are_used(tmp_path):
      True)])
 def test_llama3_and_qwen_rank_files_get_their_special_tokens(tmp_path, n, ids, eos, n_vocab, pattern, nfc):
     encoding = get_tokenizer(rank_file(tmp_path / "tokenizer.model", n))
-    assert {token: encoding._special_tokens[token] for token in ids} == ids
-    assert (encoding.eos, encoding.bos, encoding.n_vocab) == (eos, None, n_vocab)
-    assert (encoding._pat_str, encoding.nfc) == (pattern, nfc)
+    assert {token: encoding.specials[token] for token in ids} == ids
+    assert (encoding.eos, encoding.bos, encoding.largest) == (eos, None, n_vocab - 1)
+    assert (encoding.encoding._pat_str, encoding.encoding.nfc) == (pattern, nfc)
     assert encoding.decode(encoding.encode("e\u0301")) == ("\u00e9" if nfc else "e\u0301")
 
 
@@ -203,8 +209,8 @@ def test_tekken_file_has_its_special_tokens_first(tmp_path, listed):
         spec["special_tokens"] = [{"rank": i, "token_str": t} for i, t in enumerate(["<s>", "</s>"])]
     (tmp_path / "tekken.json").write_text(json.dumps(spec))
     encoding = get_tokenizer(str(tmp_path))
-    assert encoding.encode("the a") == [30 + 257, 30 + 32, 30 + 97] and encoding.n_vocab == 288
-    assert (encoding.eos, encoding._special_tokens["<SPECIAL_29>"]) == (1 if listed else 2, 29)
+    assert encoding.encode("the a").tolist() == [30 + 257, 30 + 32, 30 + 97] and encoding.largest == 287
+    assert (encoding.eos, encoding.specials["<SPECIAL_29>"]) == (1 if listed else 2, 29)
     assert encoding.decode(encoding.encode("beyond")) == "beyond"
 
 
@@ -242,13 +248,12 @@ def test_ids_are_those_of_the_tokenizers_library(tmp_path, kind):
     used = set()
     for text in TEXTS:
         ids = reference.encode(text, add_special_tokens=False).ids
-        assert encoding.encode_ordinary(text) == encoding.encode_to_numpy(text).tolist() == ids, repr(text)
+        assert encoding.encode(text).tolist() == ids, repr(text)
         used |= set(ids)
         if "missing" not in kind and "removed" not in kind:
             assert encoding.decode(ids) == (unicodedata.normalize("NFC", text) if kind == "qwen" else text)
     assert len(used) > (20 if "groups" in kind else 300) and encoding.eos == 0  # the texts use half of the tokens
-    assert encoding.encode("a<|im_start|>", allowed_special="all")[-1] == 1
-    assert bool(encoding.missing) == ("missing" in kind)
+    assert bool(encoding.encoding.missing) == ("missing" in kind)
 
 
 def test_merges_as_pairs_of_a_string_and_a_model_without_type_are_read(tmp_path, small):
@@ -257,7 +262,7 @@ def test_merges_as_pairs_of_a_string_and_a_model_without_type_are_read(tmp_path,
     old = json.loads(path.read_text())
     del old["model"]["type"]
     path.write_text(json.dumps(old))
-    assert get_tokenizer(str(path)).encode("the function") == small.encode("the function").ids
+    assert get_tokenizer(str(path)).encode("the function").tolist() == small.encode("the function").ids
 
 
 def toy(*merges, **keys):
@@ -334,12 +339,12 @@ def test_sentencepiece_ids_are_those_of_its_library(pieces):
     reference = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(pieces))
     encoding = get_tokenizer(str(pieces))
     for text in TEXTS:
-        ids = encoding.encode_ordinary(text)
-        assert ids == encoding.encode_to_numpy(text, disallowed_special=()).tolist() == reference.encode(text)
+        ids = encoding.encode(text).tolist()
+        assert ids == reference.encode(text)
         assert encoding.decode(ids) == reference.decode(ids)
-        parts = b"".join(map(encoding.decode_single_token_bytes, ids))
+        parts = b"".join(map(encoding.decode_bytes, ids))
         assert parts.removeprefix(b" ").decode() == encoding.decode(ids)
-    assert (encoding.n_vocab, encoding.max_token_value, encoding.bos, encoding.eos) == (500, 499, None, 2)
+    assert (encoding.largest, encoding.bos, encoding.eos) == (499, None, 2)
 
 
 def test_sentencepiece_errors_say_what_to_do(pieces, tmp_path, monkeypatch):
@@ -364,20 +369,31 @@ def test_a_folder_says_what_begins_and_ends_a_text(tmp_path, small):
         if config is not None:
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         encoding = get_tokenizer(str(tmp_path))
-        assert (encoding.bos, encoding.eos, encoding.name) == (bos, eos, tmp_path.name), config
+        assert (encoding.bos, encoding.eos, encoding.name, encoding.config) == (bos, eos, tmp_path.name, config or {})
+
+
+def test_a_folders_chat_template_is_read_from_each_place_where_transformers_looks(tmp_path, small):
+    changed(small, tmp_path / "tokenizer.json")
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    for config, template in [({}, None), ({"chat_template": "c"}, "c"), ({"chat_template": named}, "d"),
+                             ({"chat_template": named[:1]}, None)]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert get_tokenizer(str(tmp_path)).chat_template == template
+    (tmp_path / "chat_template.jinja").write_text("j")
+    assert get_tokenizer(str(tmp_path)).chat_template == "j"
 
 
 def test_the_file_of_a_folder_that_can_be_followed_is_taken(tmp_path, small):
     with pytest.raises(ValueError, match="holds no tokenizer: expected a tokenizer.json"):
         get_tokenizer(str(tmp_path))
     rank_file(tmp_path / "tokenizer.model")
-    assert get_tokenizer(str(tmp_path)).n_vocab == 257
+    assert get_tokenizer(str(tmp_path)).largest == 256
     changed(small, tmp_path / "tokenizer.json")
-    assert get_tokenizer(str(tmp_path)).n_vocab == 600
+    assert get_tokenizer(str(tmp_path)).largest == 599
     # as Mistral 7B's: its tokenizer.json is the same vocabulary in a form that is not read
     path = changed(small, tmp_path / "tokenizer.json", model__byte_fallback=True, pre_tokenizer=None)
     path.write_text(path.read_text().replace("ByteLevel", "Metaspace"))
-    assert get_tokenizer(str(tmp_path)).n_vocab == 257
+    assert get_tokenizer(str(tmp_path)).largest == 256
 
 
 def test_fingerprints_tell_apart_whatever_changes_ids(pieces):
@@ -386,6 +402,6 @@ def test_fingerprints_tell_apart_whatever_changes_ids(pieces):
     others = [dict(nfc=True), dict(words=["<w>"]), dict(pat_str=r"\S+|\s"), dict(special_tokens={"<w>": 301}),
               dict(mergeable_ranks={**ranks, b"th": 256})]
     prints = [fingerprint(Encoding("x", **{**base, **keys})) for keys in [{}, *others]]
-    prints += [fingerprint(BYTES), fingerprint(get_tokenizer(str(pieces)))]
+    prints += [BYTES.fingerprint, get_tokenizer(str(pieces)).fingerprint]
     assert len(set(prints)) == len(prints)
     assert prints[0] == fingerprint(Encoding("another name", **base))
