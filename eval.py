@@ -22,7 +22,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from formats import hellaswag
-from model import check_ids
+from model import IGNORE, check_ids
 from plumbing import entry
 from plumbing.errors import RunStopped, UserError
 from sample import load_model
@@ -51,10 +51,10 @@ def score(model, questions, sequences, *, device, rank, world_size, reduce):
     for turn in tqdm(range(turns), desc="HellaSwag", unit="batch", leave=False, disable=None if rank == 0 else True):
         mine = turn * world_size + rank
         length, batch = batches[min(mine, len(batches) - 1)]
-        x, y = np.zeros((len(batch), length), np.int64), np.full((len(batch), length), hellaswag.IGNORE)
+        x, y = np.zeros((len(batch), length), np.int64), np.full((len(batch), length), IGNORE)
         for row, (ids, start) in enumerate(sequences[i] for i in batch):
             x[row, : len(ids) - 1], y[row, start - 1 : len(ids) - 1] = ids[:-1], ids[start:]
-        rows, columns = np.nonzero(y != hellaswag.IGNORE)  # found here: asking a GPU would stall it
+        rows, columns = np.nonzero(y != IGNORE)  # found here: asking a GPU would stall it
         logits = model(torch.from_numpy(x).to(device))[rows, columns]  # (targets of all endings, V)
         losses = F.cross_entropy(logits.float(), torch.from_numpy(y[rows, columns]).to(device), reduction="none")
         if mine < len(batches):  # else this rank only keeps the others company

@@ -7,7 +7,6 @@ Zellers et al., arXiv 1905.07830. The text is prepared, and an ending's tokens a
 EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accuracies compare.
 """
 
-import hashlib
 import http.client
 import json
 import re
@@ -19,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from formats.files import VAL_EVERY, find_files, keep_apart
+from formats.packing import make_rows, sample_limit
 from formats.tokenizer import get_tokenizer
-from model import IGNORE
 from plumbing.errors import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
@@ -121,73 +120,24 @@ def sequences(encoding, items, limit):
     return [encode(encoding, item["query"], ending, limit)[:2] for item in items for ending in item["endings"]]
 
 
-class Samples:
-    """Samples, (ids, where targets begin) pairs, as rows of block_size tokens: one a row, or several if packed.
-
-    Who shares a row is drawn from `seed` and stays from epoch to epoch: it decides nothing but who is in a batch
-    together, as attention does not cross samples, and makes the number of rows known for every epoch.
-    """
-
-    def __init__(self, samples, block_size, *, packed, seed):
-        self.samples, self.block_size, self.packed = samples, block_size, packed
-        lengths = np.array([len(ids) - 1 for ids, _ in samples])  # a sample's last id is a target only
-        self.longest = int(lengths.max())
-        self.document = float((lengths**2).sum() / lengths.sum())  # the length that attention sees, mean over tokens
-        order = np.random.default_rng(seed).permutation(len(samples)) if packed else np.arange(len(samples))
-        ends = np.cumsum(lengths[order])
-        self.rows, first = [], 0
-        while first < len(samples):
-            room = block_size + (ends[first - 1] if first else 0)
-            stop = int(np.searchsorted(ends, room, side="right")) if packed else first + 1
-            self.rows.append(order[first:stop])
-            first = stop
-        self.n_rows = len(self.rows)
-        self.padding = 1 - int(ends[-1]) / (self.n_rows * block_size)  # share of a row that is no text
-        everything = np.concatenate([ids for ids, _ in samples])
-        self.largest = int(everything.max())
-        borders = [(len(ids), start) for ids, start in samples]
-        whole = everything.tobytes() + repr((borders, block_size, packed, seed if packed else 0)).encode()
-        self.digest = hashlib.blake2b(whole, digest_size=16).hexdigest()
-
-    def row(self, i):
-        """(x, y, positions) of row i, int64 (block_size,): targets of the endings only, positions 0 at each sample.
-
-        positions: None where a row is one sample. What is left at the end of a row is samples without targets, no
-        longer than the real ones, because attention is compiled for the length of the longest.
-        """
-        x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
-        positions, at = np.arange(self.block_size), 0
-        for ids, start in (self.samples[k] for k in self.rows[i]):
-            stop = at + len(ids) - 1
-            x[at:stop], y[at + start - 1 : stop] = ids[:-1], ids[start:]
-            positions[stop:] = np.arange(self.block_size - stop) % self.longest
-            at = stop
-        return x, y, positions if self.packed else None
-
-
 def prepare(cfg, block_size, seed):
-    """(training Samples, validation Samples, encoding) of a DataConfig. With several ranks, on rank 0 first.
-
-    Without packing, rows are as long as the longest sample, rounded up to the multiple of 16 that FP8 matmuls need:
-    one length for the whole run, so that one compiled graph serves it.
-    """
-    encoding, size = get_tokenizer(cfg.tokenizer), cfg.packed_sequence_size
-    if size > block_size:
-        raise UserError(f"data.packed_sequence_size={size} is more than model.block_size={block_size}, the longest "
-                         "sequence that the model takes: raise that, or pack less")
-    limit = size or block_size
-    parts = [[encode(encoding, item["query"], item["endings"][item["label"]], limit)
-              for item in items] for items in questions(cfg)]
+    """(training Samples, validation Samples, encoding) of a DataConfig. With several ranks, on rank 0 first."""
+    encoding, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
+    parts, n_cut = [], 0
+    for items in questions(cfg):
+        part = []
+        for item in items:
+            ids, start, cut = encode(encoding, item["query"], item["endings"][item["label"]], limit)
+            part.append((ids, np.arange(len(ids)) >= start))
+            n_cut += cut > 0
+        parts.append(part)
     if not all(parts):
         raise UserError(f"data: {len(parts[0])} HellaSwag questions for training and {len(parts[1])} for validation "
-                         f"are too few (without data.val, one of {VAL_EVERY} is for validation)")
-    longest = max(len(ids) - 1 for part in parts for ids, _, _ in part)
-    n_cut = sum(cut > 0 for part in parts for _, _, cut in part)
-    train, val = (Samples([(ids, start) for ids, start, _ in part], size or min(block_size, -(-longest // 16) * 16),
-                          packed=size > 0, seed=seed) for part in parts)
+                        f"are too few (without data.val, one of {VAL_EVERY} is for validation)")
+    train, val = make_rows(cfg, block_size, seed, *parts)
     train.description = (
-        f"HellaSwag, {len(train.samples):,} training samples in {train.n_rows:,} rows of {train.block_size} tokens, "
-        f"{train.padding:.1%} of them padding, {len(val.samples):,} validation samples in {val.n_rows:,} rows, "
+        f"HellaSwag, {train.n_samples:,} training samples in {train.n_rows:,} rows of {train.block_size} tokens, "
+        f"{train.padding:.1%} of them padding, {val.n_samples:,} validation samples in {val.n_rows:,} rows, "
         f"tokenizer {encoding.name}")
     if n_cut:
         train.description += f"; {n_cut:,} samples lost their beginning, being longer than {limit} tokens"

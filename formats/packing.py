@@ -1,0 +1,106 @@
+"""Samples as rows of one length: several packed into a row, or one a row, padded.
+
+A sample is (ids, loss): its token ids, and of each whether it is a target. Formats that read samples (HellaSwag, chat)
+end here; data.Loader draws the rows.
+"""
+
+import bisect
+import hashlib
+
+import numpy as np
+
+from model import IGNORE
+from plumbing.errors import UserError
+
+
+def sample_limit(cfg, block_size):
+    """The most input tokens that a sample may have under a DataConfig. block_size: the longest row the model takes."""
+    size = cfg.packed_sequence_size
+    if size > block_size:
+        raise UserError(f"data.packed_sequence_size={size} is more than model.block_size={block_size}, the longest "
+                        "sequence that the model takes: raise that, or pack less")
+    return size or block_size
+
+
+def make_rows(cfg, block_size, seed, train, val):
+    """(training Samples, validation Samples) of lists of samples, no longer than sample_limit().
+
+    Without packing, rows are as long as the longest sample of both, rounded up to the multiple of 16 that FP8 matmuls
+    need: one length for the whole run, so that one compiled graph serves it.
+    """
+    size = cfg.packed_sequence_size
+    if not size:
+        longest = max(len(ids) - 1 for samples in (train, val) for ids, _ in samples)
+        size = min(block_size, -(-longest // 16) * 16)
+    return tuple(Samples(samples, size, packed=cfg.packed_sequence_size > 0, seed=seed) for samples in (train, val))
+
+
+def best_fit(lengths, size):
+    """Rows of at most `size` tokens: lists of indices into `lengths`, each of which goes where it leaves least room.
+
+    Taken in random order this wastes little, and rows are not sorted by length: apart from filling the last gap, who
+    shares a row is left to chance. (Best fit in decreasing order packs as well, but gives rows of long samples only.)
+    """
+    rows, open_rows = [], []  # open_rows: (tokens left, row), sorted
+    for i, length in enumerate(lengths):
+        k = bisect.bisect_left(open_rows, (length, 0))
+        if k < len(open_rows):
+            left, row = open_rows.pop(k)
+        else:
+            left, row = size, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        if left > length:
+            bisect.insort(open_rows, (left - length, row))
+    return rows
+
+
+class Samples:
+    """Samples, (ids, loss) pairs, as rows of block_size tokens: one a row, or several if packed.
+
+    ids: int array (n,), loss: bool array (n,), true for targets. Who shares a row is drawn from `seed` and stays from
+    epoch to epoch: attention does not cross samples, so it decides only who is in a batch together, and the number of
+    rows is known for every epoch.
+    """
+
+    def __init__(self, samples, block_size, *, packed, seed):
+        self.block_size, self.packed, self.n_samples = block_size, packed, len(samples)
+        self.ids = np.concatenate([ids for ids, _ in samples]).astype(np.int32)
+        self.loss = np.concatenate([loss for _, loss in samples])
+        counts = np.array([len(ids) for ids, _ in samples])
+        self.ends = np.cumsum(counts)
+        lengths = counts - 1  # a sample's last id is a target only
+        order = np.random.default_rng(seed).permutation(len(samples)) if packed else np.arange(len(samples))
+        packs = best_fit(lengths[order].tolist(), block_size) if packed else [[i] for i in range(len(samples))]
+        self.rows = [order[pack] for pack in packs]  # of each row: its samples
+        self.n_rows = len(self.rows)
+        self.padding = 1 - int(lengths.sum()) / (self.n_rows * block_size)  # share of a row that is no text
+        self.document = float((lengths**2).sum() / lengths.sum())  # the length that attention sees, mean over tokens
+        self.longest = int(lengths.max())
+        left = [block_size - int(lengths[row].sum()) for row in self.rows]
+        self.most_documents = max(len(row) - (-n // self.longest) for row, n in zip(self.rows, left, strict=True))
+        self.largest = int(self.ids.max())
+        h = hashlib.blake2b(repr((block_size, packed, seed if packed else 0)).encode(), digest_size=16)
+        for array in (self.ids, self.loss, self.ends, *self.rows):
+            h.update(np.ascontiguousarray(array))
+        self.digest = h.hexdigest()
+
+    def sample(self, i):
+        """(ids, loss) of sample i, in the order of the files."""
+        part = slice(self.ends[i - 1] if i else 0, self.ends[i])
+        return self.ids[part], self.loss[part]
+
+    def row(self, i):
+        """(x, y, positions) of row i, int64 (block_size,): y is IGNORE but for targets, positions 0 at each sample.
+
+        positions: None where a row is one sample. What is left at the end of a row is documents without targets, no
+        longer than the longest sample, because attention is compiled for that length.
+        """
+        x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
+        positions, at = np.arange(self.block_size), 0
+        for ids, loss in map(self.sample, self.rows[i]):
+            stop = at + len(ids) - 1
+            x[at:stop], y[at:stop] = ids[:-1], np.where(loss[1:], ids[1:], IGNORE)
+            positions[stop:] = np.arange(self.block_size - stop) % self.longest
+            at = stop
+        return x, y, positions if self.packed else None
