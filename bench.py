@@ -49,10 +49,12 @@ class BenchConfig:
     gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 pay for
 
     def problems(self):
-        """What is wrong with these values, one sentence each."""
-        yield from mistakes(self.variants)
+        """Yield ({keys involved}, message) for each value that cannot be used."""
+        for message in mistakes(self.variants):
+            yield {"variants"}, message
         if self.steps < 2 * WINDOW or self.steps % WINDOW or self.warmup % WINDOW or self.warmup < 0:
-            yield f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice"
+            yield {"steps", "warmup"}, (
+                f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice")
 
 
 def split(variants):

@@ -1,9 +1,9 @@
 """Configuration: dataclasses, Python config files, and --key=value.
 
-A config file is ordinary Python that binds `config` to a `Config`. Each concern's section is a dataclass in that
-concern's file; the comment behind a field is its help text. Command-line keys are the same dotted names, parsed by
-the field's type. All mistakes of a call are told together, before anything slow happens. A new knob is one line in a
-dataclass: nothing here has to change.
+A config file is ordinary Python that binds `config` to a `Config`. Each section is a dataclass in its concern's file;
+the comment behind a field is its help text. Command-line keys are the same dotted names, parsed by the field's type.
+All errors in a call are reported together, before any slow step. A new knob is one line in a dataclass: nothing here
+has to change.
 """
 
 import copy
@@ -45,68 +45,78 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     out_dir: str = "out/run"  # checkpoints, metrics, plots
-    seed: int = 1337  # of weights, data order and stochastic rounding
+    seed: int = 1337  # initial weights, data order, stochastic rounding
     max_steps: int = 1000  # optimizer steps
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = 1  # sequences per rank and forward pass; the rest is gradient accumulation
-    eval_interval: int = 100  # steps between evaluations, one more at the end; 0: none
+    micro_batch_size: int = 1  # sequences per rank and forward pass; gradient accumulation does the rest
+    eval_interval: int = 100  # evaluate every N steps and at the end; 0: never
     eval_sequences: int = 64  # validation sequences per evaluation, over all ranks; 0: all
-    eval_hellaswag_items: int = 0  # HellaSwag questions that each evaluation also scores; 0: none
+    eval_hellaswag_items: int = 0  # also score this many HellaSwag questions at each evaluation; 0: none
     log_interval: int = 10  # steps between log lines
-    checkpoint_interval: int = 200  # steps between checkpoints, one more at the end; 0: none
-    keep: int = 2  # checkpoints kept; 0: all
-    init_from: str = "scratch"  # "scratch", or a Hugging Face folder: weights and all of model but block_size
-    resume: Literal["auto", "never", "must"] = "auto"  # go on from out_dir's checkpoint: if there is one, never, always
+    checkpoint_interval: int = 200  # save a checkpoint every N steps and at the end; 0: never
+    keep: int = 2  # newest checkpoints to keep; 0: all
+    init_from: str = "scratch"  # "scratch", or a Hugging Face folder: weights, and all of model except block_size
+    resume: Literal["auto", "never", "must"] = "auto"  # from the checkpoint in out_dir: if there is one, never, always
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, activations and gradients
     replicas: int = 1  # HSDP: copies of the sharded model; must divide the number of ranks
-    shard_one_rank: bool = False  # FSDP2 on one rank too: all that a sharded run does, for 7 to 17% of the step
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # what ranks add gradients up in; bfloat16: half the bytes
+    shard_one_rank: bool = False  # run FSDP2 on a single rank too, which takes 7 to 17% of the step
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradient reduction over ranks; bfloat16: half the bytes
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
-    activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recomputed in backward: cheap ops, or all
-    flash4: bool = False  # attention by FlashAttention 4, if installed: faster on Hopper, most so for packed documents
-    cuda_graph: bool = False  # start a pass's kernels all at once: small models, one GPU; its memory stays reserved
-    loss_chunks: int = 1  # pieces that the loss is computed in, so that the logits never exist all at once
-    deterministic: bool = False  # only bitwise repeatable kernels (torch.use_deterministic_algorithms)
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient norm of inf or nan: the run, or that update
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recompute in backward: cheap ops, or all
+    flash4: bool = False  # attention by FlashAttention 4, if installed: faster on Hopper, most for packed documents
+    cuda_graph: bool = False  # record a pass as one CUDA graph: small models, one GPU; its memory stays reserved
+    loss_chunks: int = 1  # compute the loss in this many pieces, so that all logits never exist at once
+    deterministic: bool = False  # bitwise repeatable kernels only (torch.use_deterministic_algorithms)
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # if loss or gradient norm is inf or nan: end the run, skip the step
     tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
 
     def problems(self):
-        """What is wrong with these values taken together, one sentence each."""
+        """Yield ({keys involved}, message) for each contradiction between these values."""
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas", "loss_chunks"):
             if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1"
+                yield {name}, f"{name}={getattr(self, name)} must be at least 1"
         for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep"):
             if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)} must not be negative"
+                yield {name}, f"{name}={getattr(self, name)} must not be negative"
+        if self.seed >= 2**40:  # times a million it has to fit into 64 bits
+            yield {"seed"}, f"seed={self.seed} must be below 2**40"
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path = Path(folder).absolute()
-            if not (there := next(p for p in (path, *path.parents) if p.exists())).is_dir():
-                yield f"{key}={folder}: {there} is a file, name a folder"
-            elif key == "out_dir" and not os.access(there, os.W_OK):
-                yield f"out_dir={folder}: {there} cannot be written to, name another folder"
-        tokens = self.micro_batch_size * self.model.block_size  # of text; rows of HellaSwag depend on the data
-        if self.data.format == "text" and self.loss_chunks > 0 and tokens % self.loss_chunks:
-            yield (f"loss_chunks={self.loss_chunks} must divide the tokens of a forward pass, "
-                   f"micro_batch_size x model.block_size = {tokens}")
-        if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
-            yield ("optim.weights=stochastic_rounding rounds to bf16, and dtype=float32 has no bf16 weights: set "
-                   "optim.weights=plain, or dtype=bfloat16")
-        if self.seed >= 2**40:
-            yield f"seed={self.seed} must be below 2**40"  # times a million it has to fit 64 bits
-        if (self.fp8.enabled and self.fp8.force_recompute_fp8_weight_in_bwd and not self.reshard_after_forward
-                and self.fp8.enable_fsdp_float8_all_gather):
-            yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
-                   "reshard_after_forward=False keeps every gathered one: set one of the two the other way")
-        if self.fp8.enabled and self.fp8.keep_casts and not self.compile.enabled:
-            yield "fp8.keep_casts=True needs compile.enabled=True: eager, torchao casts again whatever is kept"
-        if self.fp8.enabled and self.fp8.keep_casts and self.activation_checkpoint == "full":
-            yield ("fp8.keep_casts=True keeps what activation_checkpoint=full recomputes: set the one to False, "
-                   "or the other to none or selective")
+            existing = next(p for p in (path, *path.parents) if p.exists())
+            if not existing.is_dir():
+                yield {key}, f"{key}={folder}: {existing} is a file, name a folder"
+            elif key == "out_dir" and not os.access(existing, os.W_OK):
+                yield {key}, f"{key}={folder}: {existing} cannot be written to, name another folder"
         if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
-            yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
-                   f"micro_batch_size={self.micro_batch_size}")
+            yield {"global_batch_size", "micro_batch_size"}, (
+                f"global_batch_size={self.global_batch_size} must be a multiple of "
+                f"micro_batch_size={self.micro_batch_size}")
+        tokens = self.micro_batch_size * self.model.block_size  # of text; the length of other rows depends on the data
+        if self.data.format == "text" and self.loss_chunks > 0 and tokens % self.loss_chunks:
+            yield {"loss_chunks", "micro_batch_size", "model.block_size"}, (
+                f"loss_chunks={self.loss_chunks} must divide the tokens of a forward pass, "
+                f"micro_batch_size x model.block_size = {tokens}")
+        if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
+            yield {"dtype", "optim.weights"}, (
+                "optim.weights=stochastic_rounding rounds to bf16, and dtype=float32 has no bf16 weights: set "
+                "optim.weights=plain, or dtype=bfloat16")
+        if not self.fp8.enabled:
+            return
+        if (self.fp8.force_recompute_fp8_weight_in_bwd and self.fp8.enable_fsdp_float8_all_gather
+                and not self.reshard_after_forward):
+            yield {"fp8.force_recompute_fp8_weight_in_bwd", "fp8.enable_fsdp_float8_all_gather",
+                   "reshard_after_forward"}, (
+                "fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
+                "reshard_after_forward=False keeps every gathered one: change one of the two")
+        if self.fp8.keep_casts and not self.compile.enabled:
+            yield {"fp8.keep_casts", "compile.enabled"}, (
+                "fp8.keep_casts=True needs compile.enabled=True: without compile, torchao casts again in backward")
+        if self.fp8.keep_casts and self.activation_checkpoint == "full":
+            yield {"fp8.keep_casts", "activation_checkpoint"}, (
+                "fp8.keep_casts=True keeps what activation_checkpoint=full recomputes: set fp8.keep_casts=False, or "
+                "activation_checkpoint=none or selective")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -116,140 +126,204 @@ class Config:
 def load(argv, own=None):
     """The Config of `[CONFIG.py] [--key=value ...]`; prints and exits for --help and --print_config.
 
-    own: an instance of a small dataclass with the flags that only the calling script has. They are set on it, and
-    bools among them may stand bare (--gemms). Raises one UserError that lists all mistakes of the call, one a line.
+    own: an instance of a small dataclass with the calling script's own flags, which are set on it; a bool among them
+    may be given without a value (--gemms). Raises one UserError with all errors of the call, one per line.
     """
-    own_section = [("", own)] if own is not None else []
-    bare = {"--help", "--print_config"} | {f"--{f.name}" for _, s in own_section for f in fields(s) if f.type is bool}
-    detached = {i + 1 for i, arg in enumerate(argv) if arg.startswith("-") and "=" not in arg and arg not in bare}
-    files = [arg for i, arg in enumerate(argv) if not arg.startswith("-") and i not in detached]
-    config, mistakes, broken = Config(), [], []  # broken: keys that did not get the value that was meant
-    first = int(os.environ.get("RANK", 0)) == 0
-    if bare_keys := [arg for arg in files if "=" in arg and not Path(arg).exists()]:
-        mistakes += [f"{arg}: write --{arg}" for arg in bare_keys]
-    elif len(files) > 1:
-        mistakes.append(f"{' '.join(files)}: one config file at most")
-    elif files:
+    own_sections = [("", own)] if own is not None else []
+    switches = {"--help", "--print_config"}  # flags that take no value
+    switches |= {f"--{f.name}" for _, section in own_sections for f in fields(section) if f.type is bool}
+    files, flags = split_arguments(argv, switches)
+
+    config, file_errors = Config(), [f"{arg}: write --{arg}" for arg in files if "=" in arg and not Path(arg).exists()]
+    if not file_errors and len(files) > 1:
+        file_errors = [f"{' '.join(files)}: one config file at most"]
+    elif not file_errors and files:
         try:
             config = read_file(files[0])
-        except ValueError as error:
-            mistakes.append(str(error))
-    if "--help" in argv and not mistakes:
-        if first:
-            print(help_text([*own_section, *sections(config)]))
-        sys.exit(0)
+        except UserError as error:
+            file_errors = [str(error)]
+    if "--help" in argv and not file_errors:
+        print_and_exit(help_text([*own_sections, *sections(config)]))
 
-    readable = not mistakes
-    keys = {prefix + f.name: (s, f) for prefix, s in [*sections(config), *own_section] for f in fields(s)}
-    keys |= {f"fp8.{alias}": keys[f"fp8.{name}"] for alias, name in fp8.ALIASES.items()}
-    for arg in argv:
-        name, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("-") or arg in ("--help", "--print_config"):
-            continue
-        elif arg in bare:
-            text = "True"
-        section, key = keys.get(name, (None, None))
-        if key is None and name == "config":
-            mistake = f"name the file without a key: {text}"
-        elif key is None:
-            name, known = name.lstrip("-"), [*keys, "help", "print_config"]
-            mistake = f"unknown key{suggest(name, known, '--{}') or '.'} See --help"
-            name = closest(name, known) or name
-        elif is_dataclass(key.type):
-            mistake = "a section, set its keys: " + ", ".join(f"{name}.{f.name}" for f in fields(key.type))
-        elif not equals and arg not in bare:
-            mistake = f"write {arg}=VALUE"
-        elif not fits(value := parse(text, key.type), key.type):
-            mistake = f"expected {type_name(key.type)}"
-            if typing.get_origin(key.type) in (list, tuple):
-                parts = [part.strip(" '\"") for part in text.strip("[]").split(",")]
-                example = ", ".join(json.dumps(p) for p in parts if p) if key.type == list[str] else "..."
-                mistake += f" as a Python literal, in shell quotes: '--{name}=[{example}]'"
-        else:
-            setattr(section, key.name, value)
-            continue
-        mistakes.append(f"{arg}: {mistake}")
-        prefix, dot, leaf = name.rpartition(".")
-        broken.append(f"{prefix}{dot}{fp8.ALIASES.get(leaf, leaf)}".removesuffix(".enabled"))  # which stands for all
+    parts = [*sections(config), *own_sections]
+    flag_errors, broken = set_flags(parts, flags, switches)
     config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
-    if readable:
-        parts = [s for _, s in [*sections(config), *own_section] if hasattr(s, "problems")]
-        mistakes += [problem for s in parts for problem in s.problems()  # but no consequences of a broken key
-                     if not any(re.search(rf"(?<![\w.]){re.escape(name)}\b", problem) for name in broken)]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+    errors = file_errors + flag_errors
+    if not file_errors:
+        errors += value_errors(parts, broken)
+    if errors:
+        raise UserError("\n".join(errors))
     if "--print_config" in argv:
-        if first:
-            print(to_python(config), end="")
-        sys.exit(0)
+        print_and_exit(to_python(config).rstrip())
     return config
 
 
-def read_file(path):
-    """A copy of the `config` that a Python file binds, its types checked, its values not.
+def split_arguments(argv, switches):
+    """(config files, flags) of a command line. A word behind `--key` is neither: it was meant as the key's value."""
+    files, flags, previous = [], [], ""
+    for arg in argv:
+        is_value = previous.startswith("-") and "=" not in previous and previous not in switches
+        if arg.startswith("-"):
+            flags.append(arg)
+        elif not is_value:
+            files.append(arg)
+        previous = arg
+    return files, flags
 
-    Raises one UserError that lists what is wrong in the file, one mistake a line, with the line number if it has one.
+
+def set_flags(parts, flags, switches):
+    """Set every flag on its section; (errors, keys that did not get the value that was meant).
+
+    parts: (prefix, section) pairs. An unknown key counts for the key that it resembles.
+    """
+    aliases = {f"fp8.{alias}": f"fp8.{name}" for alias, name in fp8.ALIASES.items()}
+    keys = {prefix + f.name: (section, f) for prefix, section in parts for f in fields(section)}
+    keys |= {alias: keys[name] for alias, name in aliases.items()}
+    known = [*keys, "help", "print_config"]
+    errors, broken = [], set()
+    for flag in flags:
+        if flag in ("--help", "--print_config"):
+            continue
+        name, equals, text = flag.removeprefix("--").partition("=")
+        if flag in switches:
+            equals, text = "=", "True"
+        if name == "config":
+            error = f"name the file without a key: {text}"
+        elif name not in keys:
+            name = name.lstrip("-")
+            error = f"unknown key{suggest(name, known, '--{}') or '.'} See --help"
+            name = closest(name, known) or name
+        else:
+            section, key = keys[name]
+            value = parse(text, key.type)
+            if is_dataclass(key.type):
+                error = "a section, set its keys: " + ", ".join(f"{name}.{f.name}" for f in fields(key.type))
+            elif not equals:
+                error = f"write {flag}=VALUE"
+            elif not fits(value, key.type):
+                error = expected(name, text, key.type)
+            else:
+                setattr(section, key.name, value)
+                continue
+        errors.append(f"{flag}: {error}")
+        broken.add(aliases.get(name, name))
+    return errors, broken
+
+
+def expected(name, text, kind):
+    """The error message for a value that is not of type `kind`, with an example for lists and tuples."""
+    message = f"expected {type_name(kind)}"
+    if typing.get_origin(kind) not in (list, tuple):
+        return message
+    example = "..."
+    if kind == list[str]:
+        words = [word.strip(" '\"") for word in text.strip("[]").split(",")]
+        example = ", ".join(json.dumps(word) for word in words if word)
+    return f"{message} as a Python literal, in shell quotes: '--{name}=[{example}]'"
+
+
+def value_errors(parts, broken):
+    """What the sections find wrong with their values, without the consequences of a broken key.
+
+    A broken `fp8.enabled` has consequences for all of fp8, as has a section that was given a value.
+    """
+    causes = {name.removesuffix(".enabled") for name in broken}
+
+    def is_consequence(key):
+        return any(key == cause or key.startswith(f"{cause}.") for cause in causes)
+
+    problems = [problem for _, section in parts if hasattr(section, "problems") for problem in section.problems()]
+    return [message for keys, message in problems if not any(map(is_consequence, keys))]
+
+
+def print_and_exit(text):
+    """Print on rank 0, and end every rank with exit status 0."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
+    sys.exit(0)
+
+
+def read_file(path):
+    """A copy of the `config` that a Python file binds. Types are checked, values are not.
+
+    Raises one UserError with all errors of the file, one per line, with the line number where it is known.
     """
     path = str(path)
     if not Path(path).is_file():
-        near = suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")],
-                       f"{os.path.relpath(REPO / 'config')}/{{}}.py")
-        raise UserError(f"{path}: no such config file{near or ', see ' + os.path.relpath(REPO / 'config')}")
+        folder = os.path.relpath(REPO / "config")
+        near = suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")], f"{folder}/{{}}.py")
+        raise UserError(f"{path}: no such config file{near or f', see {folder}'}")
     if str(REPO) not in sys.path:  # for `import model` and `from config.llama_fp8 import config`, whatever the cwd
         sys.path.insert(0, str(REPO))
     try:
         config = runpy.run_path(path).get("config")
-    except Exception as error:  # whatever a config file raises is told with its place
-        places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
-                  if f.filename == path or Path(f.filename).parent == REPO / "config"]
-        if isinstance(error, SyntaxError):
-            places.append((error.filename, error.lineno))
-        told = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
-        if typo := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
-            modules = [sys.modules[type(s).__module__] for _, s in sections(Config())]
-            kind = next((getattr(m, typo[1]) for m in modules if hasattr(m, typo[1])), Config)
-            told = f"{typo[1]} has no field {typo[2]!r}{suggest(typo[2], [f.name for f in fields(kind)], '{!r}')}"
-        file, line = places[-1] if places else (path, None)
-        raise UserError(f"{file}, line {line}: {told}" if line else f"{path}: {told}") from error
+    except Exception as error:  # a config file is the user's code: whatever it raises is a user error
+        raise UserError(f"{place(error, path)}: {explain(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{path} must bind `config` to a configurator.Config, as in `from configurator import Config` "
-                         f"and `config = Config(max_steps=100)`; it binds {type(config).__name__}")
-    mistakes = []
+                        f"and `config = Config(max_steps=100)`; it binds {type(config).__name__}")
+    errors = []
     for prefix, section in sections(config):
-        values = {f.name: f.type for f in fields(section)}
+        types = {f.name: f.type for f in fields(section)}
         for name, value in vars(section).items():
-            if name not in values:  # config.max_stepz = 5
-                mistakes.append(f"{path}: {prefix}{name} is no field{suggest(name, values, prefix + '{}')}")
-            elif not fits(value, values[name]):
-                mistakes.append(f"{path}: {prefix}{name}={value!r}: expected {type_name(values[name])}")
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+            if name not in types:  # config.max_stepz = 5
+                errors.append(f"{path}: {prefix}{name} is no field{suggest(name, types, prefix + '{}')}")
+            elif not fits(value, types[name]):
+                errors.append(f"{path}: {prefix}{name}={value!r}: expected {type_name(types[name])}")
+    if errors:
+        raise UserError("\n".join(errors))
     return copy.deepcopy(config)  # the object may belong to a module that others import too
 
 
+def place(error, path):
+    """Where in a config file, or in a shipped config that it imports, an exception was raised: "FILE, line N"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(f.filename, f.lineno) for f in frames
+              if f.filename == path or Path(f.filename).parent == REPO / "config"]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename, error.lineno))
+    if not places:
+        return path
+    file, line = places[-1]
+    return f"{file}, line {line}"
+
+
+def explain(error):
+    """One line about an exception from a config file; a misspelt field is named with the closest valid one."""
+    misspelt = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not misspelt:
+        return f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+    kind_name, name = misspelt.groups()
+    modules = [sys.modules[type(section).__module__] for _, section in sections(Config())]
+    kind = next((getattr(module, kind_name) for module in modules if hasattr(module, kind_name)), Config)
+    return f"{kind_name} has no field {name!r}{suggest(name, [f.name for f in fields(kind)], '{!r}')}"
+
+
 def changed(path, config):
-    """", now with KEY=VALUE instead of ..." for what config has other than the file at `path`; "" if there is none."""
+    """How config differs from the config file at `path`: ", now with KEY=VALUE instead of ..."; "" if it does not."""
     if not path.exists():
         return ""
     try:
-        before = flat(read_file(path))
-    except ValueError as error:  # no reason not to go on
-        return f" (whether with other keys is not known: {error})"
-    told = [f"{key}={value!r} instead of {before.get(key)!r}" for key, value in flat(config).items()
-            if key != "resume" and value != before.get(key)]
-    return f", now with {', '.join(told)}" if told else ""
+        previous = flat(read_file(path))
+    except UserError as error:  # it only informs: a run can continue without it
+        return f" (cannot compare with the earlier config: {error})"
+    differences = [f"{key}={value!r} instead of {previous.get(key)!r}" for key, value in flat(config).items()
+                   if key != "resume" and value != previous.get(key)]
+    return f", now with {', '.join(differences)}" if differences else ""
 
 
 def help_text(parts):
-    """The script's docstring, and every key with type, default and meaning. parts: (prefix, section) pairs."""
+    """The script's docstring, then every key with its type, default and meaning. parts: (prefix, section) pairs."""
     lines = [sys.modules["__main__"].__doc__ or "", "Keys with type, default and meaning, set by --key=value:"]
     for prefix, section in parts:
         notes = comments(type(section))
         rows = [(prefix + f.name, type_name(f.type), repr(getattr(section, f.name)), notes[f.name])
                 for f in fields(section) if not is_dataclass(getattr(section, f.name))]
-        widths = [max([len(row[i]) for row in rows if len(row[i]) <= most], default=0)
-                  for i, most in enumerate((46, 19, 16))]
-        start = sum(widths) + 8  # where meanings begin; beside a longer row, on the next line
+        widths = []
+        for column, limit in enumerate((46, 19, 16)):  # a longer cell gets a line of its own
+            lengths = [len(row[column]) for row in rows]
+            widths.append(max([n for n in lengths if n <= limit], default=0))
+        start = sum(widths) + 8  # column where meanings begin
         lines += ["", f"{prefix[:-1] or type(section).__name__}: {inspect.getdoc(section).splitlines()[0]}"]
         for *cells, meaning in rows:
             head = "  " + "  ".join(map(str.ljust, cells, widths)) + "  "
@@ -258,5 +332,5 @@ def help_text(parts):
                 head = " " * start
             width = max(shutil.get_terminal_size((120, 24)).columns, start + 40)
             lines.append(textwrap.fill(meaning or "-", width, initial_indent=head, subsequent_indent=" " * start))
-    lines += ["", "Other names of the same keys:", *(f"  fp8.{a} = fp8.{name}" for a, name in fp8.ALIASES.items())]
+    lines += ["", "Other names for the same keys:", *(f"  fp8.{a} = fp8.{name}" for a, name in fp8.ALIASES.items())]
     return "\n".join(lines).strip()

@@ -32,13 +32,14 @@ class DataConfig:
     workers: int = 0  # threads that tokenize; 0: one per core
 
     def problems(self):
-        """What is wrong with these values taken together, one sentence each."""
+        """Yield ({keys involved}, message) for each contradiction between these values."""
         for name in ("packed_sequence_size", "workers"):
             if getattr(self, name) < 0:
-                yield f"data.{name}={getattr(self, name)} must not be negative"
+                yield {f"data.{name}"}, f"data.{name}={getattr(self, name)} must not be negative"
         if self.packed_sequence_size and self.format == "text":
-            yield ("data.packed_sequence_size packs HellaSwag samples, text has no padding to save: set "
-                   "data.format=hellaswag, or model.block_size for the length of text")
+            yield {"data.packed_sequence_size", "data.format"}, (
+                "data.packed_sequence_size packs HellaSwag samples, text has no padding to save: set "
+                "data.format=hellaswag, or model.block_size for the length of text")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -90,25 +90,28 @@ class FP8Config:
         super().__setattr__(ALIASES.get(name, name), value)
 
     def problems(self):
-        """What is wrong with these values taken together, one sentence each (needs no GPU and no model)."""
+        """Yield ({keys involved}, message) for each contradiction between these values (needs no GPU and no model)."""
         if not self.enabled:
             return
         if self.stats_interval < 0:
-            yield f"fp8.stats_interval={self.stats_interval} must not be negative"
+            yield {"fp8.stats_interval"}, f"fp8.stats_interval={self.stats_interval} must not be negative"
         for key in ("enable_fsdp_float8_all_gather", "keep_casts"):  # row-wise, backward casts the other way
             if getattr(self, key) and self.recipe_name not in (None, "tensorwise"):
-                yield (f"fp8.{key} works with the tensorwise recipe only, not with {self.recipe_name!r}: "
-                       "set fp8.recipe_name=tensorwise or turn it off")
+                yield {f"fp8.{key}", "fp8.recipe_name"}, (
+                    f"fp8.{key} works with the tensorwise recipe only, not with {self.recipe_name!r}: "
+                    "set fp8.recipe_name=tensorwise or turn it off")
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
-            yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
-                   "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+            yield {"fp8.precompute_float8_dynamic_scale_for_fsdp", "fp8.enable_fsdp_float8_all_gather"}, (
+                "fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
+                "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
         if self.keep_casts and self.force_recompute_fp8_weight_in_bwd:
-            yield ("fp8.keep_casts=True keeps FP8 copies for backward, fp8.force_recompute_fp8_weight_in_bwd=True "
-                   "keeps none: turn one of the two off")
+            yield {"fp8.keep_casts", "fp8.force_recompute_fp8_weight_in_bwd"}, (
+                "fp8.keep_casts=True keeps FP8 copies for backward, fp8.force_recompute_fp8_weight_in_bwd=True "
+                "keeps none: turn one of the two off")
         for key, about in (("grad_fast_accum", "how tensor cores add up, and emulated FP8 adds up in float32"),
                            ("auto_filter", "which layers FP8 makes faster, and emulated FP8 makes none")):
             if getattr(self, key) and self.emulate:
-                yield f"fp8.{key}=True is about {about}: turn it or fp8.emulate off"
+                yield {f"fp8.{key}", "fp8.emulate"}, f"fp8.{key}=True is about {about}: turn it or fp8.emulate off"
 
 
 @dataclass(kw_only=True)
@@ -136,7 +139,7 @@ def check(cfg, model, *, device, compiled, shards, tokens, loss_chunks=1):
     cfg: an enabled FP8Config. model: may still be on the meta device. shards: ranks that each weight is cut over by
     FSDP2; 0: it is off. tokens: of a forward pass on a rank; lm_head takes them in loss_chunks equal pieces.
     """
-    problems = list(cfg.problems())
+    problems = [message for _, message in cfg.problems()]
     try:
         installed = importlib.metadata.version("torchao")
         if TorchVersion(installed) < MIN_TORCHAO:

@@ -56,24 +56,26 @@ class ModelConfig:
         self.rope_scaling = copy.copy(self.rope_scaling)  # nobody else's: models made below would share one
 
     def problems(self):
-        """What is wrong with these values taken together, one sentence each."""
+        """Yield ({keys involved}, message) for each contradiction between these values."""
         sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim")
         for name in sizes:
             if getattr(self, name) < 1:
-                yield f"model.{name}={getattr(self, name)} must be at least 1"
+                yield {f"model.{name}"}, f"model.{name}={getattr(self, name)} must be at least 1"
         if self.n_kv_head >= 1 and self.n_head % self.n_kv_head:
-            yield f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}"
+            yield {"model.n_head", "model.n_kv_head"}, (f"model.n_head={self.n_head} must be a multiple of "
+                                                        f"model.n_kv_head={self.n_kv_head}")
         turned = int(self.head_dim * self.rope_fraction)
         if self.head_dim % 2:
-            yield f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs"
+            yield {"model.head_dim"}, f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs"
         elif not 0 < self.rope_fraction <= 1 or turned % 2 or turned < min(2, self.head_dim):
-            yield (f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of "
-                   f"model.head_dim={self.head_dim}")
+            yield {"model.rope_fraction", "model.head_dim"}, (
+                f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of "
+                f"model.head_dim={self.head_dim}")
         if self.rope_theta <= 0 or self.norm_eps < 0:
-            yield (f"model.rope_theta={self.rope_theta} must be above 0, model.norm_eps={self.norm_eps} not "
-                   "negative")
+            yield {"model.rope_theta", "model.norm_eps"}, (
+                f"model.rope_theta={self.rope_theta} must be above 0, model.norm_eps={self.norm_eps} not negative")
         if self.sliding_window is not None and self.sliding_window < 1:
-            yield f"model.sliding_window={self.sliding_window} must be at least 1, or None"
+            yield {"model.sliding_window"}, f"model.sliding_window={self.sliding_window} must be at least 1, or None"
 
 
 # Published models by their config.json, and two of our own. Each is called: llama3_1_8b(block_size=2048). block_size is

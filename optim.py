@@ -45,14 +45,14 @@ class OptimConfig:
     fp8_moments: bool = False  # both moments of matrices in FP8: 2 bytes a parameter instead of 4 or 8
 
     def problems(self):
-        """What is wrong with these values taken together, one sentence each."""
+        """Yield ({keys involved}, message) for each contradiction between these values."""
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps"):
             if getattr(self, name) < 0:
-                yield f"optim.{name}={getattr(self, name)} must not be negative"
+                yield {f"optim.{name}"}, f"optim.{name}={getattr(self, name)} must not be negative"
         if self.eps < 1e-30:  # a weight without a gradient would be 0 / 0
-            yield f"optim.eps={self.eps} must be at least 1e-30"
+            yield {"optim.eps"}, f"optim.eps={self.eps} must be at least 1e-30"
         if not all(0 <= b < 1 for b in self.betas):
-            yield f"optim.betas={self.betas} must both be at least 0 and below 1"
+            yield {"optim.betas"}, f"optim.betas={self.betas} must both be at least 0 and below 1"
 
 
 def get_lr(cfg, step, max_steps):

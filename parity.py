@@ -42,13 +42,14 @@ class ParityConfig:
     seeds: int = 3  # bf16 runs, from config.seed on; one shows no noise, so there is no band and no verdict
 
     def problems(self):
-        """What is wrong with these values, one sentence each."""
-        yield from bench.mistakes(self.variants)
+        """Yield ({keys involved}, message) for each value that cannot be used."""
+        for message in bench.mistakes(self.variants):
+            yield {"variants"}, message
         first, *others = bench.split(self.variants)
         if first != "bf16" or not others or "bf16" in others:
-            yield f"--variants={self.variants} must be bf16, then what to compare with it"
+            yield {"variants"}, f"--variants={self.variants} must be bf16, then what to compare with it"
         if self.seeds < 1:
-            yield f"--seeds={self.seeds} must be at least 1"
+            yield {"seeds"}, f"--seeds={self.seeds} must be at least 1"
 
 
 def plan(own, config, base):

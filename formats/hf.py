@@ -121,7 +121,7 @@ def model_config(folder, wanted=None):
     longest = source.get("max_position_embeddings") or 2048
     cfg = models.ModelConfig(**values, block_size=wanted.block_size if wanted else min(longest, 8192))
     cfg.rope_theta, cfg.rope_fraction = float(cfg.rope_theta), float(cfg.rope_fraction)  # some files have integers
-    impossible = list(cfg.problems())
+    impossible = [message for _, message in cfg.problems()]
     problems += impossible
     if cfg.block_size > longest:
         problems.append(f"model.block_size={cfg.block_size} is more than its max_position_embeddings={longest}")
