@@ -659,7 +659,7 @@ def test_forced_recompute_holds_no_fp8_weights_in_gpu_memory(recipe):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# docs/numerics.md
+# docs/numerics.md and docs/notebook.md
 
 
 def figures(line):
@@ -669,7 +669,7 @@ def figures(line):
 def test_documented_figures_are_what_the_code_computes():
     from torchao.float8.float8_utils import amax_to_scale
 
-    lines = (REPO / "docs" / "numerics.md").read_text().splitlines()
+    lines = [line for name in ("numerics", "notebook") for line in (REPO / f"docs/{name}.md").read_text().splitlines()]
     rows_of = {line.split("|")[1].strip(): line for line in lines[::-1] if line.startswith("|")}
     torch.manual_seed(0)
     normal = torch.randn(1024, 1024)

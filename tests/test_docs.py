@@ -1,0 +1,56 @@
+"""Documentation: the files, links, keys and tests that it names exist."""
+
+import importlib
+import re
+from dataclasses import fields, is_dataclass
+
+import pytest
+from conftest import REPO
+
+from configurator import Config
+from plumbing.schema import flat
+
+SECTIONS = [f.name for f in fields(Config) if is_dataclass(f.type)]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted(REPO.glob("docs/*.md")))]
+SOURCES = {p: p.read_text() for p in sorted(REPO.rglob("*.py")) if "tests" not in p.parts}
+PLACEHOLDERS = {"CONFIG.py", "B1.py", "config.py", "key"}  # the reader's, and what a run writes
+FOREIGN = {"nproc-per-node", "nnodes"}  # flags of torchrun
+RECORD = "docs/notebook.md"  # its commands are those of the commits that ran
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (REPO / page).read_text()):
+        path, _, anchor = target.partition("#")
+        linked = (REPO / page).parent / path if path else REPO / page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_files_that_are_named_exist(page):
+    text = (REPO / page).read_text()
+    for name in set(re.findall(r"[\w*/]+\.py\b", text)) - PLACEHOLDERS:
+        assert any(REPO.glob(name)) or any(REPO.glob(f"*/{name}")), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_flags_and_tests_that_are_named_exist(page):
+    text = (REPO / page).read_text()
+    keys, tests = flat(Config()), "".join(p.read_text() for p in REPO.rglob("tests/**/test_*.py"))
+    for words in re.findall(r"-k (\w+)", text):
+        assert re.search(rf"def test_\w*{words}", tests), f"{page} runs tests named {words}"
+    if page == RECORD:
+        return
+    for section, name in set(re.findall(rf"\b({'|'.join(SECTIONS)})\.(?!py\b)(\w+)", text)):
+        place = getattr(Config(), section) if section == "compile" else importlib.import_module(section)
+        assert f"{section}.{name}" in keys or hasattr(place, name), f"{page} names {section}.{name}"
+    for name in set(re.findall(r"--([\w.-]+)=", text)) - FOREIGN - PLACEHOLDERS - set(keys):
+        assert any(re.search(rf'"--{name}"|^    {name}: ', source, re.M) for source in SOURCES.values()), (
+            f"{page} names --{name}")
