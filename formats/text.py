@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from formats.files import VAL_EVERY, documents, embedded_files, find_files, keep_apart
+from formats import files
+from formats.files import VAL_EVERY, documents
 from formats.tokenizer import get_tokenizer
 from model import IGNORE
 from plumbing.errors import UserError
@@ -134,9 +135,8 @@ def prepare(cfg, block_size, seed):
     With several ranks call it on rank 0 first. Raises UserError for text that cannot be found, read or used.
     """
     encoding = get_tokenizer(cfg.tokenizer)
-    train, val = find_files(cfg.train) if cfg.train else embedded_files(), find_files(cfg.val)
-    train, remark = keep_apart(train, val)
-    identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files] for files in (train, val)]
+    train, val, _, remark = files.resolve(cfg, files.TEXT)
+    identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in part] for part in (train, val)]
     key = hashlib.blake2b(repr((identity, cfg.text_key, encoding.fingerprint)).encode(), digest_size=8).hexdigest()
     name = Path(cfg.train[0]).stem if cfg.train else "python_stdlib"
     folder = Path(cfg.cache_dir, f"{name}-{encoding.name}-{key}")
@@ -184,9 +184,9 @@ def build(folder, train, val, cfg, encoding):
                 return np.append(encoding.encode(text), end)
 
             last = "train" if val else "val"  # of every VAL_EVERY documents
-            for files, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):
+            for part, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):
                 writers = {split: ShardWriter(aside, split, encoding) for split in set(splits)}
-                batches = batched(documents(files, cfg.text_key), 2**24)  # 16 MB of text in memory at a time
+                batches = batched(map("".join, documents(part, cfg.text_key)), 2**24)  # 16 MB of text in memory at a time
                 for i, (text, tokens) in enumerate(pair for batch in batches
                                                    for pair in zip(batch, pool.map(encode, batch), strict=True)):
                     writers[splits[i % len(splits)]].write(tokens if text else tokens[:0])
@@ -194,9 +194,9 @@ def build(folder, train, val, cfg, encoding):
                 for writer in writers.values():
                     writer.close()
         names = sorted(path.name for path in aside.glob("*.bin"))
-        for split, files in (("train", train), ("val", val)):
-            if files and not any(name.startswith(split) for name in names):
-                raise UserError(f"data.{split}: no text in {', '.join(map(str, files[:3]))}")
+        for split, part in (("train", train), ("val", val)):
+            if part and not any(name.startswith(split) for name in names):
+                raise UserError(f"data.{split}: no text in {', '.join(map(str, part[:3]))}")
         (aside / "shards.txt").write_text("\n".join(names))
         if not folder.is_dir():  # else another process was quicker, with the same result
             aside.rename(folder)
