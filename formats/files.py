@@ -83,11 +83,12 @@ def find_files(patterns, kinds=frozenset(TEXT)):
             raise UserError(f"data: {pattern!r} is an empty entry (an unset variable?): name a file, folder or glob")
         path, found, others = Path(pattern).expanduser(), [], []
         for match in [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True))):
-            if match.is_file():
+            asked_for = match == path or path.suffix == match.suffix != ""  # "x.csv", "*.csv", but not "*"
+            if asked_for and match.is_file():
                 check_named_file(match, kinds)
                 found.append(match)
                 continue
-            for p in walk(match):
+            for p in walk(match) if match.is_dir() else [match]:
                 (found if is_data(p, kinds) else others).append(p)
         if not found:
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"

@@ -8,7 +8,6 @@ EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accur
 """
 
 import http.client
-import json
 import re
 import secrets
 import shutil
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.files import VAL_EVERY, find_files, keep_apart
+from formats import files
+from formats.files import VAL_EVERY
 from formats.packing import make_rows, sample_limit
 from formats.tokenizer import get_tokenizer
 from plumbing.errors import UserError
@@ -58,25 +58,21 @@ def clean(text):
     return text.replace("  ", " ")
 
 
-def read(files):
-    """The questions of JSONL files in the published format: dicts of ind, query, endings, label."""
+def read(paths):
+    """The questions of files of rows in the published format: dicts of ind, query, endings, label."""
     items = []
-    for path in files:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                raw = json.loads(line)
-                whole, label = raw.get("ctx_a") is None, float(raw["label"])
-                context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
-                item = {"ind": raw.get("ind", number - 1), "query": clean(f"{raw['activity_label']}: {context}"),
-                        "endings": [clean(ending) for ending in raw["endings"]], "label": int(label)}
-                if not isinstance(raw["endings"], list) or label not in range(len(raw["endings"])):
-                    raise IndexError("endings must be a list, and label the place of one in it")
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}, line {number}: no HellaSwag question with activity_label, ctx or ctx_a and "
-                                 f"ctx_b, endings and label ({type(error).__name__}: {error})") from error
-            items.append(item)
+    for path, number, raw in files.rows(map(Path, paths)):
+        try:
+            whole, label = raw.get("ctx_a") is None, float(raw["label"])
+            context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
+            item = {"ind": raw.get("ind", number - 1), "query": clean(f"{raw['activity_label']}: {context}"),
+                    "endings": [clean(ending) for ending in raw["endings"]], "label": int(label)}
+            if not isinstance(raw["endings"], list) or label not in range(len(raw["endings"])):
+                raise IndexError("endings must be a list, and label the place of one in it")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{files.place(path, number)}: no HellaSwag question with activity_label, ctx or ctx_a and "
+                            f"ctx_b, endings and label ({type(error).__name__}: {error})") from error
+        items.append(item)
     return items
 
 
@@ -88,10 +84,11 @@ def questions(cfg):
     ours = cfg.format == "hellaswag"
     if not ours or not cfg.train:
         train = read([download("hellaswag_train.jsonl", cfg.cache_dir)]) if ours else []
-        val = find_files(cfg.val) if ours and cfg.val else [download("hellaswag_val.jsonl", cfg.cache_dir)]
+        val = files.find_files(cfg.val, files.ROWS)[0] if ours else []
+        val = val or [download("hellaswag_val.jsonl", cfg.cache_dir)]
         return train, read(val)
-    val = find_files(cfg.val)
-    train = read(keep_apart(find_files(cfg.train), val)[0])
+    train, val, _, _ = files.resolve(cfg, files.ROWS)
+    train = read(train)
     if val:
         return train, read(val)
     return [item for i, item in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]

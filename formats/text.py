@@ -186,7 +186,8 @@ def build(folder, train, val, cfg, encoding):
             last = "train" if val else "val"  # of every VAL_EVERY documents
             for part, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):
                 writers = {split: ShardWriter(aside, split, encoding) for split in set(splits)}
-                batches = batched(map("".join, documents(part, cfg.text_key)), 2**24)  # 16 MB of text in memory at a time
+                texts = map("".join, documents(part, cfg.text_key))
+                batches = batched(texts, 2**24)  # 16 MB of text in memory at a time
                 for i, (text, tokens) in enumerate(pair for batch in batches
                                                    for pair in zip(batch, pool.map(encode, batch), strict=True)):
                     writers[splits[i % len(splits)]].write(tokens if text else tokens[:0])

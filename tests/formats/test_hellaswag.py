@@ -79,7 +79,7 @@ def test_fields_that_the_published_rows_always_have_may_be_missing(tmp_path):
 
 
 @pytest.mark.parametrize("line, told", [
-    ('{"ind": 1', "JSONDecodeError"), ("[1]", "AttributeError"), (b"\xff", "UnicodeDecodeError"),
+    ('{"ind": 1', "line 3 is not JSON"), ("[1]", "line 3 is a list"), (b"\xff", "not UTF-8 text (byte"),
     (json.dumps({**question(0), "label": "4"}), "IndexError"), (json.dumps({**question(0), "label": ""}), "ValueError"),
     (json.dumps({**question(0), "label": 1.7}), "IndexError"),
     (json.dumps({**question(0), "label": "-1"}), "label"), (json.dumps({**question(0), "endings": "abcd"}), "endings"),
@@ -87,7 +87,7 @@ def test_fields_that_the_published_rows_always_have_may_be_missing(tmp_path):
 def test_broken_lines_are_named(tmp_path, line, told):
     path = tmp_path / "q.jsonl"
     path.write_bytes(json.dumps(question(1)).encode() + b"\n\n" + (line if isinstance(line, bytes) else line.encode()))
-    with pytest.raises(ValueError, match="q.jsonl, line 3: no HellaSwag question") as error:
+    with pytest.raises(ValueError, match="q.jsonl.*line 3|q.jsonl is not UTF-8") as error:
         hellaswag.read([path])
     assert told in str(error.value)
 
