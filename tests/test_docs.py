@@ -12,7 +12,7 @@ from plumbing.schema import flat
 
 SECTIONS = [f.name for f in fields(Config) if is_dataclass(f.type)]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted(REPO.glob("docs/*.md")))]
-SOURCES = {p: p.read_text() for p in sorted(REPO.rglob("*.py")) if "tests" not in p.parts}
+SCRIPTS = [p.read_text() for p in (*REPO.glob("*.py"), *REPO.glob("bench/**/*.py"))]
 PLACEHOLDERS = {"CONFIG.py", "B1.py", "config.py", "key"}  # the reader's, and what a run writes
 FOREIGN = {"nproc-per-node", "nnodes"}  # flags of torchrun
 RECORD = "docs/notebook.md"  # its commands are those of the commits that ran
@@ -43,7 +43,7 @@ def test_python_files_that_are_named_exist(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_flags_and_tests_that_are_named_exist(page):
     text = (REPO / page).read_text()
-    keys, tests = flat(Config()), "".join(p.read_text() for p in REPO.rglob("tests/**/test_*.py"))
+    keys, tests = flat(Config()), "".join(p.read_text() for p in REPO.glob("tests/**/test_*.py"))
     for words in re.findall(r"-k (\w+)", text):
         assert re.search(rf"def test_\w*{words}", tests), f"{page} runs tests named {words}"
     if page == RECORD:
@@ -52,5 +52,5 @@ def test_keys_flags_and_tests_that_are_named_exist(page):
         place = getattr(Config(), section) if section == "compile" else importlib.import_module(section)
         assert f"{section}.{name}" in keys or hasattr(place, name), f"{page} names {section}.{name}"
     for name in set(re.findall(r"--([\w.-]+)=", text)) - FOREIGN - PLACEHOLDERS - set(keys):
-        assert any(re.search(rf'"--{name}"|^    {name}: ', source, re.M) for source in SOURCES.values()), (
-            f"{page} names --{name}")
+        known = any(re.search(rf'"--{name}"|^    {name}: ', script, re.M) for script in SCRIPTS)
+        assert known, f"{page} names --{name}"
