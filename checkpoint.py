@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import configurator
+import optim
 from formats import hf
 from plumbing import entry
 from plumbing.errors import UserError
@@ -160,12 +161,14 @@ def load(folder, model, optimizer=None):
     state = tensors(model, optimizer)
     with reading(folder):
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    for name in [n for n in state if n.startswith("optim.master.") and n not in saved]:
+    masters = {f"optim.master.{name}": name for name in (optimizer.masters if optimizer else {})}
+    unsaved = [name for name in masters if name not in saved]
+    for name in unsaved:
         del state[name]
     differ = [f"{n}: {tuple(saved[n].size) if n in saved else 'missing'} for {tuple(t.shape)}"
               for n, t in state.items() if n not in saved or saved[n].size != t.shape]
-    if differ and all(name.startswith("optim.exp_avg") for name in differ):
-        raise UserError(f"{folder} has other optimizer states: set optim.fp8_moments as the run did that saved it")
+    if differ and all(name.startswith("optim.") for name in differ):
+        raise UserError(f"{folder} has other optimizer states: set {optim.STATE_KEYS} as the run did that saved it")
     if differ:
         commit = read_run(folder).get("git_commit")
         raise UserError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}"
@@ -176,9 +179,8 @@ def load(folder, model, optimizer=None):
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     if optimizer is not None:
         optimizer.step_count = read_run(folder)["step"]
-        for name, master in optimizer.state.get("master", {}).items():
-            if f"optim.master.{name}" not in saved:
-                master.copy_(optimizer.weights[name])
+        for name in map(masters.get, unsaved):
+            optimizer.masters[name].copy_(optimizer.weights[name])
 
 
 def barrier():

@@ -1,21 +1,26 @@
 """AdamW in one fused pass, with three ways to keep small updates of bf16 weights.
 
 A bf16 weight has 8 significant bits: an update below 1/512 of the weight rounds away, and at learning rate 1e-5 most
-do. `optim.weights` says what to do about it:
+do. `optim.weights` chooses the remedy:
 
-    fp32_master           a float32 copy of each weight, and float32 moments: 12 more bytes a parameter than its bf16
-                          self (and gradients add up in float32, 2 more). The default wherever it fits.
-    stochastic_rounding   bf16 weights and moments, 4 more bytes: the exact result is rounded up or down at random in
+    fp32_master           a float32 copy of each weight, and float32 moments: 12 bytes per parameter on top of the bf16
+                          weight (and gradients accumulate in float32, 2 more). The default wherever it fits.
+    stochastic_rounding   bf16 weights and moments, 4 bytes on top: the exact result is rounded up or down at random, in
                           proportion to its distance, so that small updates arrive on average. Fits 8B on 80 GB.
-    plain                 moments in the weight's dtype, round to nearest. For float32 weights, where there is nothing
-                          to lose, or as the baseline.
+    plain                 moments in the weight's dtype, round to nearest. For float32 weights, which lose nothing, or
+                          as the baseline.
 
-`optim.fp8_moments=True` keeps the moments of matrices in FP8 instead, with one scale for every 128 values of a row (for
-a whole row where 128 does not divide it): 2 bytes a parameter for both. The second moment is kept as its root, which
-spans half as many binades. Both are rounded at random, since one step changes them by less than FP8 can show.
+`optim.fp8_moments=True` stores the moments of matrices in FP8 instead, with one scale for every 128 values of a row
+(for a whole row if 128 does not divide it): 2 bytes per parameter for both. The second moment is stored as its square
+root, which spans half as many binades. Both are rounded stochastically, since one step changes them by less than FP8
+resolves.
 
-The update of a tensor is one elementwise function, `adamw_`. torch.compile makes it one kernel: the gradient is
-clipped, both moments and the weight are updated, and everything is rounded in a single pass over memory.
+The update of a tensor is one elementwise function, `adamw_`. torch.compile makes it one kernel: it clips the gradient,
+updates both moments and the weight, and rounds everything in a single pass over memory.
+
+Another optimizer is another class in this file with `params`, `state`, `masters`, `step_count`, `unfilled`,
+`accumulate`, `grad_norm` and `step`, and what it stores in `state_layout`: checkpoints, model folders and the memory
+estimate read these.
 """
 
 import math
@@ -35,14 +40,14 @@ class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
     lr: float = 1e-3  # peak learning rate
-    min_lr: float = 1e-4  # learning rate at the last step (cosine decay), or lr if that is lower
-    warmup_steps: int = 10  # linear warm-up
-    betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
+    min_lr: float = 1e-4  # learning rate at the last step (cosine decay); at most lr
+    warmup_steps: int = 10  # steps of linear warm-up
+    betas: tuple[float, float] = (0.9, 0.95)  # decay rates of the two moments
     eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.1  # decoupled; matrices only, not norms
+    weight_decay: float = 0.1  # decoupled; applies to matrices, not to norms
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
-    weights: Literal["fp32_master", "stochastic_rounding", "plain"] = "fp32_master"  # how bf16 weights keep updates
-    fp8_moments: bool = False  # both moments of matrices in FP8: 2 bytes a parameter instead of 4 or 8
+    weights: Literal["fp32_master", "stochastic_rounding", "plain"] = "fp32_master"  # how bf16 keeps small updates
+    fp8_moments: bool = False  # both moments of matrices in FP8: 2 bytes per parameter instead of 4 or 8
 
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
@@ -56,9 +61,9 @@ class OptimConfig:
 
 
 def get_lr(cfg, step, max_steps):
-    """Learning rate of a step, counted from 1: linear warm-up, then cosine from cfg.lr down to cfg.min_lr.
+    """Learning rate of a step, counted from 1: linear warm-up, then cosine decay from cfg.lr to cfg.min_lr.
 
-    A min_lr above lr, as where only lr was lowered, is taken for lr.
+    A min_lr above lr counts as lr, so that lowering lr alone never raises the rate again.
     """
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
@@ -68,7 +73,53 @@ def get_lr(cfg, step, max_steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# the update
+# what is stored
+
+MOMENTS = "exp_avg", "exp_avg_sq"
+STATE_KEYS = "optim.fp8_moments"  # a run resumes only with these keys as they were; masters can be made from weights
+
+
+def has_masters(cfg, dtype):
+    """Whether weights of `dtype` get float32 copies; then gradients of several passes accumulate in float32 too."""
+    return cfg.weights == "fp32_master" and dtype != torch.float32
+
+
+def fp8_block(row):
+    """How many neighbours in a row of `row` values share a scale in FP8."""
+    return 128 if row % 128 == 0 else row
+
+
+def state_layout(cfg, shape, dtype):
+    """{kind: (shape, dtype)} of the tensors that AdamW stores for one weight. A checkpoint names them by kind."""
+    masters = has_masters(cfg, dtype)
+    layout = {"master": (shape, torch.float32)} if masters else {}
+    for moment in MOMENTS:
+        if cfg.fp8_moments and len(shape) == 2:
+            # kinds of their own: a run without FP8 moments must not take the unscaled values for moments
+            layout[f"{moment}_fp8"] = shape, torch.float8_e4m3fn
+            layout[f"{moment}_unit"] = (shape[0], shape[1] // fp8_block(shape[1])), torch.float32
+        else:
+            layout[moment] = shape, torch.float32 if masters else dtype
+    return layout
+
+
+def bytes_per_parameter(cfg, dtype):
+    """What AdamW stores for each parameter in large matrices of `dtype`, in bytes, beside weight and gradient."""
+    row = 128
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in state_layout(cfg, (1, row), dtype).values()) / row
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# rounding
+
+SMALLEST_NORMAL = 2.0**-126  # of float32
+# Multiplying by this moves e4m3's smallest normal value, 2^-6, to float32's. Below it both formats have evenly spaced
+# values, above it a fixed number of mantissa bits: so here the last 20 bits of a float32 are, for values of any size,
+# the ones that e4m3 lacks (23 - 3 mantissa bits). Example: 1.1 lies between 1.0 and 1.125 in e4m3. The last 20 bits of
+# 1.1 * 2^-120 are 0.8 * 2^20, so adding a random number below 2^20 carries in 80% of all cases, and cutting them off
+# gives 1.125 then, 1.0 otherwise: 1.1 on average.
+E4M3_SHIFT = 2.0**-120
+E4M3_LACKS = 20
 
 
 def hash32(x):
@@ -78,8 +129,21 @@ def hash32(x):
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+def noise_like(p, seed):
+    """Three int32 tensors of p's shape with random bits, for weight and moments: a hash of (seed, position).
+
+    They are shifted views of one hash, which costs one instead of three. Rounding compares values by their high bits
+    first (16 bits for bf16, 20 for FP8), and the shifts put different bits there, so the three hardly correlate.
+    """
+    bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
+    return bits, bits >> 12, bits >> 6
+
+
 def round_to(x, dtype, noise):
-    """float32 x in `dtype`: bf16 by adding 16 random bits below its last one and cutting there; else to nearest."""
+    """float32 x in `dtype`. noise: None rounds to nearest; int32 bits round to bf16 stochastically.
+
+    bf16 is the upper half of a float32: 16 random bits are added to the lower half, which is then cut off.
+    """
     if noise is None:
         return x.to(dtype)
     return ((x.view(torch.int32) + (noise & 0xFFFF)) & -0x10000).view(torch.float32).to(dtype)
@@ -88,109 +152,123 @@ def round_to(x, dtype, noise):
 def to_fp8(x, noise, nonzero=False):
     """(values of e4m3 as float32, unit of each row) of float32 x (rows, block): x is about values * unit.
 
-    Rounded at random, in proportion, by the low 20 bits of noise: as many as e4m3 has fewer than float32.
-    nonzero: of x >= 0, what would become 0 becomes 2^-9 units, the smallest above. Denormals must not be flushed to 0.
+    Rounded stochastically by the low 20 bits of noise, as E4M3_SHIFT explains. nonzero: x >= 0, and what would become 0
+    becomes 2^-9 units, the smallest positive value. Denormals must not be flushed to 0.
     """
-    # floats above 0 are in the order of their bits, and integers compare in one instruction: they have no NaN
+    # positive floats have the same order as their bits, and integers compare in one instruction: they have no NaN
     amax = x.abs().view(torch.int32).amax(1, keepdim=True).view(torch.float32)
-    # the largest becomes a little less than 448, so that none rounds up to more
+    # puts the largest value just below 448, so that none rounds up to more
     unit = amax.clamp(min=1e-30) * ((1 + 2**-20) / 448)
-    # Below its smallest normal value a format is as coarse as just above it. e4m3's is 2^-6, float32's 2^-126: this far
-    # down, the last 20 bits of float32 are at every size the ones that e4m3 lacks.
-    bits = (x * (1 / unit) * 2**-120).view(torch.int32) + (noise & 0xFFFFF)
-    bits = (bits.clamp(min=1 << 20) if nonzero else bits) & -0x100000
-    return bits.view(torch.float32) * 2.0**120, unit
+    step = 1 << E4M3_LACKS  # between neighbours in e4m3, as integers
+    bits = (x * (1 / unit) * E4M3_SHIFT).view(torch.int32) + (noise & (step - 1))
+    bits = (bits.clamp(min=step) if nonzero else bits) & -step
+    return bits.view(torch.float32) * (1 / E4M3_SHIFT), unit
 
 
-def read(moment, factor=1.0):
-    """factor * a moment in float32: of a tensor of its own dtype, or of (FP8 values, units)."""
+def load_moment(moment, factor=1.0):
+    """factor * a moment in float32. moment: a tensor, or (FP8 values, units)."""
     return moment[0].float() * (moment[1] * factor) if isinstance(moment, tuple) else moment.float() * factor
 
 
-def write(moment, new, good, noise, nonzero=False):
-    """Store `new` in a moment if good, else leave it as it is, bit for bit. nonzero: as for to_fp8, if it is in FP8."""
+def store_moment(moment, new, apply, noise, nonzero=False):
+    """Round `new` into a moment in place, or leave it bit for bit if not apply. nonzero: see to_fp8."""
     if isinstance(moment, tuple):
         values, unit = to_fp8(new, noise, nonzero)
-        moment[0].copy_(torch.where(good, values, moment[0].float()))
-        moment[1].copy_(torch.where(good, unit, moment[1]))
-    else:  # rounding keeps what is a value of the dtype already: stochastic rounding adds below its last bit
-        moment.copy_(round_to(torch.where(good, new, moment.float()), moment.dtype, noise))
+        moment[0].copy_(torch.where(apply, values, moment[0].float()))
+        moment[1].copy_(torch.where(apply, unit, moment[1]))
+    else:  # values of the dtype survive rounding: stochastic rounding adds below the last bit
+        moment.copy_(round_to(torch.where(apply, new, moment.float()), moment.dtype, noise))
 
 
-def adamw_(p, g, m, v, master, lr, decay, debias1, debias2, clip, good, seed, beta1, beta2, eps, exact_weight=False):
-    """Update weight p and moments m, v in place from gradient g; all of one shape. Scalars up to seed are 0-d tensors.
+# ----------------------------------------------------------------------------------------------------------------
+# the update
 
-    m, v: tensors, or (FP8 values, units) of rows of a block each, v then as its root. exact_weight: round p to nearest.
-    debias1, debias2: what m and the root of v are multiplied by, because they began at zero.
-    good: False leaves all of it as it is, bit for bit, whatever g holds. master: the weight in float32, or None.
-    seed: None, or what stochastic rounding draws from: the noise is a hash of (seed, position), so it needs no
-    generator state and a resumed run repeats it.
+
+def fast_sqrt(x):
+    """Square root of x >= 0 by one rsqrt, exact to float32 except near 2^-63; the addend keeps 0 from giving nan."""
+    return x * (x + SMALLEST_NORMAL).rsqrt()
+
+
+def fast_reciprocal(x):
+    """1 / x of x > 0 by one rsqrt: fast_reciprocal(4) = (1 / 2)^2."""
+    return x.rsqrt().square()
+
+
+def adamw_(p, g, m, v, master, *, lr, decay, debias1, debias2, clip, apply, seed, beta1, beta2, eps,
+           exact_weight=False):
+    """Update weight p and moments m, v in place from gradient g; all of one shape.
+
+    m, v: tensors, or (FP8 values, units) of rows of a block each, v then as its root. master: the weight in float32, or
+    None. The keywords up to seed are 0-d tensors, since torch.compile would compile a float in.
+    debias1, debias2: factors for m and the root of v, which began at zero. apply: False leaves everything as it is, bit
+    for bit, whatever g holds. seed: of stochastic rounding, or None; noise is a hash of (seed, position), so there is
+    no generator state and a resumed run repeats it. exact_weight: round p to nearest.
     Source: Loshchilov & Hutter, arXiv 1711.05101; stochastic rounding of bf16 weights: arXiv 2010.06192.
     """
-    # Moments in FP8 take more instructions than memory can hide. So factors that many values share are multiplied
-    # first, and rsqrt, one instruction on a GPU, stands for exact roots and quotients, which take fifteen and seven.
+    # Moments in FP8 take more instructions than memory traffic can hide. So factors that many values share are
+    # multiplied first, and rsqrt, one instruction on a GPU, replaces exact roots (fifteen) and quotients (seven).
     g, w = g.float(), (p if master is None else master).float()
-    rooted = isinstance(v, tuple)
-    m_new = read(m, beta1) + g * (clip * (1 - beta1))
-    v_old = read(v, math.sqrt(beta2)).square() if rooted else read(v, beta2)
+    stores_root = isinstance(v, tuple)
+    m_new = load_moment(m, beta1) + g * (clip * (1 - beta1))
+    v_old = load_moment(v, math.sqrt(beta2)).square() if stores_root else load_moment(v, beta2)
     v_new = v_old + (g * (clip * math.sqrt(1 - beta2))).square()
-    root = v_new * (v_new + 2**-126).rsqrt()  # the smallest normal value, lest 0 give nan: exact except near 2^-63
-    update = m_new * (root * debias2 + eps).rsqrt().square()
-    w = torch.where(good, w * (1 - lr * decay) - (lr * debias1) * update, w)
-    noise_w = noise_m = noise_v = None
-    if seed is not None:  # one hash for all three
-        bits = hash32(torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape) ^ seed)
-        noise_w, noise_m, noise_v = bits, bits >> 12, bits >> 6  # overlap, but where one has high bits, others have low
-    write(m, m_new, good, noise_m)
+    root = fast_sqrt(v_new)
+    update = m_new * fast_reciprocal(root * debias2 + eps)
+    w = torch.where(apply, w * (1 - lr * decay) - (lr * debias1) * update, w)
+    noise_w, noise_m, noise_v = (None, None, None) if seed is None else noise_like(p, seed)
+    store_moment(m, m_new, apply, noise_m)
     # a root that underflowed beside a first moment that did not would make a step of lr / eps
-    write(v, root if rooted else v_new, good, noise_v, nonzero=True)
+    store_moment(v, root if stores_root else v_new, apply, noise_v, nonzero=True)
     p.copy_(round_to(w, p.dtype, None if exact_weight else noise_w))
     if master is not None:
         master.copy_(w)
 
 
-MOMENTS = "exp_avg", "exp_avg_sq"
-
-
 class AdamW:
-    """AdamW over the plain local shards of a model's parameters: no DTensor or FP8 wrapper in its way.
+    """AdamW over the plain local shards of a model's parameters, without DTensor and FP8 wrappers.
 
-    Every rank updates the rows it holds; the only communication is one number, the gradient norm.
+    Every rank updates the rows that it holds; the only communication is one number, the gradient norm. Masters start as
+    copies of the weights: construct this after the weights are initialized, or load weights through `masters` as well
+    (formats/hf.py, checkpoint.py do). `unfilled` finds what got neither.
     """
 
     def __init__(self, model, cfg, *, seed, compiled):
         self.cfg, self.seed, self.step_count = cfg, seed, 0
         self.params = dict(model.named_parameters())
         self.weights = {name: plain_local(p) for name, p in self.params.items()}
-        self.mode = "plain" if next(iter(self.weights.values())).dtype == torch.float32 else cfg.weights
-        dtype = torch.float32 if self.mode == "fp32_master" else None  # None: the weight's own
-        # matrices whose moments are in FP8, and how many neighbours in a row share a unit
-        self.blocks = {name: 128 if w.shape[1] % 128 == 0 else w.shape[1] for name, w in self.weights.items()
-                       if cfg.fp8_moments and w.ndim == 2}
+        first = next(iter(self.weights.values()))
+        self.sums_in_float32 = has_masters(cfg, first.dtype)
+        self.rounds_weights = cfg.weights == "stochastic_rounding" and first.dtype != torch.float32
         self.state = defaultdict(dict)  # {kind: {name: tensor}}
         for name, w in self.weights.items():
-            for kind in MOMENTS:
-                if block := self.blocks.get(name):
-                    # other kinds than below: a run without FP8 moments must not take the bare values for moments
-                    self.state[f"{kind}_fp8"][name] = torch.zeros_like(w, dtype=torch.float8_e4m3fn)
-                    self.state[f"{kind}_unit"][name] = torch.ones(len(w), w.shape[1] // block, device=w.device)
+            for kind, (shape, dtype) in state_layout(cfg, w.shape, w.dtype).items():
+                if kind == "master":
+                    self.state[kind][name] = w.float()
                 else:
-                    self.state[kind][name] = torch.zeros_like(w, dtype=dtype)
-            if self.mode == "fp32_master":
-                self.state["master"][name] = w.float()
+                    fill = torch.ones if kind.endswith("_unit") else torch.zeros
+                    self.state[kind][name] = fill(shape, dtype=dtype, device=w.device)
         self.grads = {}
         self.update = adamw_
         if compiled:
             # On a GPU one kernel for each of a model's few sizes: 2.9 TB/s on an H100, where one kernel for all sizes
             # reached 2.4. A CPU gains nothing from that and compiles for long.
-            on_cpu = next(iter(self.weights.values())).device.type == "cpu"
-            self.update = torch.compile(adamw_, dynamic=on_cpu, fullgraph=True)
+            self.update = torch.compile(adamw_, dynamic=first.device.type == "cpu", fullgraph=True)
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
+    @property
+    def masters(self):
+        """{name: float32 copy of this rank's rows of a weight}; whoever loads weights fills these too. May be empty."""
+        return self.state.get("master", {})
+
+    def unfilled(self):
+        """Names of weights and masters that hold nan, because nothing has filled them."""
+        stored = [*self.weights.items(), *((f"{name} (master)", w) for name, w in self.masters.items())]
+        return [name for name, w in stored if w.isnan().any()]
+
     def accumulate(self):
-        """After each of several backward passes: add the gradients up, in float32 where there are master weights."""
-        if self.mode != "fp32_master":
-            return  # p.grad itself adds up
+        """After each of several backward passes: accumulate the gradients, in float32 if there are masters."""
+        if not self.sums_in_float32:
+            return  # p.grad itself accumulates
         for name, p in self.params.items():
             if p.grad is not None:
                 g = plain_local(p.grad)
@@ -199,7 +277,7 @@ class AdamW:
 
     @torch.no_grad()
     def grad_norm(self):
-        """The global L2 norm of all gradients over all ranks, a float32 scalar tensor (no wait for the GPU)."""
+        """The global L2 norm of all gradients over all ranks, a 0-d float32 tensor (does not wait for the GPU)."""
         for name, p in self.params.items():
             if p.grad is not None:
                 self.grads[name] = plain_local(p.grad)
@@ -207,40 +285,46 @@ class AdamW:
         grads = list(self.grads.values())
         squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
         sharded = next((p for p in self.params.values() if isinstance(p, DTensor)), None)
-        if sharded is not None:  # each rank has its rows; replicas (HSDP) have the same ones: do not count them twice
+        if sharded is not None:  # replicas (HSDP) hold the same rows: sum over the shards of one replica only
             dist.all_reduce(squares, group=sharded.device_mesh.get_group(sharded.device_mesh.ndim - 1))
         return squares.sqrt()
 
     @torch.no_grad()
-    def step(self, lr, grad_norm, good=None):
-        """One update of all weights, which uses the gradients up. grad_norm: from grad_norm(), to clip by.
+    def step(self, lr, grad_norm, apply=None):
+        """One update of all weights; consumes the gradients. grad_norm: from grad_norm(), to clip by.
 
-        good: a 0-d bool tensor; False changes no weight and no moment (the step counts all the same). None: True.
+        apply: a 0-d bool tensor; False changes no weight and no moment, but the step counts. None: True.
         """
         cfg = self.cfg
-        good = torch.ones_like(grad_norm, dtype=torch.bool) if good is None else good
         self.step_count += 1
+
+        def scalar(value):
+            return torch.full((), value, dtype=torch.float32, device=grad_norm.device)
+
         clip = torch.ones_like(grad_norm)
         if cfg.grad_clip > 0:
             clip = (cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
-        scalar = {"dtype": torch.float32, "device": grad_norm.device}  # tensors: a float would be compiled in
-        lr = torch.full((), lr, **scalar)
-        debias1, debias2 = (torch.full((), (1 - beta**self.step_count) ** power, **scalar)
-                            for beta, power in zip(cfg.betas, (-1, -0.5), strict=True))
-        decays = {decay: torch.full((), decay, **scalar) for decay in (0.0, cfg.weight_decay)}
+        beta1, beta2 = cfg.betas
+        shared = {
+            "lr": scalar(lr),
+            "debias1": scalar((1 - beta1**self.step_count) ** -1),
+            "debias2": scalar((1 - beta2**self.step_count) ** -0.5),
+            "clip": clip,
+            "apply": torch.ones_like(grad_norm, dtype=torch.bool) if apply is None else apply,
+            "beta1": beta1, "beta2": beta2, "eps": cfg.eps, "exact_weight": not self.rounds_weights,
+        }
+        decay_of_matrices, no_decay = scalar(cfg.weight_decay), scalar(0.0)
         for i, (name, w) in enumerate(self.weights.items()):
             if name not in self.grads:
                 continue
+            in_fp8 = cfg.fp8_moments and w.ndim == 2
+            shape = (-1, fp8_block(w.shape[1])) if in_fp8 else (-1,)
+            moments = [(self.state[f"{kind}_fp8"][name].view(shape), self.state[f"{kind}_unit"][name].view(-1, 1))
+                       if in_fp8 else self.state[kind][name].view(shape) for kind in MOMENTS]
+            master = self.masters[name].view(shape) if self.masters else None
             seed = None
-            block = self.blocks.get(name)
-            if self.mode == "stochastic_rounding" or block:
+            if self.rounds_weights or in_fp8:
                 bits = hash((self.seed, self.step_count, i)) & 0x7FFFFFFF  # of integers: the same in every process
                 seed = torch.full((), bits, dtype=torch.int32, device=w.device)
-            shape = (-1, block) if block else (-1,)
-            moments = [(self.state[f"{kind}_fp8"][name].view(shape), self.state[f"{kind}_unit"][name].view(-1, 1))
-                       if block else self.state[kind][name].view(shape) for kind in MOMENTS]
-            tensors = [w.view(shape), self.grads.pop(name).view(shape), *moments,
-                       self.state["master"][name].view(shape) if "master" in self.state else None]
-            decay = decays[cfg.weight_decay if w.ndim >= 2 else 0.0]
-            self.update(*tensors, lr, decay, debias1, debias2, clip, good, seed, *cfg.betas, cfg.eps,
-                        self.mode != "stochastic_rounding")
+            self.update(w.view(shape), self.grads.pop(name).view(shape), *moments, master, seed=seed,
+                        decay=decay_of_matrices if w.ndim >= 2 else no_decay, **shared)

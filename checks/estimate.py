@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 import fp8
+import optim
 from plumbing.errors import UserError
 
 # Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: what MFU is measured against, in FP8 runs too.
@@ -43,7 +44,8 @@ def memory(config, shards, accumulation):
     so they add to it only when an earlier pass of gradient accumulation left them. Where activations are few the peak
     is at the end, when all gradients are there and FSDP2 reduces those of embedding and lm_head.
     """
-    m, size = config.model, getattr(torch, config.dtype).itemsize
+    m, dtype = config.model, getattr(torch, config.dtype)
+    size = dtype.itemsize
     qkv, heads = (m.n_head + 2 * m.n_kv_head) * m.head_dim, m.n_head * m.head_dim
     linears = {"attn.qkv": (m.n_embd, qkv), "attn.out": (heads, m.n_embd),  # (in, out)
                "mlp.gate_up": (m.n_embd, 2 * m.ffn_dim), "mlp.down": (m.ffn_dim, m.n_embd)}
@@ -51,11 +53,10 @@ def memory(config, shards, accumulation):
     table = m.vocab_size * m.n_embd
     root = table * (1 if m.tie_embeddings else 2)  # what FSDP2 handles as one: embedding and lm_head
     n_params = m.n_layer * block + root
-    master = config.optim.weights == "fp32_master" and config.dtype != "float32"
+    sums_in_float32 = optim.has_masters(config.optim, dtype)
     held = n_params / max(1, shards)  # by this rank
-    moments = 2 + 8 / 128 if config.optim.fp8_moments else 8 if master else 2 * size  # FP8 and a unit for every 128
-    state = held * (size + (4 if master else 0) + moments)
-    gradients = held * (4 if master and accumulation > 1 else size)
+    state = held * (size + optim.bytes_per_parameter(config.optim, dtype))
+    gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
     recorded = held * size if config.cuda_graph and accumulation > 1 else 0  # those of the pass in the graph
     tokens = config.micro_batch_size * m.block_size
     # Values kept of each token and block. A matmul whose weight gradient is in high precision keeps its input; one in
@@ -88,7 +89,7 @@ def memory(config, shards, accumulation):
     ends = gradients + max(gathered + working, reducing)
     if accumulation > 1:  # the sums of earlier passes; where they are in float32, this pass's own gradients come on top
         begins += gradients
-        ends += held * size if master else 0
+        ends += held * size if sums_in_float32 else 0
     return (state + recorded + max(begins, ends)) / 2**30
 
 

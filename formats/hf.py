@@ -236,7 +236,7 @@ def load(folder, model, optimizer=None):
     """
     where, _, _ = weight_files(folder)
     params = dict(model.named_parameters())
-    masters = optimizer.state.get("master", {}) if optimizer else {}
+    masters = optimizer.masters if optimizer else {}
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(where.values())}
         for name, (ours, first, shape) in layout(model.cfg, read_config(folder)[1]).items():

@@ -4,7 +4,18 @@ import pytest
 import torch
 import torch.nn as nn
 
-from optim import AdamW, OptimConfig, adamw_, get_lr, hash32, read, round_to, to_fp8, write
+from optim import (
+    AdamW,
+    OptimConfig,
+    adamw_,
+    bytes_per_parameter,
+    get_lr,
+    hash32,
+    load_moment,
+    round_to,
+    store_moment,
+    to_fp8,
+)
 
 
 def toy(dtype=torch.float32, n=64):
@@ -16,6 +27,12 @@ def set_gradients(model, step):
     for i, p in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(100 * step + i)
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def step_scalars(lr, decay, debias1, debias2, clip, apply):
+    """The keywords of adamw_ but for its seed."""
+    values = dict(lr=lr, decay=decay, debias1=debias1, debias2=debias2, clip=clip, apply=apply)
+    return {key: torch.tensor(value) for key, value in values.items()} | dict(beta1=0.9, beta2=0.95, eps=1e-8)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -83,8 +100,8 @@ def test_compiled_stochastic_rounding_equals_eager():
     for update in (adamw_, torch.compile(adamw_)):
         torch.manual_seed(0)
         p, g, m, v = (torch.randn(4, 1024).abs().to(torch.bfloat16) for _ in range(4))
-        scalars = [torch.tensor(s) for s in (1e-3, 0.1, 0.1, 0.05, 1.0, True)]
-        update(p, g, m, v, None, *scalars, torch.tensor(77, dtype=torch.int32), 0.9, 0.95, 1e-8)
+        scalars = step_scalars(1e-3, 0.1, 0.1, 0.05, 1.0, True)
+        update(p, g, m, v, None, **scalars, seed=torch.tensor(77, dtype=torch.int32))
         states.append((p, m, v))
     for a, b in zip(*states, strict=True):
         # compiled arithmetic may contract a multiply-add: an ulp of float32 rarely moves a rounding
@@ -98,6 +115,56 @@ def test_gradients_of_several_passes_add_up_in_float32():
         model.weight.grad = torch.full_like(model.weight, value)
         optimizer.accumulate()
     assert torch.allclose(optimizer.grad_norm(), torch.tensor(16 * (1 + 2**-8)))
+
+
+def test_small_gradients_are_not_scaled_up_and_large_ones_are_scaled_to_the_limit():
+    for norm, factor in ((0.01, 1.0), (100.0, 0.01)):  # grad_clip=1
+        model = nn.Linear(8, 8, bias=False)
+        optimizer = AdamW(model, OptimConfig(weights="plain", grad_clip=1.0), seed=0, compiled=False)
+        g = torch.randn(8, 8)
+        model.weight.grad = g = g / g.norm() * norm
+        optimizer.step(1e-3, optimizer.grad_norm())
+        assert torch.allclose(optimizer.state["exp_avg"]["weight"], (1 - 0.9) * factor * g, rtol=1e-5)
+
+
+def test_equal_tensors_with_equal_gradients_round_differently_and_steps_do_too():
+    model = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2)).to(torch.bfloat16)
+    optimizer = AdamW(model, OptimConfig(weights="stochastic_rounding", weight_decay=0.0), seed=0, compiled=False)
+    seen = []
+    for _ in range(2):
+        for layer in model:
+            nn.init.ones_(layer.weight)
+            layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step(1e-3, optimizer.grad_norm())  # a quarter of a bf16 ulp below 1
+        seen += [layer.weight.detach().clone() for layer in model]
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("fp8_moments", [False, True])
+@pytest.mark.parametrize("dtype, weights", [
+    (torch.bfloat16, "fp32_master"), (torch.bfloat16, "stochastic_rounding"), (torch.bfloat16, "plain"),
+    (torch.float32, "fp32_master"), (torch.float32, "plain")])
+def test_what_is_stored_takes_the_bytes_that_the_estimate_is_given(dtype, weights, fp8_moments):
+    cfg = OptimConfig(weights=weights, fp8_moments=fp8_moments)
+    model = nn.Linear(256, 32, bias=False).to(dtype)
+    optimizer = AdamW(model, cfg, seed=0, compiled=False)
+    stored = sum(t.nbytes for kind in optimizer.state.values() for t in kind.values())
+    assert stored == bytes_per_parameter(cfg, dtype) * model.weight.numel()
+    # by hand: both moments, and the float32 master of a bf16 weight
+    master = 4 if dtype == torch.bfloat16 and weights == "fp32_master" else 0
+    moments = 2 + 2 * 4 / 128 if fp8_moments else 8 if master else 2 * dtype.itemsize
+    assert bytes_per_parameter(cfg, dtype) == master + moments
+
+
+def test_weights_and_masters_that_nothing_filled_are_found():
+    model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
+    nn.init.constant_(model.weight, float("nan"))
+    optimizer = AdamW(model, OptimConfig(), seed=0, compiled=False)
+    assert optimizer.unfilled() == ["weight", "weight (master)"]
+    nn.init.ones_(model.weight)  # too late: the master is a copy of what was there
+    assert optimizer.unfilled() == ["weight (master)"]
+    optimizer.masters["weight"].fill_(1.0)
+    assert optimizer.unfilled() == []
 
 
 def test_schedule_warms_up_then_decays_to_the_minimum():
@@ -166,9 +233,9 @@ def test_a_moment_in_fp8_keeps_signs_and_a_root_never_becomes_zero(root):
     new = torch.cat([torch.tensor([[-448.0, 448.0, 1e-6, -1.0]]), torch.full((1, 124), 2.0)], 1)
     new = new.abs() if root else new
     moment = torch.zeros(1, 128).to(torch.float8_e4m3fn), torch.ones(1, 1)
-    write(moment, new, torch.tensor(True), torch.zeros(1, 128, dtype=torch.int32), root)
-    assert read(moment)[0, 2] == (pytest.approx(2**-9, rel=1e-5) if root else 0.0)
-    assert torch.equal(read(moment).sign()[0, [0, 1, 3]], new.sign()[0, [0, 1, 3]])
+    store_moment(moment, new, torch.tensor(True), torch.zeros(1, 128, dtype=torch.int32), root)
+    assert load_moment(moment)[0, 2] == (pytest.approx(2**-9, rel=1e-5) if root else 0.0)
+    assert torch.equal(load_moment(moment).sign()[0, [0, 1, 3]], new.sign()[0, [0, 1, 3]])
 
 
 @pytest.mark.parametrize("weights", ["fp32_master", "stochastic_rounding"])
@@ -196,11 +263,11 @@ def test_weight_and_moments_are_rounded_without_bias_and_not_alike():
     p, g = (1 + torch.rand(1000, 128)).to(torch.bfloat16), 1 + torch.rand(1000, 128)
     before = p.float()
     m, v = ((torch.zeros(1000, 128, dtype=torch.float8_e4m3fn), torch.ones(1000, 1)) for _ in range(2))
-    scalars = [torch.tensor(s) for s in (1e-3, 0.0, 10.0, 0.05**-0.5, 0.5, True)]  # the last float: clip
-    adamw_(p, g, m, v, None, *scalars, torch.tensor(7, dtype=torch.int32), 0.9, 0.95, 1e-8)
+    scalars = step_scalars(1e-3, 0.0, 10.0, 0.05**-0.5, 0.5, True)
+    adamw_(p, g, m, v, None, **scalars, seed=torch.tensor(7, dtype=torch.int32))
     exact = {"m": 0.05 * g, "root of v": 0.5 * 0.05**0.5 * g, "w": before - 1e-3}
     errors = torch.stack([(stored / exact[name] - 1).flatten()
-                          for name, stored in (("m", read(m)), ("root of v", read(v)), ("w", p.float()))])
+                          for name, stored in (("m", load_moment(m)), ("root of v", load_moment(v)), ("w", p.float()))])
     # up to 2^-4 off, or 2^-8, so means of 128,000 are within 2^-4 / sqrt(128,000) = 2e-4, times 3, if there is no bias
     assert errors.abs().max() < 0.13 and (errors.mean(1).abs() < torch.tensor([6e-4, 6e-4, 4e-5])).all()
     # in proportion: the square of the error is then twice that of rounding to nearest
@@ -221,9 +288,9 @@ def test_gradients_of_nan_in_a_bad_step_change_no_bit(kind):
         m, v = (torch.rand(8, 128).to(getattr(torch, kind)) for _ in range(2))
     state = [p, *(m if kind == "fp8" else [m]), *(v if kind == "fp8" else [v])]
     before = [t.clone().view(torch.uint8) for t in state]
-    scalars = [torch.tensor(s) for s in (1e-3, 0.1, 10.0, 4.5, float("nan"), False)]
+    scalars = step_scalars(1e-3, 0.1, 10.0, 4.5, float("nan"), False)
     seed = None if kind == "float32" else torch.tensor(7, dtype=torch.int32)
-    adamw_(p, g, m, v, None, *scalars, seed, 0.9, 0.95, 1e-8)
+    adamw_(p, g, m, v, None, **scalars, seed=seed)
     assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip(state, before, strict=True))
 
 
@@ -240,11 +307,11 @@ def test_small_gradients_with_a_small_eps_make_steps_like_any_other(size):
 def test_a_bad_step_leaves_fp8_moments_bit_for_bit():
     moment = torch.randn(8, 128).to(torch.float8_e4m3fn), torch.rand(8, 1)
     before = [t.clone() for t in moment]
-    old, noise = read(moment), torch.zeros(8, 128, dtype=torch.int32)
-    write(moment, torch.full((8, 128), float("nan")), torch.tensor(False), noise)
+    old, noise = load_moment(moment), torch.zeros(8, 128, dtype=torch.int32)
+    store_moment(moment, torch.full((8, 128), float("nan")), torch.tensor(False), noise)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(moment, before, strict=True))
-    write(moment, old + 1, torch.tensor(True), noise)
-    assert not torch.equal(read(moment), old)
+    store_moment(moment, old + 1, torch.tensor(True), noise)
+    assert not torch.equal(load_moment(moment), old)
 
 
 def test_no_second_moment_underflows():
@@ -252,6 +319,6 @@ def test_no_second_moment_underflows():
     p, g = torch.zeros(1, 128), torch.full((1, 128), 1e-7)
     g[0, 0] = 1e3  # 2^33 above the others
     m, v = ((torch.zeros(1, 128, dtype=torch.float8_e4m3fn), torch.ones(1, 1)) for _ in range(2))
-    scalars = [torch.tensor(s) for s in (1e-3, 0.0, 10.0, 20.0, 1.0, True)]
-    adamw_(p, g, m, v, None, *scalars, torch.tensor(7, dtype=torch.int32), 0.9, 0.95, 1e-8)
-    assert (read(v) > 0).all() and (read(m) == 0).sum() > 100
+    scalars = step_scalars(1e-3, 0.0, 10.0, 20.0, 1.0, True)
+    adamw_(p, g, m, v, None, **scalars, seed=torch.tensor(7, dtype=torch.int32))
+    assert (load_moment(v) > 0).all() and (load_moment(m) == 0).sum() > 100
