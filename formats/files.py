@@ -268,6 +268,13 @@ def readable(path, read):
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def replace_text(path, text):
+    """Write a file as a whole: a process that is killed meanwhile leaves the file before."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # rows and documents
 

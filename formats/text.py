@@ -1,68 +1,186 @@
-"""Text as training rows: tokenized once into shards on disk, then one long stream cut into windows of block_size.
+"""Text as training rows: tokenized once into shards on disk, then read as one stream cut into windows of block_size.
 
-    documents -> tokenizer -> shards on disk -> one long stream of tokens -> windows of block_size
+    documents -> pieces -> tokenizer (threads) -> shards on disk -> one long stream of tokens -> windows of block_size
+
+A document is BOS (where the tokenizer's configuration puts one), its text, EOS. Long documents are cut into pieces, at
+places where the pieces' ids are those of the whole (SAFE). Memory does not grow with the text. A run that is killed
+leaves its shards, and the next start goes on from them.
 """
 
+import collections
 import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from formats import files
-from formats.files import VAL_EVERY, documents
+from formats.files import VAL_EVERY
 from formats.tokenizer import get_tokenizer
-from model import IGNORE
+from formats.tokens import Tokens, split_end
 from plumbing.errors import UserError
 
-MAGIC, HEADER_BYTES, SHARD_TOKENS = b"nanofp8\x01", 4096, 100_000_000
+MAGIC, HEADER_BYTES, SHARD_TOKENS = b"nanofp8\x02", 4096, 100_000_000
+SAVE_SECONDS = 10  # between notes of how far tokenizing has come
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# pieces of documents
+
+# Where a document may be cut: before a single blank or newline between two letters, or between a newline behind
+# anything but white space and a letter. All published ways to split text have a border there, and no token crosses it.
+# `cut` tries every place with the tokenizer itself before it uses it.
+LETTER = r"[^\W\d_]"
+SAFE = re.compile(rf"(?<={LETTER})(?=[ \n]{LETTER})|(?<=\S\n)(?={LETTER})")
+PIECE = 2**17  # characters; the next safe place behind as many is a cut
+
+
+class Piece(NamedTuple):
+    """A part of a document. context: stands for the text before it, which decides how its first word is encoded."""
+
+    text: str
+    context: str  # "" at the beginning of a document
+    starts: bool
+    ends: bool
+    split: str  # "train" or "val"
+
+
+def cut(chunks, tokenizer, counts):
+    """Yield (text, context) of the pieces of a document, an iterable of str. Their ids are those of the whole text.
+
+    Where PIECE characters hold no safe place (no words at all), they are cut anyway: counts["forced cuts"].
+    """
+    text, at, context = "", 0, ""
+    for chunk in chunks:
+        text, at = text[at:] + chunk, 0
+        while len(text) - at > 2 * PIECE:
+            end, after = safe_place(text, at + PIECE, at + 2 * PIECE, tokenizer)
+            counts["forced cuts"] += after == ""
+            yield text[at:end], context
+            at, context = end, after
+    if at < len(text):
+        yield text[at:], context
+
+
+def safe_place(text, start, stop, tokenizer):
+    """(place, context for what follows) of the first safe place in text[start:stop]; (stop, "") if there is none."""
+    for found in itertools.islice(SAFE.finditer(text, start, stop), 100):
+        end = found.end()
+        left, right = text[end - 64 : end], text[end : end + 64]
+        context = "a\n" if left[-1] == "\n" else "a"
+        parts = np.concatenate([tokenizer.encode(left), encode_behind(tokenizer, context, right)])
+        if np.array_equal(parts, tokenizer.encode(left + right)):
+            return end, context
+    return stop, ""
+
+
+def encode_behind(tokenizer, context, text):
+    """The ids of `text` where it follows `context`."""
+    return tokenizer.encode(context + text)[len(tokenizer.encode(context)) if context else 0 :]
+
+
+def pieces(train, val, cfg, tokenizer, counts, bar):
+    """Yield the Pieces of all documents; without files for validation every VAL_EVERY-th document is for that."""
+    last = "train" if val else "val"
+    for paths, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):
+        for i, chunks in enumerate(files.documents(paths, cfg.text_key, bar)):
+            split, held = splits[i % len(splits)], None  # held back, until it is known whether another one follows
+            for text, context in cut(chunks, tokenizer, counts):
+                if held:
+                    yield Piece(*held, ends=False, split=split)
+                held = text, context, held is None
+            if held:
+                yield Piece(*held, ends=True, split=split)
+            counts[f"{split} documents" if held else "empty documents"] += 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# shards
 
 
 class ShardWriter:
     """Writes a stream of token arrays as `{split}_00000.bin`, ...: a header of 4096 bytes, then the tokens."""
 
-    def __init__(self, folder, split, encoding):
-        self.folder, self.split, self.encoding, self.count, self.file = folder, split, encoding, 0, None
-        self.dtype = np.dtype("<u2" if encoding.largest < 2**16 else "<u4")
+    def __init__(self, folder, split, tokenizer, n_shards=0, tokens=0):
+        """n_shards, tokens: `progress` of an earlier writer in this folder, where this one goes on."""
+        self.folder, self.split, self.tokenizer, self.n_shards, self.file = folder, split, tokenizer, n_shards, None
+        self.dtype = np.dtype("<u2" if tokenizer.largest < 2**16 else "<u4")
+        if tokens:
+            self.n_shards -= 1
+            self.open("r+b")
+            for start in range(0, tokens, 2**22):
+                n_bytes = min(2**22, tokens - start) * self.dtype.itemsize
+                self.add(np.frombuffer(self.file.read(n_bytes), self.dtype))
+            assert self.tokens == tokens
+            self.file.seek(HEADER_BYTES + tokens * self.dtype.itemsize)
+            self.file.truncate()
+
+    def open(self, mode):
+        self.file = open(self.folder / f"{self.split}_{self.n_shards:05d}.bin", mode)
+        self.file.write(bytes(HEADER_BYTES))
+        self.tokens, self.largest, self.hash = 0, 0, hashlib.blake2b(digest_size=16)
+        self.n_shards += 1
+
+    def add(self, part):
+        self.hash.update(part)
+        self.tokens, self.largest = self.tokens + len(part), max(self.largest, int(part.max()))
 
     def write(self, tokens):
         while len(tokens):
             if self.file is None:
-                self.file = open(self.folder / f"{self.split}_{self.count:05d}.bin", "wb")
-                self.file.write(bytes(HEADER_BYTES))
-                self.tokens, self.largest, self.hash = 0, 0, hashlib.blake2b(digest_size=16)
-                self.count += 1
+                self.open("wb")
             part, tokens = np.split(tokens, [SHARD_TOKENS - self.tokens])
-            payload = part.astype(self.dtype).tobytes()
-            self.file.write(payload)
-            self.hash.update(payload)
-            self.tokens, self.largest = self.tokens + len(part), max(self.largest, int(part.max()))
+            part = part.astype(self.dtype)
+            self.file.write(part)
+            self.add(part)
             if self.tokens == SHARD_TOKENS:
                 self.close()
+
+    def progress(self):
+        """What another writer needs to go on from here; everything so far is on disk then."""
+        if self.file is None:
+            return {"n_shards": self.n_shards, "tokens": 0}
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {"n_shards": self.n_shards, "tokens": self.tokens}
 
     def close(self):
         if self.file is None:
             return
-        header = {"tokenizer": self.encoding.name, "fingerprint": self.encoding.fingerprint, "dtype": self.dtype.str,
+        header = {"tokenizer": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint, "dtype": self.dtype.str,
                   "tokens": self.tokens, "largest": self.largest, "hash": self.hash.hexdigest()}
         self.file.seek(0)
         self.file.write(MAGIC + json.dumps(header).encode())
-        self.file.close()
-        self.file = None
+        path, self.file = self.file.name, self.file.close()
+        stamp_shard(Path(path), header["hash"])
 
 
-def open_shard(path, encoding):
+def stamp_shard(path, digest):
+    """Note beside a shard that its tokens have the hash of its header, until its size or time of change is another."""
+    with contextlib.suppress(OSError):  # a folder that only others may write to: hashed at every start
+        path.with_suffix(".ok").write_text(stamp(path, digest))
+
+
+def stamp(path, digest):
+    found = path.stat()
+    return f"{digest} {found.st_size} bytes, changed at {found.st_mtime_ns}\n"
+
+
+def open_shard(path, tokenizer):
     """(memory map of the tokens, header) of a shard. UserError if it is foreign, truncated or corrupt.
 
-    All of it is read once to be hashed. A stamp beside it (.ok) then spares that, to the other ranks too, until the
-    shard's size or time of change is another: delete the stamp to have a shard hashed again.
+    All of it is hashed, unless a stamp beside it (.ok) says that this was done: delete the stamp to repeat it.
     """
     fix = f": delete its folder {path.parent}, it is made again from the text"
     with open(path, "rb") as file:
@@ -71,147 +189,204 @@ def open_shard(path, encoding):
         raise UserError(f"{path} is no token shard of this version of nanofp8{fix}")
     try:
         header = json.loads(head[len(MAGIC) :].rstrip(b"\0"))
-        made_with, made_with_print, digest = (header[key] for key in ("tokenizer", "fingerprint", "hash"))
+        made_with, fingerprint, digest = (header[key] for key in ("tokenizer", "fingerprint", "hash"))
         dtype = np.dtype(header["dtype"])
         expected = HEADER_BYTES + header["tokens"] * dtype.itemsize
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is corrupt: its header cannot be read{fix}") from error
-    if made_with_print != encoding.fingerprint:
-        raise UserError(f"{path} was made with another tokenizer ({made_with}) than {encoding.name}{fix}")
-    found = path.stat()
-    if found.st_size != expected:
-        raise UserError(f"{path} has {found.st_size} bytes, its header says {expected}{fix}")
-    tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
-    stamp, hashed = path.with_suffix(".ok"), f"{digest} {found.st_size} bytes, changed at {found.st_mtime_ns}\n"
-    if not stamp.is_file() or stamp.read_text() != hashed:
-        if hashlib.blake2b(tokens, digest_size=16).hexdigest() != digest:
+    if fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{path} was made with another tokenizer ({made_with}) than {tokenizer.name}{fix}")
+    if (size := path.stat().st_size) != expected:
+        raise UserError(f"{path} has {size} bytes, its header says {expected}{fix}")
+    ok = path.with_suffix(".ok")
+    if not ok.is_file() or ok.read_text() != stamp(path, digest):
+        if hash_tokens(path) != digest:
             raise UserError(f"{path} is corrupt: its tokens do not have the hash that its header says{fix}")
-        with contextlib.suppress(OSError):  # a folder that only others may write to: hashed at every start
-            stamp.write_text(hashed)
-    return tokens, header
+        stamp_shard(path, digest)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES), header
 
 
-class Tokens:
-    """A stream of tokens over several shards, or a part of one, as rows: windows of block_size, in order.
+def hash_tokens(path):
+    h = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        file.seek(HEADER_BYTES)
+        while piece := file.read(2**24):
+            h.update(piece)
+    return h.hexdigest()
 
-    len(); slice(start, stop) gives int64 numpy. Every token but the first is a target in exactly one row.
-    """
 
-    padding, document = 0.0, None  # share of a row that is no text; the length that attention sees: the whole row
-
-    def __init__(self, shards, headers, block_size, start=0, stop=None):
-        self.shards, self.block_size, self.start = shards, block_size, start
-        self.ends = np.cumsum([len(s) for s in shards])
-        self.stop = int(self.ends[-1]) if stop is None else stop
-        self.largest = max(h["largest"] for h in headers)
-        whole = repr([(h["hash"], h["fingerprint"]) for h in headers] + [self.start, self.stop])
-        self.digest = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()  # of the content
-        self.n_rows = -(-(len(self) - 1) // block_size)
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def slice(self, start, stop):
-        start, stop = self.start + start, min(self.start + stop, self.stop)
-        pieces = []
-        i = int(np.searchsorted(self.ends, start, side="right"))
-        while start < stop:
-            begin = int(self.ends[i]) - len(self.shards[i])
-            pieces.append(self.shards[i][start - begin : stop - begin].astype(np.int64))
-            start, i = int(self.ends[i]), i + 1
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-
-    def row(self, i):
-        """(x, y, None) of window i, int64 (block_size,): y is the next token of each; a short end is masked."""
-        part = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
-        x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
-        x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
-        return x, y, None
+# ----------------------------------------------------------------------------------------------------------------
+# from files to rows
 
 
 def prepare(cfg, block_size, seed):
-    """(training rows, validation rows, encoding) of a DataConfig; tokenizes what cfg.cache_dir does not hold yet.
+    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig; tokenizes what cfg.cache_dir does not hold yet.
 
     With several ranks call it on rank 0 first. Raises UserError for text that cannot be found, read or used.
     """
-    encoding = get_tokenizer(cfg.tokenizer)
-    train, val, _, remark = files.resolve(cfg, files.TEXT)
-    identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in part] for part in (train, val)]
-    key = hashlib.blake2b(repr((identity, cfg.text_key, encoding.fingerprint)).encode(), digest_size=8).hexdigest()
-    name = Path(cfg.train[0]).stem if cfg.train else "python_stdlib"
-    folder = Path(cfg.cache_dir, f"{name}-{encoding.name}-{key}")
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    found = files.resolve(cfg, files.TEXT)
+    identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths] for paths in found[:2]]
+    made_by = tokenizer.fingerprint, tokenizer.bos, tokenizer.eos, MAGIC
+    key = hashlib.blake2b(repr((identity, cfg.text_key, made_by)).encode(), digest_size=8).hexdigest()
+    name = re.sub(r"[^\w.-]+", "_", Path(cfg.train[0]).stem if cfg.train else "python_stdlib")
+    folder = Path(cfg.cache_dir, f"{name}-{tokenizer.name}-{key}")
     if not folder.is_dir():
-        build(folder, train, val, cfg, encoding)
-    listed = folder / "shards.txt"
-    names = listed.read_text().split() if listed.is_file() else [listed.name]
-    if missing := [name for name in names if not (folder / name).is_file()]:
+        build(folder, found.train, found.val, cfg, tokenizer)
+    index = folder / "index.json"
+    listed = json.loads(index.read_text()) if index.is_file() else {"shards": [index.name]}
+    if missing := [name for name in listed["shards"] if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing[:3])}: delete it, it is made again from the text")
-    streams = []
-    for split in ("train", "val"):
-        opened = [open_shard(folder / name, encoding) for name in names if name.startswith(split)]
-        if opened:
-            shards, headers = zip(*opened, strict=True)
-            streams.append(Tokens(shards, headers, block_size))
-    if len(streams) == 1:  # too few documents to set some aside: the end of the text is for validation
-        whole, cut = streams[0], len(streams[0]) - len(streams[0]) // VAL_EVERY
-        streams = [Tokens(whole.shards, headers, block_size, *part) for part in ((0, cut), (cut, len(whole)))]
-    if len(streams[1]) < 2:
-        raise UserError(f"data: {len(streams[0])} tokens for training leave {len(streams[1])} for validation, which "
-                         "takes 2: give more text, or data.val")
-    source = f"{len(train)} files" + (f" of {', '.join(cfg.train)}" if cfg.train else " of Python's standard library")
-    source += remark
-    for stream in streams:
-        stream.description = (f"{source}, {len(streams[0]):,} training and {len(streams[1]):,} validation tokens in "
-                              f"{folder}, tokenizer {encoding.name}")
-    return *streams, encoding
+
+    def stream(shards, **part):
+        arrays, headers = zip(*shards, strict=True)
+        return Tokens(arrays, [(h["hash"], h["fingerprint"]) for h in headers], block_size,
+                      largest=max(h["largest"] for h in headers), **part)
+
+    opened = {split: [open_shard(folder / name, tokenizer) for name in listed["shards"] if name.startswith(split)]
+              for split in ("train", "val")}
+    train, counts = stream(opened["train"]), listed["counts"]
+    if opened["val"]:
+        val = stream(opened["val"])
+    else:  # too few documents to set some aside
+        parts = split_end(train)
+        train, val = (stream(opened["train"], start=start, stop=stop) for start, stop in parts)
+    if len(val) < 2:
+        raise UserError(f"data: {len(train)} tokens for training leave {len(val)} for validation, which takes 2: give "
+                        "more text, or data.val")
+    source = f"{len(found.train)} files" + (f" of {', '.join(cfg.train)}" if cfg.train else
+                                            " of Python's standard library")
+    train.counts = {"documents": counts["train documents"], "tokens": len(train), "targets": len(train) - 1,
+                    "empty documents dropped": counts["empty documents"],
+                    "cuts inside of a word": counts["forced cuts"], "files not used": len(found.unused)}
+    train.description = (f"{source}{found.note}, {len(train):,} training and {len(val):,} validation tokens in "
+                         f"{folder}, tokenizer {tokenizer.name}")
+    for what in ("empty documents dropped", "cuts inside of a word"):
+        if train.counts[what]:
+            train.description += f", {train.counts[what]:,} {what}"
+    return train, val, tokenizer
 
 
-def build(folder, train, val, cfg, encoding):
+def build(folder, train, val, cfg, tokenizer):
     """Tokenize files into shards in `folder`, which appears when it is complete and not before."""
-    if encoding.eos is None:
-        raise UserError(f"tokenizer {encoding.name} has no end-of-text token to close documents with")
-    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
-    for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by runs that were killed
-        if time.time() - left.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
-    workers, end = cfg.workers or os.cpu_count(), np.array([encoding.eos])
-    try:
-        bar = tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None)  # None: only on a terminal
-        with ThreadPoolExecutor(workers) as pool, bar:
+    if tokenizer.eos is None:
+        raise UserError(f"tokenizer {tokenizer.name} has no end-of-text token to close documents with")
+    bos = np.array([] if tokenizer.bos is None else [tokenizer.bos], np.uint32)
+    eos, nothing = np.array([tokenizer.eos], np.uint32), np.array([], np.uint32)
 
-            def encode(text):  # threads are enough: tiktoken lets go of the interpreter lock
-                return np.append(encoding.encode(text), end)
+    def encode(batch):  # threads are enough: tokenizers let go of the interpreter lock
+        return [np.concatenate([bos if piece.starts else nothing,
+                                encode_behind(tokenizer, piece.context, piece.text),
+                                eos if piece.ends else nothing]) for piece in batch]
 
-            last = "train" if val else "val"  # of every VAL_EVERY documents
-            for part, splits in ((train, ["train"] * (VAL_EVERY - 1) + [last]), (val, ["val"])):
-                writers = {split: ShardWriter(aside, split, encoding) for split in set(splits)}
-                texts = map("".join, documents(part, cfg.text_key))
-                batches = batched(texts, 2**24)  # 16 MB of text in memory at a time
-                for i, (text, tokens) in enumerate(pair for batch in batches
-                                                   for pair in zip(batch, pool.map(encode, batch), strict=True)):
-                    writers[splits[i % len(splits)]].write(tokens if text else tokens[:0])
-                    bar.update(len(text))
-                for writer in writers.values():
-                    writer.close()
-        names = sorted(path.name for path in aside.glob("*.bin"))
-        for split, part in (("train", train), ("val", val)):
-            if part and not any(name.startswith(split) for name in names):
-                raise UserError(f"data.{split}: no text in {', '.join(map(str, part[:3]))}")
-        (aside / "shards.txt").write_text("\n".join(names))
+    workers = cfg.workers or os.cpu_count()
+    counts = dict.fromkeys(("train documents", "val documents", "empty documents", "forced cuts"), 0)
+    total = sum(path.stat().st_size for path in (*train, *val))
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)  # None: only on a terminal
+    with work_folder(folder) as aside, ThreadPoolExecutor(workers) as pool, bar:
+        done, saved = 0, time.monotonic()  # pieces
+        writers = {split: ShardWriter(aside, split, tokenizer) for split in ("train", "val")}
+        if (progress := aside / "progress.json").is_file():
+            state = json.loads(progress.read_text())
+            done = state["pieces"]
+            writers = {split: ShardWriter(aside, split, tokenizer, **state[split]) for split in writers}
+        stream = pieces(train, val, cfg, tokenizer, counts, bar)
+        for _ in zip(range(done), stream, strict=False):  # what an earlier run has done
+            pass
+        for batch, arrays in in_order(pool, encode, batches(stream), 2 * workers):
+            for piece, tokens in zip(batch, arrays, strict=True):
+                writers[piece.split].write(tokens)
+            done += len(batch)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                state = {split: writer.progress() for split, writer in writers.items()}
+                files.replace_text(progress, json.dumps({"pieces": done, **state}))
+                saved = time.monotonic()
+        for writer in writers.values():
+            writer.close()
+        names = [f"{split}_{i:05d}.bin" for split, writer in writers.items() for i in range(writer.n_shards)]
+        for split, paths in (("train", train), ("val", val)):
+            if paths and not writers[split].n_shards:
+                raise UserError(f"data.{split}: no text in {', '.join(map(str, paths[:3]))}")
+        files.replace_text(aside / "index.json", json.dumps({"shards": names, "counts": counts}))
+        progress.unlink(missing_ok=True)
         if not folder.is_dir():  # else another process was quicker, with the same result
             aside.rename(folder)
+
+
+@contextlib.contextmanager
+def work_folder(folder):
+    """A folder to build `folder` in, held by a lock: the one that a killed run left, or a new one.
+
+    What killed runs left of other text under this name is deleted. So is this one after an error, but not when the
+    process is interrupted.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name = folder.name.rpartition("-")[0]
+    found, lock = None, None
+    for left in sorted(p for p in folder.parent.glob("*.tmp") if p.is_dir() and p.name.startswith(f"{name}-")):
+        held = try_lock(left)
+        if held and found is None and left.name.startswith(f"{folder.name}."):
+            found, lock = left, held
+        elif held:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
+    if found is None:
+        found = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+        found.mkdir()
+        lock = try_lock(found)
+    try:
+        yield found
+    except Exception:
+        shutil.rmtree(found, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(found, ignore_errors=True)  # where another process was quicker
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if lock:
+            os.close(lock)
 
 
-def batched(texts, size):
-    """Lists of texts of about `size` characters together."""
-    batch, total = [], 0
-    for text in texts:
-        batch.append(text)
-        total += len(text)
-        if total >= size:
+def try_lock(folder):
+    """A file descriptor that holds the lock of a folder; None if a process holds it, or if locks do not work here.
+
+    Where they do not work, a folder that a run left is never taken up, and deleted when it is a day old.
+    """
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # completed meanwhile
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except BlockingIOError:
+        pass
+    except OSError:  # this file system has no locks
+        if time.time() - os.stat(folder).st_mtime > 24 * 3600:
+            shutil.rmtree(folder, ignore_errors=True)
+    os.close(held)
+    return None
+
+
+def in_order(pool, function, items, n_ahead):
+    """Yield (item, function(item)) in order, computed by a pool, n_ahead at once."""
+    running = collections.deque()
+    for item in items:
+        running.append((item, pool.submit(function, item)))
+        if len(running) > n_ahead:
+            item, future = running.popleft()
+            yield item, future.result()
+    for item, future in running:
+        yield item, future.result()
+
+
+def batches(stream):
+    """Lists of Pieces of PIECE characters together, or a little more."""
+    batch, size = [], 0
+    for piece in stream:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= PIECE:
             yield batch
-            batch, total = [], 0
-    yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,12 +1,9 @@
 """data.py: what is stored is what was written, and the loader shows each token once an epoch on any number of ranks."""
 
 import base64
-import hashlib
 import json
 import os
-import shutil
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ import formats.files as text_files
 import formats.text as text_format
 from data import DataConfig, Loader, eval_batches
 from formats.tokenizer import END, Tokenizer, get_tokenizer
+from formats.tokens import Tokens
 from model import IGNORE
 
 BYTES = get_tokenizer("bytes")
@@ -55,8 +53,8 @@ def stream(n, tmp_path, name="numbers", block_size=8):
     writer = text_format.ShardWriter(folder, "train", encoding)
     writer.write(np.arange(n) % 65521)
     writer.close()
-    shards, headers = zip(*(text_format.open_shard(p, encoding) for p in sorted(folder.iterdir())), strict=True)
-    return text_format.Tokens(shards, headers, block_size)
+    shards, headers = zip(*(text_format.open_shard(p, encoding) for p in sorted(folder.glob("*.bin"))), strict=True)
+    return Tokens(shards, [h["hash"] for h in headers], block_size, largest=max(h["largest"] for h in headers))
 
 
 def loader(tokens, **keys):
@@ -132,7 +130,7 @@ def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
 def test_streams_run_across_shard_borders(tmp_path, monkeypatch):
     monkeypatch.setattr(text_format, "SHARD_TOKENS", 37)
     tokens = stream(1000, tmp_path)
-    assert len(tokens.shards) == 28
+    assert len(tokens.arrays) == 28
     assert everything(tokens).tolist() == list(range(1000))
     for start, stop in ((0, 37), (36, 38), (37, 74), (30, 200), (995, 1010), (1000, 1003)):
         assert tokens.slice(start, stop).tolist() == list(range(1000))[start:stop]
@@ -195,13 +193,8 @@ def test_corrupt_shard_is_refused(tmp_path, corpus, shard):
 
 
 def test_a_shard_is_hashed_once_and_again_when_it_or_its_stamp_has_changed(tmp_path, corpus, shard, monkeypatch):
-    first, hashed = prepare(config(tmp_path, corpus))[0].digest, []
-
-    def blake2b(content=b"", **keys):
-        hashed.extend([len(content)] if isinstance(content, np.memmap) else [])
-        return hashlib.blake2b(content, **keys)
-
-    monkeypatch.setattr(text_format, "hashlib", SimpleNamespace(blake2b=blake2b))
+    first, hashed, hash_tokens = prepare(config(tmp_path, corpus))[0].digest, [], text_format.hash_tokens
+    monkeypatch.setattr(text_format, "hash_tokens", lambda path: hashed.append(path) or hash_tokens(path))
     assert prepare(config(tmp_path, corpus))[0].digest == first and hashed == []
     time.sleep(0.02)
     shard.touch()
@@ -246,7 +239,7 @@ def test_a_damaged_header_is_one_line(tmp_path, before, after):
         prepare(config(tmp_path, tmp_path / "a.txt"))
 
 
-@pytest.mark.parametrize("name", ["train_00001.bin", "val_00000.bin", "shards.txt"])
+@pytest.mark.parametrize("name", ["train_00001.bin", "val_00000.bin", "index.json"])
 def test_a_missing_shard_is_told(tmp_path, monkeypatch, name):
     monkeypatch.setattr(text_format, "SHARD_TOKENS", 200)
     for i in range(20):
@@ -339,22 +332,59 @@ def test_blank_lines_and_a_byte_order_mark_are_no_text(tmp_path):
     assert ["".join(pieces) for pieces in documents] == ["one", "two", "three"]
 
 
-def test_what_a_killed_run_left_of_its_shards_is_in_nobodys_way(tmp_path, corpus, monkeypatch):
-    cfg, rename = config(tmp_path, corpus), text_format.Path.rename
-    monkeypatch.setattr(text_format.shutil, "rmtree", lambda *args, **kwargs: None)  # killed: it cleans nothing up
-    monkeypatch.setattr(text_format.Path, "rename", lambda *args: None)
-    with pytest.raises(ValueError):
+class Killed(BaseException):
+    """Ends a test's run as SIGKILL would: nothing is cleaned up."""
+
+
+@pytest.mark.parametrize("n_batches", [1, 4, 7])
+def test_a_killed_run_is_carried_on_from_its_shards(tmp_path, monkeypatch, n_batches):
+    monkeypatch.setattr(text_format, "PIECE", 500)
+    monkeypatch.setattr(text_format, "SHARD_TOKENS", 1500)
+    monkeypatch.setattr(text_format, "SAVE_SECONDS", 0)
+    rows = [{"text": f"document {i}\n" * (i % 40)} for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg, encoded, encode_behind = config(tmp_path, tmp_path / "d.jsonl", workers=1), [], text_format.encode_behind
+    whole, _, _ = prepare(config(tmp_path / "whole", tmp_path / "d.jsonl"))
+
+    def batches_until_killed(pool, function, items, n_ahead):
+        for i, item in enumerate(items):
+            if i == n_batches:
+                raise Killed
+            yield item, function(item)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(text_format, "in_order", batches_until_killed)
         prepare(cfg)
-    (left,) = (tmp_path / "cache").glob("*.tmp")
-    monkeypatch.setattr(text_format.Path, "rename", rename)
-    assert len(prepare(cfg)[0])  # in the same process id, as every start of a container has
-    monkeypatch.undo()
-    (made,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".tmp"))
-    for age, stays in ((0, True), (2 * 24 * 3600, False)):  # a run may be busy in a young one
-        shutil.rmtree(made)
-        os.utime(left, (time.time() - age,) * 2)
-        prepare(cfg)
-        assert left.exists() == stays
+    monkeypatch.setattr(text_format, "encode_behind", lambda *args: encoded.append(args[-1]) or encode_behind(*args))
+    train, val, _ = prepare(cfg)
+    assert train.digest == whole.digest and train.counts == whole.counts
+    assert sum(map(len, encoded)) < sum(len(row["text"]) for row in rows) - 500 * n_batches + 1000  # not from scratch
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [train.description.split("/")[-1].split(",")[0]]
+
+
+def test_what_killed_runs_left_of_other_text_is_deleted_but_not_what_another_run_holds(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    cache = tmp_path / "cache"
+    for name in ("a-bytes-0123.dead.tmp", "a-bytes-4567.held.tmp", "b-bytes-0123.dead.tmp"):
+        (cache / name).mkdir(parents=True)
+    held = text_format.try_lock(cache / "a-bytes-4567.held.tmp")
+    prepare(config(tmp_path, tmp_path / "a.txt"))
+    os.close(held)
+    assert sorted(p.name for p in cache.glob("*.tmp")) == ["a-bytes-4567.held.tmp", "b-bytes-0123.dead.tmp"]
+
+
+def test_two_runs_that_tokenize_the_same_do_not_meet(tmp_path, corpus, monkeypatch):
+    in_order, inner = text_format.in_order, []
+
+    def another_run_meanwhile(*args):
+        if not inner:
+            inner.append(None)
+            inner[0] = prepare(config(tmp_path, corpus))[0].digest
+        yield from in_order(*args)
+
+    monkeypatch.setattr(text_format, "in_order", another_run_meanwhile)
+    assert prepare(config(tmp_path, corpus))[0].digest == inner[0]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize("line, told", [

@@ -1,0 +1,196 @@
+"""Tokens as training rows: a stream of token ids, memory-mapped, cut into windows of block_size.
+
+data.format="tokens" reads files that others have tokenized:
+
+    nanoGPT                 .bin    uint16 ids and nothing else; EOS ends each document
+    llm.c, modded-nanogpt   .bin    a header of 256 int32 (magic, version, number of ids), then uint16 or uint32 ids;
+                                    EOS begins each document
+    numpy                   .npy    any integer type, one dimension
+
+Sources: nanoGPT, data/openwebtext/prepare.py; llm.c, dev/data/data_common.py; modded-nanogpt, data/cached_fineweb10B.py.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from formats import files
+from formats.tokenizer import get_tokenizer
+from model import IGNORE
+from plumbing.errors import UserError
+
+HEADER_BYTES = 1024
+LLM_C = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version): type of an id
+FOREIGN = {b"nanofp8": "is a shard of data.cache_dir: name the text that it was made from",
+           b"PK\x03\x04": "is an archive (weights of PyTorch?)",
+           b"version https://git-lfs": "is a Git LFS pointer: run `git lfs pull`"}
+PIECE = 2**22  # ids looked at together
+
+
+class Tokens:
+    """A stream of token ids over several arrays, or a part of one, as rows: windows of block_size, in order.
+
+    arrays: 1-d integer arrays, usually memory maps. content: a hash of each. eos: id at the border of two documents,
+    which attention then does not cross; None: attention sees the whole row. eos_first: whether it begins a document
+    (else it ends one). len(); slice(start, stop) gives int64 numpy. Every id but the first is a target in one row.
+    """
+
+    padding = 0.0
+
+    def __init__(self, arrays, content, block_size, *, largest, start=0, stop=None, eos=None, eos_first=False):
+        self.arrays, self.block_size, self.start, self.largest = arrays, block_size, start, largest
+        self.eos, self.eos_first = eos, eos_first
+        self.ends = np.cumsum([len(array) for array in arrays])
+        self.stop = int(self.ends[-1]) if stop is None else stop
+        self.digest = hashlib.blake2b(repr([*content, self.start, self.stop]).encode(), digest_size=16).hexdigest()
+        self.n_rows = self.n_samples = -(-(len(self) - 1) // block_size)
+        self.longest = block_size
+        self.document = None if eos is None else self.mean_document()
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def slice(self, start, stop):
+        start, stop = self.start + start, min(self.start + stop, self.stop)
+        pieces = []
+        i = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            begin = int(self.ends[i]) - len(self.arrays[i])
+            pieces.append(self.arrays[i][start - begin : stop - begin].astype(np.int64))
+            start, i = int(self.ends[i]), i + 1
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def row(self, i):
+        """(x, y, positions) of window i, int64 (block_size,): y is the next id of each; a short end is masked.
+
+        positions: 0 at the first id of each document in the row; None where attention sees the whole row.
+        """
+        part = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
+        x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
+        x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
+        return x, y, None if self.eos is None else self.positions(x)
+
+    def positions(self, x):
+        """The place of each id of a row within its document."""
+        borders = np.flatnonzero(x == self.eos) + (not self.eos_first)
+        index, begins = np.arange(len(x)), np.zeros(len(x), np.int64)
+        borders = borders[borders < len(x)]
+        begins[borders] = borders
+        return index - np.maximum.accumulate(begins)
+
+    def mean_document(self):
+        """The length that attention sees, mean over ids: estimated from up to 64 rows spread over the stream."""
+        rows = np.linspace(0, self.n_rows - 1, min(self.n_rows, 64)).astype(int)
+        places = np.concatenate([self.row(int(i))[2] for i in rows])
+        lengths = np.diff(np.append(np.flatnonzero(places == 0), len(places)))
+        return float((lengths**2).sum() / lengths.sum())
+
+    def sample(self, i):
+        """(ids, loss) of window i: its first id is no target here, but in the window before."""
+        ids = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
+        return ids, np.arange(len(ids)) > 0
+
+
+def split_end(whole):
+    """(start, stop) of the two parts of a stream where no validation data was named: the end is for validation."""
+    cut = len(whole) - len(whole) // files.VAL_EVERY
+    return (whole.start, whole.start + cut), (whole.start + cut, whole.stop)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# files that others made
+
+
+def open_tokens(path):
+    """(memory map of the ids, whether EOS begins a document) of a .bin or .npy file."""
+    if path.suffix.lower() == ".npy":
+        try:
+            ids = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise UserError(f"{path} is not a .npy file that can be memory-mapped: {error}") from error
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise UserError(f"{path} holds {ids.dtype} of shape {ids.shape}, expected integers in one dimension")
+        return ids, False
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+    for magic, what in FOREIGN.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} does not hold token ids, but {what}")
+    magic, version, n = (int(i) for i in np.frombuffer(head[:12].ljust(12, b"\0"), "<i4"))
+    if (dtype := LLM_C.get((magic, version))) is not None:
+        if size != HEADER_BYTES + n * dtype.itemsize:
+            raise UserError(f"{path} has {size} bytes, its header says {n} ids of {dtype.itemsize} bytes: incomplete?")
+        return np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(n,)) if n else np.empty(0, dtype), True
+    if magic in {known for known, _ in LLM_C}:
+        raise UserError(f"{path} has the header of llm.c with version {version}, expected one of (magic, version) "
+                        + ", ".join(map(str, LLM_C)))
+    if size % 2:
+        raise UserError(f"{path} has {size} bytes: not uint16 ids as nanoGPT writes them, nor the header of llm.c")
+    return np.memmap(path, "<u2", "r") if size else np.empty(0, "<u2"), False
+
+
+def survey(path, ids, cache_dir):
+    """{"largest", "smallest", "hash"} of a file's ids. It is read once; cache_dir remembers size and time of change."""
+    found = path.stat()
+    identity = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+    note = Path(cache_dir, f"tokens-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}.json")
+    if note.is_file():
+        return json.loads(note.read_text())
+    h, largest, smallest = hashlib.blake2b(digest_size=16), 0, 0
+    for start in range(0, len(ids), PIECE):
+        part = np.ascontiguousarray(ids[start : start + PIECE])
+        h.update(part)
+        largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
+    facts = {"file": str(path), "largest": largest, "smallest": smallest, "hash": h.hexdigest()}
+    with contextlib.suppress(OSError):  # a folder that only others may write to: read at every start
+        note.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_text(note, json.dumps(facts))
+    return facts
+
+
+def open_split(paths, cfg, block_size, split, **part):
+    """The Tokens of files, or a part of them (start, stop)."""
+    opened = [open_tokens(path) for path in paths]
+    arrays, firsts = zip(*((ids, first) for ids, first in opened), strict=True)
+    facts = [survey(path, ids, cfg.cache_dir) for path, ids in zip(paths, arrays, strict=True)]
+    if negative := [fact["file"] for fact in facts if fact["smallest"] < 0]:
+        raise UserError(f"{negative[0]} holds negative numbers, which are no token ids")
+    if len(set(firsts)) > 1 and cfg.eos_id is not None:
+        raise UserError(f"data.{split} mixes files of llm.c, where EOS begins a document, with others, where it ends "
+                        "one: name them in runs of their own, or set data.eos_id=None")
+    if sum(map(len, arrays)) < 2:
+        raise UserError(f"data.{split}: {', '.join(map(str, paths[:3]))} holds fewer than 2 ids")
+    return Tokens(arrays, [fact["hash"] for fact in facts], block_size, eos=cfg.eos_id, eos_first=firsts[0],
+                  largest=max(fact["largest"] for fact in facts), **part)
+
+
+def prepare(cfg, block_size, seed):
+    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. With several ranks call it on rank 0 first.
+
+    Raises UserError for files that are not token files, or that hold negative ids.
+    """
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    found = files.resolve(cfg, {"tokens"})
+    train = open_split(found.train, cfg, block_size, "train")
+    if found.val:
+        val = open_split(found.val, cfg, block_size, "val")
+    else:
+        (_, cut), (_, stop) = split_end(train)
+        val = open_split(found.train, cfg, block_size, "train", start=cut, stop=stop)
+        train = open_split(found.train, cfg, block_size, "train", stop=cut)
+    if min(len(train), len(val)) < 2:
+        raise UserError(f"data: {len(train)} ids for training and {len(val)} for validation are too few")
+    train.counts = {"files": len(found.train), "tokens": len(train), "targets": len(train) - 1,
+                    "files not used": len(found.unused)}
+    train.description = (f"{len(found.train)} files of tokens of {', '.join(cfg.train)}{found.note}, {len(train):,} "
+                         f"training and {len(val):,} validation tokens, ids up to {train.largest}, ")
+    train.description += ("attention sees whole rows (data.eos_id is not set)" if cfg.eos_id is None else
+                          f"documents of {train.document:,.0f} tokens on average, borders at id {cfg.eos_id}")
+    if train.largest > tokenizer.largest:
+        train.description += (f"; tokenizer {tokenizer.name} has no ids above {tokenizer.largest}: name the one that "
+                              "made them (data.tokenizer) for sample.py and data.py")
+    return train, val, tokenizer
