@@ -7,7 +7,7 @@ data.format="tokens" reads files that others have tokenized:
                                     EOS begins each document
     numpy                   .npy    any integer type, one dimension
 
-Sources: nanoGPT, data/openwebtext/prepare.py; llm.c, dev/data/data_common.py; modded-nanogpt, data/cached_fineweb10B.py.
+Sources: nanoGPT, data/openwebtext/prepare.py; llm.c, dev/data/data_common.py; modded-nanogpt, train_gpt.py.
 """
 
 import contextlib
