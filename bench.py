@@ -200,11 +200,7 @@ def table(rows, columns):
 
 def plot(rows, title, path):
     """Bars of tokens per second, labelled with the speed-up, and of peak memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = logs.pyplot()
     rows = [row for row in rows if "error" not in row][::-1]
     figure, axes = plt.subplots(1, 2, figsize=(10, 1 + 0.5 * len(rows)), sharey=True, layout="constrained")
     names = [row["variant"] for row in rows]

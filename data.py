@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+import attention
 from formats import hellaswag, text
 from model import IGNORE
 from plumbing.errors import UserError
@@ -129,3 +130,14 @@ def eval_batches(rows, *, n, micro_batch_size, rank=0, world_size=1):
     for first in range(0, n, micro_batch_size * world_size):
         part = range(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
         yield stack([rows.row(i * rows.n_rows // n) if i < n else empty for i in part], micro_batch_size)
+
+
+def on_device(x, y, positions, device):
+    """A micro-batch, (B, T) tensors, as arguments of the model on its device: (x, y, documents).
+
+    documents: () where attention sees whole rows, else (positions, bounds), which keep it within documents.
+    """
+    bounds = None if positions is None else attention.document_bounds(positions)  # on the CPU: a GPU would have to sync
+    if device.type == "cuda":
+        x, y, positions = (t if t is None else t.pin_memory().to(device, non_blocking=True) for t in (x, y, positions))
+    return x, y, () if positions is None else (positions, bounds)

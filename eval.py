@@ -1,13 +1,14 @@
-"""HellaSwag accuracy of a checkpoint, or of a Hugging Face model folder.
+"""HellaSwag accuracy of a checkpoint, or of a Hugging Face model folder; and how train.py evaluates.
 
     [torchrun --nproc-per-node=N] eval.py --from=DIR [--data=FILE.jsonl] [--tokenizer=NAME] [--limit=N]
         [--out=SCORES.jsonl]
 
-A question's prediction is the ending whose tokens are likeliest given the context: by the sum of their
-log-probabilities (acc), or by that sum over the ending's length in characters (acc_norm, the usual number to quote).
-Ranks share the questions; each holds the whole model, in the precision that its weights are stored in.
+The prediction is the ending whose tokens are likeliest given the context: by the sum of their log-probabilities (acc),
+or by that sum over the ending's length in characters (acc_norm, the number usually quoted). Ranks share the questions;
+each holds the whole model, in bf16 where its weights are stored in bf16, else in float32.
 """
 
+import functools
 import json
 import math
 import os
@@ -15,65 +16,156 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import data
 from formats import hellaswag
 from model import IGNORE, check_ids
-from plumbing import entry
+from plumbing import entry, logs
 from plumbing.errors import RunStopped, UserError
+from plumbing.ranks import find_ranks, join_process_group
+from plumbing.sharding import reshard
 from sample import load_model
 
-TOKENS = {"cuda": 8192, "cpu": 1024}  # of a forward pass: enough to be busy, and few enough for their logits
+TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: enough to keep the device busy, and their logits fit in memory
 
 
-@torch.no_grad()
-def score(model, questions, sequences, *, device, rank, world_size, reduce):
-    """Rows for --out: {ind, label, loglikelihood, pred, pred_norm} of each question. Every rank must call it.
+# ----------------------------------------------------------------------------------------------------------------
+# HellaSwag
 
-    Sequences of like length go through the model together, padded to a multiple of 16 (FP8 matmuls need it), the
-    longest first, so that a model too large fails at once. Ranks take turns and make equally many forward passes, since
-    under FSDP each is a collective. sequences: hellaswag.sequences(...) of the questions, no longer than block_size.
-    reduce: sums a tensor over all ranks in place, and returns it.
+
+class HellaSwag:
+    """The accuracy of a model on HellaSwag questions, which are tokenized once.
+
+    questions: from hellaswag.read. block_size: the longest sequence that the model takes.
     """
-    block_size = model.cfg.block_size
-    order, batches = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])), []
-    while order:
-        length = min(block_size, -(-(len(sequences[order[0]][0]) - 1) // 16) * 16)
-        n = max(1, TOKENS[device.type] // length)
-        batches.append((length, order[:n]))
-        order = order[n:]
-    sums = torch.zeros(len(sequences), dtype=torch.float64, device=device)
-    turns = math.ceil(len(batches) / world_size)
-    for turn in tqdm(range(turns), desc="HellaSwag", unit="batch", leave=False, disable=None if rank == 0 else True):
-        mine = turn * world_size + rank
-        length, batch = batches[min(mine, len(batches) - 1)]
-        x, y = np.zeros((len(batch), length), np.int64), np.full((len(batch), length), IGNORE)
-        for row, (ids, start) in enumerate(sequences[i] for i in batch):
-            x[row, : len(ids) - 1], y[row, start - 1 : len(ids) - 1] = ids[:-1], ids[start:]
-        rows, columns = np.nonzero(y != IGNORE)  # found here: asking a GPU would stall it
-        logits = model(torch.from_numpy(x).to(device))[rows, columns]  # (targets of all endings, V)
-        losses = F.cross_entropy(logits.float(), torch.from_numpy(y[rows, columns]).to(device), reduction="none")
-        if mine < len(batches):  # else this rank only keeps the others company
-            sums.index_add_(0, torch.tensor(batch)[rows].to(device), -losses.double())
-    sums, found, at = reduce(sums).tolist(), [], 0
-    for q in questions:
-        likelihood = sums[at : at + len(q["endings"])]
-        at += len(likelihood)
-        normed = [value / max(1, len(ending)) for value, ending in zip(likelihood, q["endings"], strict=True)]
-        found.append({"ind": q["ind"], "label": q["label"], "loglikelihood": likelihood,
-                      "pred": int(np.argmax(likelihood)), "pred_norm": int(np.argmax(normed))})
-    return found
+
+    def __init__(self, questions, encoding, block_size, ranks):
+        self.questions, self.encoding, self.block_size, self.ranks = questions, encoding, block_size, ranks
+
+    @functools.cached_property
+    def sequences(self):
+        """(ids, where the ending's begin) of every ending of every question, in order."""
+        return hellaswag.sequences(self.encoding, self.questions, self.block_size)
+
+    @property
+    def largest(self):
+        """The largest token id."""
+        return max(ids.max() for ids, _ in self.sequences)
+
+    def __call__(self, model):
+        """(metrics row, line for the screen). Every rank must call it."""
+        acc, acc_norm = accuracies(self.score(model))
+        row = {"hellaswag_acc": acc, "hellaswag_acc_norm": acc_norm} if math.isfinite(acc) else {}
+        return row, f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+
+    def batches(self):
+        """(length, indices into sequences) of every forward pass: sequences of similar length, longest first.
+
+        A model that is too large then fails at once. Lengths are multiples of 16, as FP8 matmuls need them.
+        """
+        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i][0]))
+        while order:
+            longest = len(self.sequences[order[0]][0]) - 1  # the last id is a target only
+            length = min(self.block_size, math.ceil(longest / 16) * 16)
+            n = max(1, TOKENS[self.ranks.device.type] // length)
+            yield length, order[:n]
+            order = order[n:]
+
+    @torch.no_grad()
+    def score(self, model):
+        """Rows for --out: {ind, label, loglikelihood, pred, pred_norm} of each question. Every rank must call it.
+
+        Ranks take turns and make equally many forward passes, since under FSDP each is a collective.
+        """
+        rank, world_size, device = self.ranks.rank, self.ranks.world_size, self.ranks.device
+        batches = list(self.batches())
+        sums = torch.zeros(len(self.sequences), dtype=torch.float64, device=device)
+        turns = tqdm(range(math.ceil(len(batches) / world_size)), desc="HellaSwag", unit="batch", leave=False,
+                     disable=None if rank == 0 else True)
+        for turn in turns:
+            mine = turn * world_size + rank
+            length, batch = batches[min(mine, len(batches) - 1)]
+            x, y = np.zeros((len(batch), length), np.int64), np.full((len(batch), length), IGNORE)
+            for row, i in enumerate(batch):
+                ids, start = self.sequences[i]
+                x[row, : len(ids) - 1], y[row, start - 1 : len(ids) - 1] = ids[:-1], ids[start:]
+            rows, columns = np.nonzero(y != IGNORE)  # on the CPU: a GPU would have to sync
+            with torch.compiler.set_stance("force_eager"):  # rows of many lengths, each would compile a graph
+                logits = model(torch.from_numpy(x).to(device))[rows, columns]  # (targets of all endings, V)
+            targets = torch.from_numpy(y[rows, columns]).to(device)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            if mine < len(batches):  # else another rank has this batch, and this pass only joins the collectives
+                sums.index_add_(0, torch.tensor(batch)[rows].to(device), -losses.double())
+        reshard(model)
+        sums, scored, at = self.ranks.sum(sums).tolist(), [], 0
+        for question in self.questions:
+            endings = question["endings"]
+            likelihood = sums[at : at + len(endings)]
+            at += len(endings)
+            normed = [value / max(1, len(ending)) for value, ending in zip(likelihood, endings, strict=True)]
+            scored.append({"ind": question["ind"], "label": question["label"], "loglikelihood": likelihood,
+                           "pred": int(np.argmax(likelihood)), "pred_norm": int(np.argmax(normed))})
+        return scored
 
 
 def accuracies(rows):
-    """(acc, acc_norm) of scored questions; nan where the model gives nan, which argmax takes for the likeliest."""
+    """(acc, acc_norm) of scored questions; nan if any likelihood is not finite, which argmax would take for the best."""
     if not all(math.isfinite(value) for row in rows for value in row["loglikelihood"]):
         return math.nan, math.nan
     return tuple(float(np.mean([row[key] == row["label"] for row in rows])) for key in ("pred", "pred_norm"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# evaluation during training
+
+
+class Evaluation:
+    """What train.py measures a model by: validation loss, and the benchmarks that the config asks for.
+
+    rows: data.Rows for validation. Prepare it on rank 0 first, as a benchmark may download its questions. `largest` is
+    the largest token id of all.
+    """
+
+    def __init__(self, config, rows, encoding, ranks):
+        self.config, self.rows, self.ranks, self.benchmarks = config, rows, ranks, []
+        if config.eval_hellaswag_items:
+            _, questions = hellaswag.questions(config.data)
+            self.benchmarks.append(HellaSwag(questions[: config.eval_hellaswag_items], encoding,
+                                             config.model.block_size, ranks))
+
+    @property
+    def largest(self):
+        return max(part.largest for part in (self.rows, *self.benchmarks))
+
+    @torch.no_grad()
+    def validation_loss(self, model):
+        """Mean loss in nats per token over eval_sequences rows, weighted by token over all ranks."""
+        device = self.ranks.device
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in data.eval_batches(self.rows, n=self.config.eval_sequences, rank=self.ranks.rank,
+                                       world_size=self.ranks.world_size, micro_batch_size=self.config.micro_batch_size):
+            x, y, documents = data.on_device(*batch, device)
+            totals[0] += model(x, y, self.config.loss_chunks, *documents)
+            totals[1] += (y != IGNORE).sum()
+        reshard(model)
+        loss, tokens = self.ranks.sum(totals).tolist()
+        return loss / max(1, tokens)
+
+    def __call__(self, model):
+        """(metrics row, line for the screen) of a model. Every rank must call it."""
+        loss = self.validation_loss(model)
+        row, lines = {"val_loss": logs.number(loss)}, [f"validation loss {loss:.4f} nats per token"]
+        for benchmark in self.benchmarks:
+            more, line = benchmark(model)
+            row |= more
+            lines.append(line)
+        return row, " | ".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the command
 
 
 def main():
@@ -81,52 +173,44 @@ def main():
     parser.add_argument("--from", dest="folder", required=True, type=os.path.expanduser,
                         help="out_dir of a run of train.py, or a model folder")
     parser.add_argument("--data", type=os.path.expanduser,
-                        help="questions as JSONL (default: HellaSwag's validation, downloaded if need be)")
+                        help="questions as JSONL (default: HellaSwag's validation set, downloaded if need be)")
     parser.add_argument("--limit", type=int, default=0, help="score the first N questions; 0: all (0)")
     parser.add_argument("--out", type=os.path.expanduser, help="write a row for each question to this JSONL file")
-    parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that holds none")
+    parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that has none")
     args = parser.parse_args()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    out = Path(args.out) if args.out else None
-    mistakes = [told for wrong, told in (
-        (not Path(args.folder).is_dir(), f"--from={args.folder}: no such folder"),
-        (args.limit < 0, f"--limit={args.limit} must not be negative"),
-        (args.data and not Path(args.data).is_file(), f"--data={args.data}: no such file"),
-        (out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)),
-         f"--out={out}: name a file that can be written, in a folder that exists")) if wrong]
+    ranks = find_ranks()
+    if ranks.world_size > 1:
+        join_process_group(ranks)
+    out, mistakes = Path(args.out) if args.out else None, []
+    if not Path(args.folder).is_dir():
+        mistakes.append(f"--from={args.folder}: no such folder")
+    if args.limit < 0:
+        mistakes.append(f"--limit={args.limit} must not be negative")
+    if args.data and not Path(args.data).is_file():
+        mistakes.append(f"--data={args.data}: no such file")
+    if out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)):
+        mistakes.append(f"--out={out}: name a writable file in a folder that exists")
     if mistakes:
         raise UserError("\n".join(mistakes))
-    if rank > 0:
-        checkpoint.barrier()
-    path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
-    if rank == 0:
-        checkpoint.barrier()
-    if not (questions := hellaswag.read([path])[: args.limit or None]):
+    with ranks.main_first():
+        path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
+    questions = hellaswag.read([path])[: args.limit or None]
+    if not questions:
         raise UserError(f"{path} holds no question to score")
-    model, encoding, config = load_model(args.folder, device, args.tokenizer)
-    sequences = hellaswag.sequences(encoding, questions, config.model.block_size)
-    check_ids(config.model, max(ids.max() for ids, _ in sequences))
-
-    def reduce(sums):
-        if world_size > 1:
-            dist.all_reduce(sums)
-        return sums
-
-    rows = score(model, questions, sequences, device=device, rank=rank, world_size=world_size, reduce=reduce)
-    if rank == 0:
-        acc, acc_norm = accuracies(rows)
-        if math.isnan(acc):
-            raise RunStopped(f"{args.folder}: the model gives nan, which has no accuracy")
-        error = math.sqrt(acc_norm * (1 - acc_norm) / len(rows))  # of drawing this many questions
-        print(f"{len(rows):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (standard error {error:.4f})")
-        if out:
-            out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            print(f"written: {out}")
+    model, encoding, config = load_model(args.folder, ranks.device, args.tokenizer)
+    benchmark = HellaSwag(questions, encoding, config.model.block_size, ranks)
+    check_ids(config.model, benchmark.largest)
+    rows = benchmark.score(model)
+    if not ranks.is_main:
+        return
+    acc, acc_norm = accuracies(rows)
+    if math.isnan(acc):
+        raise RunStopped(f"{args.folder}: the model gives nan or inf, so it has no accuracy")
+    error = math.sqrt(acc_norm * (1 - acc_norm) / len(rows))  # binomial
+    print(f"{len(rows):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (standard error {error:.4f})")
+    if out:
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"written: {out}")
 
 
 if __name__ == "__main__":

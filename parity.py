@@ -128,11 +128,7 @@ def judge(results):
 
 def plot(results, report, path):
     """Validation loss against steps, tokens and time, and the gap to bf16 with the band that the seeds span."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = logs.pyplot()
     runs = [run for run in results if not isinstance(run[2], str)]
     twin, band, final = runs[0][2], report["band"], report["rows"][0]["final_val_loss"]
     scale, late_gaps, colors = report["tokens_per_step"] / 1e6, [band or 0.0], iter(COLORS * 3)

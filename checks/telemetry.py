@@ -203,11 +203,7 @@ def plot_health(out_dir):
 
     Row-wise, the worse of the two casts of a tensor. Returns the path, or None where no row tells of FP8.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = logs.pyplot()
     rows = [row for row in logs.read_metrics(out_dir) if "fp8_layer" in row]
     if not rows:
         return None

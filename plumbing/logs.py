@@ -1,9 +1,11 @@
-"""What a run leaves in its out_dir beside checkpoints: metrics.jsonl, trackers' files, loss.png, where it came from."""
+"""What a run writes beside checkpoints: log lines, metrics.jsonl, trackers' files, loss.png, its provenance."""
 
+import contextlib
 import fcntl
 import importlib.util
 import itertools
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -14,130 +16,183 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from plumbing.errors import UserError
 
 
 def provenance():
-    """The command, the versions and the git commit that make a run, for run.json."""
+    """The command, package versions and git commit of this process, for run.json."""
     packages = [p for p in ("torch", "torchao", "tiktoken", "numpy") if importlib.util.find_spec(p)]
     return {"command": sys.argv, "versions": {p: version(p) for p in packages}, "git_commit": git_commit()}
 
 
 def git_commit():
-    """The commit this code is at, with "+changes" if files differ from it, or None outside of a git checkout."""
-    run = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **run)
+    """The commit of this code, with "+changes" if files differ from it; None outside of a git checkout."""
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **options)
     if commit.returncode:
         return None
-    changed = subprocess.run(["git", "status", "--porcelain"], **run).stdout.strip()
-    return commit.stdout.strip() + ("+changes" if changed else "")
+    changes = subprocess.run(["git", "status", "--porcelain"], **options).stdout.strip()
+    return commit.stdout.strip() + ("+changes" if changes else "")
 
 
-def changed_code(run):
-    """", by code of commit X instead of Y" if that of a run.json is another; "" if it is not, or not known."""
-    before, now = run.get("git_commit"), git_commit()
-    return f", by code of commit {now} instead of {before}" if before and now and before != now else ""
+def changed_code(previous_run):
+    """", by code of commit X instead of Y" if a run.json names another commit; "" if not, or if one is unknown."""
+    old, new = previous_run.get("git_commit"), git_commit()
+    return f", by code of commit {new} instead of {old}" if old and new and old != new else ""
 
 
-def number(tensor):
-    """The value of a 0-d tensor, or None for inf and nan, which JSON lacks."""
-    return tensor.item() if tensor.isfinite() else None
+# ----------------------------------------------------------------------------------------------------------------
+# log lines
 
 
-def scalars(rows):
-    """Rows of one step as one row of numbers, for the trackers: {"step": 3, "fp8/lm_head/input/sqnr_db": 31.5, ...}."""
-    flat = {}
-    for row in rows:
-        for key, value in row.items():
-            inner = value if isinstance(value, dict) else {}
-            flat |= {f"fp8/{row['fp8_layer']}/{key}/{k}": v for k, v in inner.items()} or {key: value}
-    return {key: value for key, value in flat.items() if isinstance(value, int | float)}
+def number(value):
+    """A float for JSON, which has no inf and nan: None stands for both. value: a float or a 0-d tensor."""
+    return float(value) if math.isfinite(value) else None
 
 
-def peak_memory(use_cuda):
-    """The largest GiB that this process has held so far: on the GPU, or without one in the machine's memory."""
-    if use_cuda:
+def peak_memory(device):
+    """The most GiB that this process has held so far: GPU memory, or on a CPU main memory."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)  # KiB, B
+    in_gib = 2**20 if sys.platform == "linux" else 2**30  # Linux reports KiB, macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / in_gib
+
+
+class StepTimer:
+    """Training time and speed, without evaluations and checkpoints (`paused`).
+
+    step, seconds: where the run begins, and the training time of earlier runs. tokens: of a step, over all ranks.
+    flops: of a token. peak_flops: of a GPU, or None if unknown.
+    """
+
+    def __init__(self, ranks, step, seconds, *, max_steps, tokens, flops, peak_flops):
+        self.ranks, self.step, self.seconds, self.max_steps = ranks, step, seconds, max_steps
+        self.tokens, self.flops, self.peak_flops = tokens, flops, peak_flops
+        self.started = ranks.now()
+
+    def elapsed(self):
+        """Seconds of training since the last log row."""
+        return self.ranks.now() - self.started
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A block whose time is not training time; yields the seconds of training before it, with earlier runs."""
+        begin = self.ranks.now()
+        yield self.seconds + begin - self.started
+        self.started += self.ranks.now() - begin
+
+    def log_row(self, step, loss, lr, grad_norm):
+        """(metrics row, line for the screen) of a step; speed is the mean since the last row.
+
+        loss, grad_norm: 0-d tensors. tokens_per_s is per rank.
+        """
+        elapsed, n_steps = self.elapsed(), step - self.step
+        self.seconds += elapsed
+        rate = self.tokens * n_steps / elapsed / self.ranks.world_size
+        mfu = rate * self.flops / self.peak_flops if self.peak_flops else None
+        row = {"step": step, "loss": number(loss), "lr": lr, "grad_norm": number(grad_norm),
+               "tokens": step * self.tokens, "tokens_per_s": rate, "mfu": mfu, "time_s": self.seconds,
+               "peak_gib": peak_memory(self.ranks.device)}
+        minutes_left = (self.max_steps - step) * elapsed / n_steps / 60
+        line = (f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f}"
+                f" | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
+                f" | {row['peak_gib']:.2f} GiB | {minutes_left:.1f} min left")
+        self.started, self.step = self.ranks.now(), step
+        return row, line
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# metrics.jsonl
 
 
 def read_metrics(out_dir):
-    """The rows of out_dir/metrics.jsonl, a dict for each, without one that a killed run wrote half of."""
+    """The rows of out_dir/metrics.jsonl as dicts; an incomplete last line, of a killed run, is left out."""
     path, rows = Path(out_dir, "metrics.jsonl"), []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+    for line_number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise UserError(f"{path}, line {number} is no JSON ({error}): delete that line") from error
+                raise UserError(f"{path}, line {line_number} is not JSON ({error}): delete that line") from error
     return rows
 
 
-def replace_text(path, text):
-    """Write a file as a whole: a run that is killed meanwhile leaves the one before."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def lock(file, how):
-    """Hold an open file until it is closed. Raises UserError if another run holds it."""
+def lock(file, mode):
+    """Lock an open file until it is closed. Raises UserError if another run holds the lock."""
     try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run is writing to {Path(file.name).parent}: wait for its end, or give another "
-                         "out_dir") from None
+        raise UserError(f"another run is writing to {Path(file.name).parent}: wait until it ends, or set another "
+                        "out_dir") from None
 
 
-def check_alone(out_dir):
-    """UserError if a run is writing to out_dir."""
-    if (path := out_dir / "metrics.jsonl").exists():
+def check_unused(out_dir):
+    """Raise UserError if a run is writing to out_dir."""
+    path = out_dir / "metrics.jsonl"
+    if path.exists():
         with path.open() as file:
-            lock(file, fcntl.LOCK_SH)  # shared: every rank may look at once
+            lock(file, fcntl.LOCK_SH)  # shared: all ranks may check at the same time
 
 
-def open_metrics(out_dir, start, newest):
-    """(out_dir/metrics.jsonl for appending, where an earlier run's files went: None if there were none).
-
-    While it is open it keeps other runs out. start: steps done. At 0 what an earlier run has left is moved to a folder
-    earlier_N in out_dir; else rows after it go, of a run that was interrupted. newest: checkpoint.latest(out_dir) from
-    when the run decided on start. Raises UserError if it is another by now, or if a run is in there.
-    """
+def open_metrics(out_dir):
+    """out_dir/metrics.jsonl for appending. Until it is closed, other runs that ask for out_dir get a UserError."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    file, earlier = (out_dir / "metrics.jsonl").open("a"), None
+    file = (out_dir / "metrics.jsonl").open("a")
     lock(file, fcntl.LOCK_EX)
-    if checkpoint.latest(out_dir) != newest:
-        raise UserError(f"another run has saved in {out_dir} since this one started: start again")
+    return file
+
+
+def continue_metrics(file, start):
+    """Prepare open metrics for the rows after step `start`: drop later rows, which an interrupted run wrote.
+
+    Where start is 0, what an earlier run left in out_dir moves to a new folder earlier_N in it, which is returned.
+    """
+    out_dir, earlier = Path(file.name).parent, None
     rows = read_metrics(out_dir)
-    if start == 0 and (rows or newest):
+    if start == 0 and (rows or (out_dir / "checkpoints").exists()):
         earlier = next(f for n in itertools.count(1) if not (f := out_dir / f"earlier_{n}").exists())
         earlier.mkdir()
-        shutil.copy(out_dir / "metrics.jsonl", earlier)  # the file itself is what keeps other runs out
-        for path in (out_dir / name for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png")):
-            if path.exists():
-                path.rename(earlier / path.name)
+        shutil.copy(out_dir / "metrics.jsonl", earlier)  # not moved: the file holds the lock
+        for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png"):
+            if (out_dir / name).exists():
+                (out_dir / name).rename(earlier / name)
     with (out_dir / "metrics.jsonl").open("rb") as lines:
-        kept = sum(len(line) for line, row in zip(lines, rows, strict=False) if row["step"] <= start)
-    file.truncate(kept)  # cut, not written anew, so that a kill here loses no row
-    return file, earlier
+        n_bytes = sum(len(line) for line, row in zip(lines, rows, strict=False) if row["step"] <= start)
+    file.truncate(n_bytes)  # not written again, so that a kill here loses no row
+    return earlier
 
 
-def unplotted(out_dir):
-    """Whether metrics.jsonl has what loss.png has not: a run was killed between its last save and its plots."""
+def plots_are_stale(out_dir):
+    """Whether metrics.jsonl is newer than loss.png: a run was killed between its last checkpoint and its plots."""
     metrics, plot = out_dir / "metrics.jsonl", out_dir / "loss.png"
     return metrics.exists() and not (plot.exists() and plot.stat().st_mtime >= metrics.stat().st_mtime)
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# trackers and plots
+
+
+def scalars(rows):
+    """The numbers in the rows of one step, as one dict: {"step": 3, "fp8/lm_head/input/sqnr_db": 31.5, ...}."""
+    flat = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, dict):
+                flat |= {f"fp8/{row['fp8_layer']}/{key}/{name}": x for name, x in value.items()}
+            else:
+                flat[key] = value
+    return {key: value for key, value in flat.items() if isinstance(value, int | float)}
+
+
 def check_trackers(config):
-    """UserError if the config asks for a tracker that is not installed."""
+    """Raise UserError if the config asks for a tracker that is not installed."""
     for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb_project)):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"the config asks for {package}, which is not installed: pip install {package}")
 
 
 def open_trackers(config):
-    """Functions that take a metrics row: TensorBoard and Weights & Biases, where the config asks for them."""
+    """The trackers that the config asks for, as functions that take a dict of numbers with "step"."""
     trackers = []
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -152,13 +207,19 @@ def open_trackers(config):
     return trackers
 
 
-def plot_losses(out_dir):
-    """out_dir/loss.png from out_dir/metrics.jsonl: training and validation loss against steps."""
+def pyplot():
+    """matplotlib.pyplot for drawing to files; imported when first used, as it takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def plot_losses(out_dir):
+    """Draw out_dir/loss.png from out_dir/metrics.jsonl: training and validation loss against steps."""
+    plt = pyplot()
     rows = read_metrics(out_dir)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, style in (("loss", {"lw": 1, "label": "train"}), ("val_loss", {"marker": "o", "label": "validation"})):

@@ -1,0 +1,76 @@
+"""Steps whose loss or gradient norm is inf or nan: kept away from the weights, and reported with evidence.
+
+The check runs on the device, where it disables the optimizer's update, so that no step waits for the GPU. train.py asks
+for its result when it logs, evaluates or saves.
+"""
+
+import copy
+import shutil
+from typing import NamedTuple
+
+import torch
+
+from checks import telemetry
+
+
+class NonFinite(NamedTuple):
+    """The first non-finite step since the last report, and how many updates were skipped because of it and later."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    skipped: int  # since the last report
+    in_a_row: int  # up to now
+
+
+class Guard:
+    """Finds non-finite steps. policy: "stop" freezes the weights from the first one on, "skip" leaves it out."""
+
+    def __init__(self, policy, device):
+        self.policy = policy
+        self.found = torch.zeros(3, device=device)  # step, loss, gradient norm; step 0: none
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # skipped since the last report, in a row
+
+    def check(self, step, loss, grad_norm):
+        """Whether to update the weights, as a 0-d bool tensor for AdamW.step. loss, grad_norm: 0-d tensors."""
+        finite = (loss + grad_norm).isfinite()
+        if self.policy == "stop":
+            finite &= self.found[0] == 0  # frozen, so that the weights saved are those that the bad step met
+        values = torch.stack([loss.new_full((), step), loss, grad_norm])
+        self.found = torch.where(finite | (self.found[0] > 0), self.found, values)
+        self.counts = torch.stack([self.counts[0] + ~finite, (self.counts[1] + 1) * ~finite])
+        return finite
+
+    def take(self):
+        """The NonFinite since the last call, or None. Waits for the device."""
+        step, loss, grad_norm = self.found.tolist()
+        if step == 0:
+            return None
+        skipped, in_a_row = self.counts.tolist()
+        self.found, self.counts[0] = torch.zeros_like(self.found), 0
+        return NonFinite(int(step), loss, grad_norm, skipped, in_a_row)
+
+
+def save_evidence(out_dir, bad, health, loader, is_main):
+    """(folder, message) about a NonFinite step; rank 0 writes folder/replay.pt: its batch and the FP8 health.
+
+    health: rows of telemetry.health on that step's batch. loader: data.Loader; the batch of all ranks is read again.
+    """
+    folder = out_dir / f"nonfinite_step_{bad.step:08d}"
+    broken = telemetry.broken(health)
+    if is_main:
+        whole = copy.copy(loader)
+        whole.rank, whole.world_size = 0, 1
+        first_sample = (bad.step - 1) * loader.global_batch_size
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        folder.mkdir(parents=True)
+        torch.save({"step": bad.step, "loss": bad.loss, "grad_norm": bad.grad_norm, "batch": whole.batch(bad.step - 1),
+                    "samples": list(range(first_sample, first_sample + loader.global_batch_size)),
+                    "fp8_health": health, "broken": broken}, folder / "replay.pt")
+    if broken:
+        where = f"fp8 operands with inf or nan, in order: {', '.join(broken[:3])}"
+    else:
+        where = "no fp8 operand held inf or nan" if health else "fp8 is off"
+    return folder, (f"step {bad.step}: loss {bad.loss:.4g}, gradient norm {bad.grad_norm:.4g}; {bad.skipped} updates "
+                    f"skipped, so the weights are clean ({where}). Lower optim.lr, or look at the data of that step: "
+                    f"its batch and the fp8 health of every layer are in {folder / 'replay.pt'} (torch.load).")
