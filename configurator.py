@@ -93,11 +93,6 @@ class Config:
             yield {"global_batch_size", "micro_batch_size"}, (
                 f"global_batch_size={self.global_batch_size} must be a multiple of "
                 f"micro_batch_size={self.micro_batch_size}")
-        tokens = self.micro_batch_size * self.model.block_size  # of text; the length of other rows depends on the data
-        if self.data.format == "text" and self.loss_chunks > 0 and tokens % self.loss_chunks:
-            yield {"loss_chunks", "micro_batch_size", "model.block_size"}, (
-                f"loss_chunks={self.loss_chunks} must divide the tokens of a forward pass, "
-                f"micro_batch_size x model.block_size = {tokens}")
         if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
             yield {"dtype", "optim.weights"}, (
                 "optim.weights=stochastic_rounding rounds to bf16, and dtype=float32 has no bf16 weights: set "

@@ -111,7 +111,7 @@ class HellaSwag:
 
 
 def accuracies(rows):
-    """(acc, acc_norm) of scored questions; nan if any likelihood is not finite, which argmax would take for the best."""
+    """(acc, acc_norm) of scored questions; nan if any likelihood is not finite, which argmax would prefer."""
     if not all(math.isfinite(value) for row in rows for value in row["loglikelihood"]):
         return math.nan, math.nan
     return tuple(float(np.mean([row[key] == row["label"] for row in rows])) for key in ("pred", "pred_norm"))

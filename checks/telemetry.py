@@ -12,10 +12,8 @@ compiled, recomputed and sharded as the layer always is, on the same weights, ba
 are what they were: the training is the same bit for bit with and without, and a run that never asks never sees this.
 """
 
-import copy
 import functools
 import math
-import shutil
 from types import SimpleNamespace
 
 import torch
@@ -235,25 +233,3 @@ def plot_health(out_dir):
     figure.savefig(out_dir / "fp8_health.png", dpi=150)
     plt.close(figure)
     return out_dir / "fp8_health.png"
-
-
-def keep_nonfinite(out_dir, step, loss, grad_norm, n_skipped, rows, loader):
-    """What is needed to look into a step with inf or nan, in out_dir/nonfinite_step_N/replay.pt: (folder, message).
-
-    rows: from health(), on that step's batch. loader: the batch of all ranks is read from it once more.
-    """
-    folder, step = out_dir / f"nonfinite_step_{int(step):08d}", int(step)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        whole = copy.copy(loader)
-        whole.rank, whole.world_size = 0, 1
-        first = (step - 1) * loader.global_batch_size
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-        folder.mkdir(parents=True)
-        torch.save({"step": step, "loss": loss, "grad_norm": grad_norm, "batch": whole.batch(step - 1),
-                    "samples": list(range(first, first + loader.global_batch_size)), "fp8_health": rows,
-                    "broken": broken(rows)}, folder / "replay.pt")
-    where = f"fp8 operands with inf or nan, in order: {', '.join(broken(rows)[:3])}" if broken(rows) else (
-        "no fp8 operand held inf or nan" if rows else "fp8 is off")
-    return folder, (f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}; {n_skipped} updates left out, so "
-                    f"the weights are clean ({where}). Lower optim.lr, or look at the data of that step: its batch and "
-                    f"the fp8 health of every layer are in {folder / 'replay.pt'} (torch.load).")

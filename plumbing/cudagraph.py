@@ -1,8 +1,8 @@
-"""A forward and backward pass as one CUDA graph: recorded once, then all of its kernels are started by one call.
+"""CUDA-graph capture of a forward and backward pass: one launch instead of hundreds.
 
-A pass is hundreds of kernels, in FP8 twice as many as in bf16. Python starts one in about 10 microseconds. With 8192
-tokens of an 8B model each runs for longer than that, and nothing is lost; with 100M parameters most end sooner, and the
-GPU waits for Python.
+A pass launches hundreds of kernels, in FP8 twice as many as in bf16, and Python needs about 10 microseconds for each.
+With 8192 tokens of an 8B model every kernel runs longer than that, so nothing is lost; with 100M parameters most are
+shorter, and the GPU waits for Python.
 
 Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
 """
@@ -12,41 +12,45 @@ import torch
 from plumbing.errors import UserError
 
 
-def check(config, shards, device):
-    """UserError where a pass of a configurator.Config cannot be recorded."""
-    if not config.cuda_graph:
-        return
+def check(config, n_shards, device):
+    """Raise UserError if a configurator.Config asks for a graph that cannot be captured. n_shards: 0 without FSDP2."""
     length = config.model.block_size
-    for wrong, why in (
-        (device.type != "cuda", "there is no GPU here"),
-        (shards, "FSDP2's communication is not recorded: use one rank, shard_one_rank=False"),
-        (config.data.format == "hellaswag" or (config.model.sliding_window or length) < length,
-         "documents in rows, and sliding windows, have other shapes in every batch"),
-        (config.compile.enabled and config.compile.mode in ("reduce-overhead", "max-autotune"),
-         f"compile.mode={config.compile.mode} records graphs of its own, which cannot be part of one"),
-    ):
-        if wrong:
-            raise UserError(f"cuda_graph=True: {why}; or set cuda_graph=False")
+    require(config, device.type == "cuda", "there is no GPU here")
+    require(config, not n_shards, "FSDP2's communication cannot be captured: use one rank, shard_one_rank=False")
+    require(config, (config.model.sliding_window or length) >= length, "a sliding window has new shapes in every batch")
+    require(config, not config.compile.enabled or config.compile.mode not in ("reduce-overhead", "max-autotune"),
+            f"compile.mode={config.compile.mode} captures graphs of its own, which cannot be part of another")
+
+
+def check_rows(config, rows):
+    """Raise UserError if rows (data.Rows) consist of documents: their number and lengths change from batch to batch."""
+    _, _, positions = rows.row(0)
+    require(config, positions is None, "rows of several documents have new shapes in every batch")
+
+
+def require(config, condition, problem):
+    if config.cuda_graph and not condition:
+        raise UserError(f"cuda_graph=True: {problem}; or set cuda_graph=False")
 
 
 class GraphedPass:
-    """`run(x, y, (), divisor)`, which computes a loss and calls backward, recorded at its first call.
+    """A function `run_pass(x, y, (), divisor)` that computes a loss and calls backward, captured at its first call.
 
-    x, y: (B, T) int64, divisor: a 0-d tensor; only their values may change from call to call. Returns run's loss, which
-    the next call overwrites. Gradients are added to p.grad, as run adds them. What the pass needs of memory stays
-    reserved for it, and with `accumulates` (gradients of several passes add up) so does one more set of gradients.
+    x, y: (B, T) int64, divisor: a 0-d tensor; only their values may change from call to call. Returns the loss, which
+    the next call overwrites, and adds gradients to p.grad, as run_pass does. The memory of a pass stays reserved; with
+    `accumulates` (gradients of several passes add up) so does one more set of gradients.
     """
 
-    def __init__(self, run, model, accumulates):
-        self.run, self.accumulates, self.graph = run, accumulates, None
+    def __init__(self, run_pass, model, accumulates):
+        self.run_pass, self.accumulates, self.graph = run_pass, accumulates, None
         self.params = list(model.parameters())
 
     def __call__(self, x, y, documents, divisor):
         assert documents == () and (self.graph is None or x.shape == self.inputs[0].shape)
         if self.graph is None:
-            self.record(x, y, divisor)
-        for recorded, value in zip(self.inputs, (x, y, divisor), strict=True):
-            recorded.copy_(value)
+            self.capture(x, y, divisor)
+        for captured, value in zip(self.inputs, (x, y, divisor), strict=True):
+            captured.copy_(value)
         self.graph.replay()
         for p, grad in self.grads:
             if p.grad is not None:
@@ -55,21 +59,21 @@ class GraphedPass:
                 p.grad = grad.clone() if self.accumulates else grad
         return self.loss
 
-    def record(self, x, y, divisor):
-        """Make the graph: it holds no values yet, and p.grad is None after it."""
+    def capture(self, x, y, divisor):
+        """Capture the graph, without running it; p.grad is None afterwards."""
         self.inputs, self.graph = [t.clone() for t in (x, y, divisor)], torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # not recorded: libraries choose kernels and set themselves up on this stream
-            self.run(x, y, (), divisor)
+        with torch.cuda.stream(stream):  # a warm-up, in which libraries choose kernels and allocate workspaces
+            self.run_pass(x, y, (), divisor)
             self.take_gradients()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self.graph, stream=stream):
-            self.loss = self.run(*self.inputs[:2], (), self.inputs[2])
+            self.loss = self.run_pass(*self.inputs[:2], (), self.inputs[2])
         self.grads = self.take_gradients()
 
     def take_gradients(self):
-        """[(parameter, gradient)], where there is one; none stays in p.grad."""
+        """Move all gradients out of p.grad: [(parameter, gradient)] of the parameters that have one."""
         grads = [(p, p.grad) for p in self.params if p.grad is not None]
         for p, _ in grads:
             p.grad = None

@@ -162,6 +162,14 @@ def continue_metrics(file, start):
     return earlier
 
 
+def write(rows, metrics, trackers):
+    """Append the rows of a step to open metrics at once, and send their numbers to the trackers."""
+    metrics.write("".join(json.dumps(row) + "\n" for row in rows))
+    metrics.flush()
+    for tracker in trackers:
+        tracker(scalars(rows))
+
+
 def plots_are_stale(out_dir):
     """Whether metrics.jsonl is newer than loss.png: a run was killed between its last checkpoint and its plots."""
     metrics, plot = out_dir / "metrics.jsonl", out_dir / "loss.png"
