@@ -18,7 +18,9 @@ import configurator
 import formats.text as text_format
 import sample
 import train
+from formats import hellaswag
 from plumbing import cudagraph, logs
+from plumbing.errors import UserError
 
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]']
 GATHER = ["--fp8.enable_fsdp_float8_all_gather=True"]
@@ -225,37 +227,52 @@ def test_a_recorded_pass_trains_as_one_that_python_starts(tiny_run, tmp_path, re
         assert found[True].train[6]["peak_gib"] > 0.5 * found[False].train[6]["peak_gib"]  # what it reserved counts
 
 
-def test_a_pass_that_cannot_be_recorded_is_an_error(tiny_run, tmp_path):
-    with pytest.raises(ValueError, match="^cuda_graph=True: there is no GPU here; or set cuda_graph=False$"):
+def test_a_pass_that_cannot_be_captured_is_an_error(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="^cuda_graph=True: there is no GPU here; or set cuda_graph=False$"):
         train_here(*tiny_run, "--cuda_graph=True", f"--out_dir={tmp_path}")
     config, gpu = configurator.Config(cuda_graph=True), torch.device("cuda")
     cudagraph.check(config, 0, gpu)
-    with pytest.raises(ValueError, match="FSDP2's communication is not recorded"):
+    with pytest.raises(UserError, match="FSDP2's communication cannot be captured"):
         cudagraph.check(config, 1, gpu)
     config.model.sliding_window = 256
     cudagraph.check(config, 0, gpu)
     config.compile.enabled, config.compile.mode = True, "reduce-overhead"
-    with pytest.raises(ValueError, match="compile.mode=reduce-overhead records graphs of its own"):
+    with pytest.raises(UserError, match="compile.mode=reduce-overhead captures graphs of its own"):
         cudagraph.check(config, 0, gpu)
     config.model.sliding_window = 255
-    with pytest.raises(ValueError, match="sliding windows"):
+    with pytest.raises(UserError, match="a sliding window has new shapes"):
         cudagraph.check(config, 0, gpu)
+
+
+def test_rows_of_documents_cannot_be_captured_and_rows_of_one_document_can():
+    config = configurator.Config(cuda_graph=True)
+    cudagraph.check_rows(config, SimpleNamespace(row=lambda i: (None, None, None)))
+    packed = SimpleNamespace(row=lambda i: (None, None, np.arange(4)))
+    with pytest.raises(UserError, match="rows of several documents have new shapes"):
+        cudagraph.check_rows(config, packed)
+    cudagraph.check_rows(configurator.Config(), packed)
+
+
+def test_the_pieces_of_the_loss_must_divide_the_tokens_of_a_pass(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="loss_chunks=3 must divide the tokens of a forward pass, micro_batch_size x 64 "
+                                        "= 256"):
+        train_here(*tiny_run, "--loss_chunks=3", f"--out_dir={tmp_path}")
 
 
 class PretendGraph(cudagraph.GraphedPass):
     """Without a GPU: a replay overwrites the loss and the gradients of the one before, as a CUDA graph's does."""
 
-    def record(self, x, y, divisor):
+    def capture(self, x, y, divisor):
         self.inputs, self.loss = [t.clone() for t in (x, y, divisor)], torch.zeros(())
         self.grads = [(p, torch.empty_like(p)) for p in self.params]
         self.graph = SimpleNamespace(replay=self.replay)
 
     def replay(self):
-        before = self.take_gradients()  # recorded kernels know no p.grad
-        self.loss.copy_(self.run(*self.inputs[:2], (), self.inputs[2]))
+        accumulated = self.take_gradients()  # captured kernels know no p.grad
+        self.loss.copy_(self.run_pass(*self.inputs[:2], (), self.inputs[2]))
         for (_, grad), (_, new) in zip(self.grads, self.take_gradients(), strict=True):
             grad.copy_(new)
-        for p, grad in before:
+        for p, grad in accumulated:
             p.grad = grad
 
 
@@ -263,7 +280,7 @@ class PretendGraph(cudagraph.GraphedPass):
 @pytest.mark.parametrize("keys", [["--optim.weights=plain"], BF16, ["--dtype=bfloat16",
                                                                     "--optim.weights=stochastic_rounding"]])
 def test_a_replay_overwrites_no_gradient_that_is_still_needed(tiny_run, tmp_path, monkeypatch, keys, batch):
-    monkeypatch.setattr(cudagraph, "check", lambda *_: None)
+    monkeypatch.setattr(cudagraph, "require", lambda *_: None)
     monkeypatch.setattr(cudagraph, "GraphedPass", PretendGraph)
     for graph in (False, True):
         train_here(*tiny_run, *FP8, *keys, "--fp8.stats_interval=4", "--checkpoint_interval=0",
@@ -532,32 +549,36 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
 
 
 def test_metrics_let_one_run_in_and_survive_a_row_cut_in_half(tmp_path):
-    logs.check_alone(tmp_path / "new")
-    file, earlier = logs.open_metrics(tmp_path, 0, None)
-    with file:
+    logs.check_unused(tmp_path / "new")
+    with logs.open_metrics(tmp_path) as file:
+        assert logs.continue_metrics(file, 0) is None
         file.write('{"step": 1}\n{"step": 2}\n{"st')
         file.flush()
-        assert logs.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}] and earlier is None
-        for enter in (logs.check_alone, lambda folder: logs.open_metrics(folder, 2, None)):
-            with pytest.raises(ValueError, match=f"another run is writing to {tmp_path}: wait for its end"):
+        assert logs.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+        for enter in (logs.check_unused, logs.open_metrics):
+            with pytest.raises(UserError, match=f"another run is writing to {tmp_path}: wait until it ends"):
                 enter(tmp_path)
-    logs.check_alone(tmp_path)
-    logs.open_metrics(tmp_path, 1, None)[0].close()
+    logs.check_unused(tmp_path)
+    with logs.open_metrics(tmp_path) as file:
+        logs.continue_metrics(file, 1)
     assert logs.read_metrics(tmp_path) == [{"step": 1}]
 
 
-def test_a_run_that_starts_beside_another_is_refused_at_once_and_changes_nothing(tiny_run, tmp_path, capsys):
+def test_a_run_that_starts_beside_another_is_refused_at_once_and_changes_nothing(tiny_run, tmp_path, capsys,
+                                                                                monkeypatch):
     args = [*tiny_run, f"--out_dir={tmp_path}"]
-    with logs.open_metrics(tmp_path, 0, None)[0]:
-        with pytest.raises(ValueError, match="another run is writing"):
+    with logs.open_metrics(tmp_path):
+        with pytest.raises(UserError, match="another run is writing"):
             train_here(*args)
     assert "first pass" not in capsys.readouterr().out
-    newest = checkpoint.latest(tmp_path)
-    train_here(*args, "--max_steps=2", "--checkpoint_interval=2")  # all of a run, while the other one compiles
-    before = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match="another run has saved in .* since this one started: start again"):
-        logs.open_metrics(tmp_path, 0, newest)
-    assert (tmp_path / "metrics.jsonl").read_text() == before and not (tmp_path / "earlier_1").exists()
+    train_here(*args, "--max_steps=2", "--checkpoint_interval=2")
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    latest, calls = checkpoint.latest, []
+    # as if all of that run had happened while this one compiled: at its start it found no checkpoint
+    monkeypatch.setattr(checkpoint, "latest", lambda folder: latest(folder) if calls else calls.append(folder))
+    with pytest.raises(UserError, match="another run has saved in .* since this one started: start again"):
+        train_here(*args)
+    assert (tmp_path / "metrics.jsonl").read_text() == rows and not (tmp_path / "earlier_1").exists()
 
 
 def test_a_run_without_checkpoints_is_set_aside_too(tiny_run, tmp_path):
@@ -666,8 +687,8 @@ def test_a_kill_while_metrics_are_cut_loses_no_row(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(Path, "write_text", lambda *args: written.append(args))
     monkeypatch.setattr(Path, "write_bytes", lambda *args: written.append(args))
-    file, _ = logs.open_metrics(tmp_path, 3, None)
-    with file:
+    with logs.open_metrics(tmp_path) as file:
+        logs.continue_metrics(file, 3)
         file.write('{"step": 4}\n')
     assert not written and [row["step"] for row in logs.read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert (tmp_path / "metrics.jsonl").read_text().startswith(rows[:rows.index('{"step": 4')])
@@ -675,8 +696,8 @@ def test_a_kill_while_metrics_are_cut_loses_no_row(tmp_path, monkeypatch):
 
 def test_a_line_that_is_no_row_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is no JSON .*delete that line"):
-        logs.open_metrics(tmp_path, 1, None)
+    with logs.open_metrics(tmp_path) as file, pytest.raises(UserError, match="line 2 is not JSON .*delete that line"):
+        logs.continue_metrics(file, 1)
 
 
 def test_a_damaged_config_of_an_earlier_run_is_no_reason_to_stop(tiny_run, tmp_path, capsys):
@@ -721,8 +742,8 @@ def test_tokens_that_the_model_lacks_are_told_before_training(tiny_run, tmp_path
 
     monkeypatch.setattr(text_format.Tokens, "__init__", with_largest)
     if split == "questions":
-        monkeypatch.setattr(train.hellaswag, "questions", lambda _: ([], [{}]))
-        monkeypatch.setattr(train.hellaswag, "sequences", lambda *_: [(np.array([1, 300]), 1)])
+        monkeypatch.setattr(hellaswag, "questions", lambda _: ([], [{}]))
+        monkeypatch.setattr(hellaswag, "sequences", lambda *_: [(np.array([1, 300]), 1)])
         args.append("--eval_hellaswag_items=1")
     status, out, told = main_here(train.main, *args)
     assert status == 2 and "token id 300, and model.vocab_size=272 no row for it" in told and "step 1" not in out

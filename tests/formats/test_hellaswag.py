@@ -340,7 +340,7 @@ def test_eval_of_a_run_is_the_same_on_two_ranks(runs, file, tmp_path, evaluate, 
 
 
 def test_a_model_that_gives_nan_has_no_accuracy(runs, file, evaluate, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(scoring, "score", lambda *args, **_: [
+    monkeypatch.setattr(scoring.HellaSwag, "score", lambda *_: [
         {"ind": 0, "label": 0, "loglikelihood": [float("nan")] * 4, "pred": 0, "pred_norm": 0}])
     with pytest.raises(SystemExit) as done:
         evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", "--limit=1", f"--out={tmp_path / 'out'}")
