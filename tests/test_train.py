@@ -704,7 +704,7 @@ def test_a_damaged_config_of_an_earlier_run_is_no_reason_to_stop(tiny_run, tmp_p
     train_here(*tiny_run, f"--out_dir={tmp_path}", "--max_steps=3")
     (tmp_path / "config.py").write_text("")
     train_here(*tiny_run, f"--out_dir={tmp_path}", "--max_steps=4")
-    assert "3 steps done (whether with other keys is not known: " in capsys.readouterr().out
+    assert "3 steps done (cannot compare with the earlier config: " in capsys.readouterr().out
     assert configurator.read_file(tmp_path / "config.py").max_steps == 4
     assert not list(tmp_path.glob("*.tmp"))
 
