@@ -2,12 +2,12 @@
 
     python checkpoint.py export OUT_DIR HF_DIR     # a run's newest checkpoint as a folder for transformers
 
-`out_dir/checkpoints/step_00000200/` holds a torch.distributed.checkpoint of plain tensors (weights, moments, master
-weights) without any FP8 wrapper, so that FP8 and bf16 runs read each other's, on any number of ranks; and `run.json`
-with the step and what the run was. It is written under another name and renamed when every rank is done.
+`out_dir/checkpoints/step_00000200/` holds a torch.distributed.checkpoint of plain tensors (weights and optimizer state)
+without FP8 wrappers, so that FP8 and bf16 runs can read each other's on any number of ranks; and `run.json` with the
+step and a description of the run. It is written under a temporary name and renamed when every rank is done.
 
-The rest of a run's state needs no saving, because it is a function of the step: the data position, the learning rate,
-the noise of stochastic rounding; FP8 scales are functions of the weights.
+The rest of a run's state is not saved, because it is a function of the step (data position, learning rate, noise of
+stochastic rounding) or of the weights (FP8 scales).
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from plumbing import entry
 from plumbing.errors import UserError
 from plumbing.sharding import like, plain_local
 
-SHARD_BYTES = 2**31  # of an exported file, and about what exporting needs of memory
-# what an export takes along from the folder that training began with
+SHARD_BYTES = 2**31  # size of an exported file, and about the memory that an export needs
+# files that an export copies from the folder that training started from
 CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*",
            "generation_config.json")
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what no_dist asks for
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks for
 
 
 def latest(out_dir):
@@ -50,7 +50,7 @@ def latest(out_dir):
 
 
 def complete(folder):
-    """The complete checkpoints in a folder of them, oldest first."""
+    """The complete checkpoints in a `checkpoints` folder, oldest first."""
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
 
@@ -66,36 +66,36 @@ def open_run(out_dir):
 
 
 def tensors(model, optimizer=None):
-    """{name: tensor} of all that a checkpoint holds: live storage, DTensors where sharded."""
+    """{name: tensor} of everything in a checkpoint: the tensors themselves, not copies; DTensors where sharded."""
     state = {}
     for name, p in model.named_parameters():
         state[f"model.{name}"] = like(p, plain_local(p))
-        for kind, of in (optimizer.state if optimizer else {}).items():
-            if name in of:
-                state[f"optim.{kind}.{name}"] = like(p, of[name])
+        for kind, by_name in (optimizer.state if optimizer else {}).items():
+            if name in by_name:
+                state[f"optim.{kind}.{name}"] = like(p, by_name[name])
     return state
 
 
 def save(out_dir, step, model, optimizer, run, *, keep):
-    """Write checkpoint `step`, then remove all but the newest `keep` (0: remove none). Called on every rank.
+    """Write checkpoint `step`, then remove all but the newest `keep` (0: remove none). Every rank must call it.
 
-    run: what the run was, a JSON-able dict; comes back from read_run.
+    run: a description of the run, a dict that JSON can hold; read_run returns it.
     """
     folder = Path(out_dir, "checkpoints", f"step_{step:08d}")
-    aside = folder.with_name(folder.name + ".tmp")
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
-        for incomplete in folder.parent.glob("step_*.tmp"):  # of a run that was killed while it saved
+    temporary = folder.with_name(folder.name + ".tmp")
+    is_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
+    if is_rank_0:
+        for incomplete in folder.parent.glob("step_*.tmp"):  # left by a run that was killed while saving
             shutil.rmtree(incomplete)
     barrier()
     with writing(out_dir):
-        dcp.save(tensors(model, optimizer), checkpoint_id=aside, no_dist=not dist.is_initialized())
+        dcp.save(tensors(model, optimizer), checkpoint_id=temporary, no_dist=not dist.is_initialized())
     barrier()
-    if first:
-        aside.joinpath("run.json").write_text(json.dumps({"step": step, **run}, indent=1))
-        for path in (*aside.iterdir(), aside):  # on disk before it is called complete
+    if is_rank_0:
+        temporary.joinpath("run.json").write_text(json.dumps({"step": step, **run}, indent=1))
+        for path in (*temporary.iterdir(), temporary):  # all on disk before the name says that it is complete
             flush(path)
-        aside.rename(folder)
+        temporary.rename(folder)
         flush(folder.parent)
         for old in complete(folder.parent)[:-keep] if keep else []:
             shutil.rmtree(old)
@@ -103,7 +103,7 @@ def save(out_dir, step, model, optimizer, run, *, keep):
 
 
 def flush(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -111,52 +111,52 @@ def flush(path):
 
 @contextlib.contextmanager
 def reading(folder):
-    """Reading a checkpoint folder, which is complete or not there: that a file cannot be read is told in one line."""
+    """Report whatever goes wrong while reading a checkpoint folder as one UserError: a complete one is readable."""
     try:
         yield
     except (CheckpointException, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError, AttributeError,
-            ImportError, LookupError) as error:  # any of them can come from a pickle that is damaged
+            ImportError, LookupError) as error:  # a damaged pickle can raise any of these
         error = entry.cause(error)
-        why = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
-        raise UserError(f"{folder} cannot be read ({why}). If it is damaged, delete it, and the run goes on from the "
-                         "one before") from error
+        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
+        raise UserError(f"{folder} cannot be read ({reason}). If it is damaged, delete it, and the run resumes from "
+                        "the previous checkpoint") from error
 
 
 @contextlib.contextmanager
 def writing(folder):
-    """Writing below a folder: a full disk is told as such, whatever the writer makes of it."""
+    """Report a full disk as a full disk, whatever exception the writer of a file below `folder` raised."""
     try:
         yield
-    except (Exception, CheckpointException) as error:  # the latter is none of the former
+    except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
         if shutil.disk_usage(folder).free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
 
 
-def read_run(folder, config=None, **wanted):
-    """The `run` of a checkpoint folder: step and what the run was.
+def read_run(folder, config=None, **expected):
+    """The run.json of a checkpoint folder: the step and a description of the run.
 
-    Raises UserError if the folder is none, or if the run was another than `wanted` says: with the keys of config, that
-    of the run which wants it, that differ from what the folder's run left.
+    Raises UserError if there is none, or if an entry of `expected` differs from it; the message lists the keys of
+    `config`, which is the config of the run that wants to resume, that differ from those of the saved run.
     """
     path = Path(folder, "run.json")
     if not path.is_file():
-        raise UserError(f"{folder} is no checkpoint of nanofp8: it has no run.json")
+        raise UserError(f"{folder} is not a checkpoint of nanofp8: it has no run.json")
     with reading(folder):
         run = json.loads(path.read_text())
-        run["step"]  # or it is none
-    if changed := [key for key in wanted if run.get(key) != wanted[key]]:
+        run["step"]  # LookupError if it is not a run.json
+    if different := [key for key in expected if run.get(key) != expected[key]]:
         keys = configurator.changed(Path(folder).parents[1] / "config.py", config)
-        raise UserError(f"{folder} was made with another {', '.join(changed)}{keys}: resuming would not continue that "
-                         "run. Give another out_dir, or set resume=never to start over")
+        raise UserError(f"{folder} was made with another {', '.join(different)}{keys}: resuming would not continue "
+                        "that run. Set another out_dir, or resume=never to start over")
     return run
 
 
 def load(folder, model, optimizer=None):
-    """Fill model, and optimizer where given, from a checkpoint folder, in place. Called on every rank.
+    """Fill the model, and the optimizer if given, from a checkpoint folder, in place. Every rank must call it.
 
-    Dtypes convert. Master weights that the checkpoint lacks are made from its weights; ones that it has and the
-    optimizer lacks are left. Raises UserError where the checkpoint is of another model.
+    Dtypes are converted. Masters that are not in the checkpoint are copied from its weights; masters that the optimizer
+    does not have are ignored. Raises UserError if the checkpoint is of another model.
     """
     state = tensors(model, optimizer)
     with reading(folder):
@@ -165,16 +165,20 @@ def load(folder, model, optimizer=None):
     unsaved = [name for name in masters if name not in saved]
     for name in unsaved:
         del state[name]
-    differ = [f"{n}: {tuple(saved[n].size) if n in saved else 'missing'} for {tuple(t.shape)}"
-              for n, t in state.items() if n not in saved or saved[n].size != t.shape]
+    differ = []
+    for name, tensor in state.items():
+        if name not in saved:
+            differ.append(f"{name}: missing for {tuple(tensor.shape)}")
+        elif saved[name].size != tensor.shape:
+            differ.append(f"{name}: {tuple(saved[name].size)} for {tuple(tensor.shape)}")
     if differ and all(name.startswith("optim.") for name in differ):
         raise UserError(f"{folder} has other optimizer states: set {optim.STATE_KEYS} as the run did that saved it")
     if differ:
         commit = read_run(folder).get("git_commit")
-        raise UserError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}"
-                         + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
-                         + f". Go back to the code that saved it{f', of commit {commit}' if commit else ''}, or start "
-                         "anew: another out_dir, or --resume=never")
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        code = f"the code that saved it, of commit {commit}" if commit else "the code that saved it"
+        raise UserError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}{more}. Go back to {code}, "
+                        "or start anew: another out_dir, or --resume=never")
     with reading(folder):
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     if optimizer is not None:
@@ -194,28 +198,28 @@ def barrier():
 
 @contextlib.contextmanager
 def appearing(folder):
-    """A folder to fill, under another name until all of it went well; else it is removed."""
-    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
-    aside.mkdir(parents=True)
+    """A temporary folder to fill, renamed to `folder` on success and removed on failure."""
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
     try:
-        with writing(aside):
-            yield aside
+        with writing(temporary):
+            yield temporary
         if folder.is_dir():
             folder.rmdir()
-        aside.rename(folder)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export(out_dir, folder):
     """Write the newest checkpoint of a run as a Hugging Face model folder, in the layout of the run's init_from.
 
-    One process, whatever the run had, and as much memory as one file of it takes. Raises UserError if there is no
-    checkpoint, if `folder` is there already, or if init_from's folder, whose tokenizer belongs to the model, is gone.
+    Runs in one process, however many ranks the run had, and needs the memory of one exported file. Raises UserError if
+    there is no checkpoint, if `folder` is not empty, or if the folder of init_from, which has the tokenizer, is gone.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty: give a new folder")
+        raise UserError(f"{folder} exists and is not empty: name a new folder")
     newest, config = open_run(out_dir)
     with reading(newest):
         saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
@@ -223,7 +227,7 @@ def export(out_dir, folder):
     if config.init_from == "scratch":
         scaling = config.model.rope_scaling
         longest = round(scaling.original_max_position * scaling.factor) if scaling else config.model.block_size
-        source = {"max_position_embeddings": longest, **dict.fromkeys(f"{x}_token_id" for x in ("bos", "eos", "pad"))}
+        source = {"max_position_embeddings": longest, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         written = hf.config_json(config.model, dtype)
     else:
         source, architecture = hf.read_config(config.init_from)
@@ -237,31 +241,32 @@ def export(out_dir, folder):
             room = SHARD_BYTES
         files[-1].append(name)
         room -= size
-    with appearing(folder) as aside:
-        where, whole = {}, {}
+    with appearing(folder) as temporary:
+        file_of, parameter = {}, {}  # {tensor in the folder: its file}; {our name: tensor}, one at a time
         for i, names in enumerate(files, 1):
             file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
             pieces = {}
             for name in names:
-                ours, first, shape = layout[name]
-                if ours not in whole:
-                    whole = {ours: torch.empty(saved[f"model.{ours}"].size, dtype=dtype)}
+                source_name, first_row, shape = layout[name]
+                if source_name not in parameter:
+                    parameter = {source_name: torch.empty(saved[f"model.{source_name}"].size, dtype=dtype)}
                     with reading(newest):
-                        dcp.load({f"model.{ours}": whole[ours]}, checkpoint_id=newest, no_dist=True)
-                pieces[name] = whole[ours][first : first + shape[0]].clone()  # one storage each, as the format wants
-            save_file(pieces, aside / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(names, file)
+                        dcp.load({f"model.{source_name}": parameter[source_name]}, checkpoint_id=newest, no_dist=True)
+                rows = parameter[source_name][first_row : first_row + shape[0]]
+                pieces[name] = rows.clone()  # safetensors wants a storage for each tensor
+            save_file(pieces, temporary / file, metadata={"format": "pt"})
+            file_of |= dict.fromkeys(names, file)
         total = sum(math.prod(shape) for _, _, shape in layout.values()) * dtype.itemsize
         if len(files) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            aside.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        aside.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
-        for file in aside.glob("*.safetensors"):  # which the library makes for its owner alone
-            shutil.copymode(aside / "config.json", file)
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
+            temporary.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        temporary.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
+        for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+            shutil.copymode(temporary / "config.json", file)
         if config.init_from != "scratch":
             for path in {p for pattern in CARRIED for p in Path(config.init_from).glob(pattern) if p.is_file()}:
-                shutil.copy(path, aside)
-    print(f"{newest} as {written['architectures'][0]} in {folder}: {len(where)} tensors, {total / 1e9:.2f} GB")
+                shutil.copy(path, temporary)
+    print(f"{newest} as {written['architectures'][0]} in {folder}: {len(file_of)} tensors, {total / 1e9:.2f} GB")
     if config.init_from == "scratch":
         print(f"it holds no tokenizer: sample.py --from={folder} --tokenizer={config.data.tokenizer}")
 

@@ -3,8 +3,8 @@
     python sample.py --from=DIR [--prompt=TEXT] [--max_new_tokens=N] [--temperature=T] [--top_k=K] [--seed=S]
         [--tokenizer=bytes]
 
-Runs in the precision that the weights were trained in, without FP8: the checkpoint holds plain tensors. The whole
-context goes through the model for every token: short to read, and quick enough for a look at what a run has learnt.
+Runs in the dtype that the weights were trained in, without FP8: the checkpoint holds plain tensors. There is no KV
+cache: every token runs the whole context through the model, which is short to read and fast enough for a first look.
 """
 
 import codecs
@@ -27,7 +27,10 @@ from plumbing.errors import UserError
 
 @torch.no_grad()
 def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
-    """Yield token ids that continue `tokens` (a list of ids), one at a time; temperature 0 takes the likeliest."""
+    """Yield token ids that continue `tokens` (a list of ids), one at a time; temperature 0 takes the likeliest.
+
+    top_k: sample among this many most likely tokens; 0: among all.
+    """
     device = model.cos.device
     for _ in range(max_new_tokens):
         context = torch.tensor([tokens[-model.cfg.block_size :]], device=device)  # (1, T)
@@ -37,22 +40,24 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
         else:
             logits /= temperature
             if top_k:
-                worst = logits.topk(min(top_k, len(logits))).values[-1]
-                logits[logits < worst] = -float("inf")
+                smallest = logits.topk(min(top_k, len(logits))).values[-1]
+                logits[logits < smallest] = -float("inf")
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens = tokens + [int(token)]
         yield int(token)
 
 
 def load_model(folder, device, tokenizer=None):
-    """(model, encoding, config) of an out_dir's newest checkpoint, or of a Hugging Face folder.
+    """(model, tokenizer, config) of an out_dir's newest checkpoint, or of a Hugging Face model folder.
 
-    tokenizer: as data.tokenizer, where it is not the run's or the folder's. Raises UserError if the folder is neither.
+    tokenizer: a value for data.tokenizer in place of the run's or the folder's. Raises UserError if the folder is
+    neither.
     """
-    if Path(folder, "config.json").is_file():
+    is_model_folder = Path(folder, "config.json").is_file()
+    if is_model_folder:
         source, _ = hf.read_config(folder)
         in_bf16 = "bfloat16" in (source.get("dtype"), source.get("torch_dtype"))
-        newest, config = None, configurator.Config(
+        config = configurator.Config(
             init_from=str(folder), model=hf.model_config(folder), data=data.DataConfig(tokenizer=str(folder)),
             dtype="bfloat16" if in_bf16 else "float32")
     else:
@@ -61,7 +66,7 @@ def load_model(folder, device, tokenizer=None):
         model = models.Transformer(config.model).to(getattr(torch, config.dtype))
     model.to_empty(device=device)
     models.init_buffers(model)
-    if newest is None:
+    if is_model_folder:
         hf.load(folder, model)
     else:
         checkpoint.load(newest, model)
@@ -74,30 +79,33 @@ def main():
                         help="out_dir of a run of train.py, or a model folder")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens to generate (default 300)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token; higher: bolder (0.7)")
-    parser.add_argument("--top_k", type=int, default=50, help="choose among the K likeliest; 0: among all (50)")
-    parser.add_argument("--seed", type=int, default=1337, help="of the random choices (1337)")
-    parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that holds none")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest; higher: more varied (0.7)")
+    parser.add_argument("--top_k", type=int, default=50, help="sample among the K likeliest tokens; 0: among all (50)")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling (1337)")
+    parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder without one")
     args = parser.parse_args()
-    mistakes = [f"--{name}={value} must be a number that is not negative" for name, value in vars(args).items()
-                if name in ("max_new_tokens", "temperature", "top_k") and not 0 <= value < math.inf]
+    errors = []
+    for name in ("max_new_tokens", "temperature", "top_k"):
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            errors.append(f"--{name}={value} must be a number that is not negative")
     if not -(2**63) <= args.seed < 2**63:
-        mistakes.append(f"--seed={args.seed} must fit in 64 bits")
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+        errors.append(f"--seed={args.seed} must fit in 64 bits")
+    if errors:
+        raise UserError("\n".join(errors))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, encoding, config = load_model(args.folder, device, args.tokenizer)
-    prompt = encoding.encode(args.prompt).tolist()
+    model, tokenizer, config = load_model(args.folder, device, args.tokenizer)
+    prompt = tokenizer.encode(args.prompt).tolist()
     if not prompt:
         raise UserError("--prompt is empty: give at least one character")
     models.check_ids(config.model, max(prompt))
     generator = torch.Generator(device).manual_seed(args.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside of a character
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end in the middle of a character
     sys.stdout.write(args.prompt)
     for token in generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator):
-        if token > encoding.largest or token in encoding.specials.values():
-            break  # end of the document, or one of the ids that only pad the vocabulary
-        sys.stdout.write(decoder.decode(encoding.decode_bytes(token)))
+        if token > tokenizer.largest or token in tokenizer.specials.values():
+            break  # the end of the document, or an id that only pads the vocabulary
+        sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token)))
         sys.stdout.flush()
     print()
 

@@ -14,26 +14,26 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing.errors import RunStopped, UserError
 
-FULL = {errno.ENOSPC, errno.EDQUOT}  # come without a file's name
+FULL = {errno.ENOSPC, errno.EDQUOT}  # these errors name no file
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class Arguments(argparse.ArgumentParser):
-    """The parser of the scripts that need no config; their mistakes end as `run` says."""
+    """The parser of scripts without a config: a wrong argument is a UserError."""
 
     def error(self, message):
         raise UserError(f"{message}, see --help")
 
 
 def cause(error):
-    """An exception, or for one of a checkpoint that ranks share, what went wrong on the first rank where it did."""
+    """The exception itself; for a CheckpointException, which wraps those of all ranks, the first of them."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def leave():
-    """End the process groups, if there are any. One that garbage still holds would end with Python itself, and gloo's
-    threads then now and then abort a process that has done all its work."""
+    """Destroy the process groups, if there are any."""
     if dist.is_initialized():
+        # A group that garbage holds would live until Python exits, when gloo's threads sometimes abort the process.
         gc.collect()
         dist.destroy_process_group()
 
@@ -41,9 +41,9 @@ def leave():
 def run(main):
     """Call main(), print an expected error as one message, and set the exit status.
 
-    A UserError is the user's mistake: exit status 2. A RunStopped is a run that must not go on: exit status 1. A full
-    disk, or a path that the operating system refuses, counts as a UserError. Anything else is a bug of ours: it
-    passes through, and Python prints its traceback and exits with status 1.
+    UserError: the user's mistake, exit status 2; a full disk, or a path that the operating system refuses, counts as
+    one. RunStopped: a run that must not go on, exit status 1. Anything else is a bug: it passes through, and Python
+    prints its traceback and exits with status 1.
     """
     rank = int(os.environ.get("RANK", 0))  # set by torchrun
     interrupted = False
@@ -57,7 +57,7 @@ def run(main):
     try:
         main()
     except BaseException as error:
-        if interrupted:  # whatever it became on its way up: torch.distributed.checkpoint wraps a KeyboardInterrupt
+        if interrupted:  # libraries turn a KeyboardInterrupt into other exceptions: torch.distributed.checkpoint does
             if rank == 0:
                 print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -1,7 +1,7 @@
-"""A parameter, and the rows of it that this rank holds.
+"""Helpers to reach the local tensor inside DTensor and FP8 wrappers.
 
-FSDP2 makes each parameter a DTensor over a part of its rows, and FP8 all-gather wraps that part once more. What fills,
-updates, saves or loads weights goes around both: it works on the plain tensor that is stored.
+FSDP2 makes each parameter a DTensor over a part of its rows, and FP8 all-gather wraps that part again. Code that fills,
+updates, saves or loads weights works on the plain tensor inside of both.
 """
 
 import torch
@@ -9,14 +9,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
+def local_shard(p):
+    """This rank's rows of parameter `p` as FSDP2 stores them: possibly in an FP8 wrapper; no copy."""
+    return p._local_tensor if isinstance(p, DTensor) else p
+
+
 def plain_local(p):
-    """The plain tensor that parameter `p` is stored in on this rank, without DTensor and FP8 wrappers; no copy."""
-    t = p._local_tensor if isinstance(p, DTensor) else p
-    return getattr(t, "_tensor", t).detach()
+    """This rank's rows of parameter `p` as a plain tensor, without DTensor and FP8 wrappers; no copy."""
+    shard = local_shard(p)
+    return getattr(shard, "_tensor", shard).detach()
 
 
 def like(p, local):
-    """`local`, which holds something of each of this rank's rows of parameter `p`, as a tensor over all ranks."""
+    """Wrap a local tensor, with a row for each of this rank's rows of `p`, as a DTensor sharded like `p`."""
     if not isinstance(p, DTensor):
         return local
     shape = torch.Size([len(p), *local.shape[1:]])
@@ -24,12 +29,12 @@ def like(p, local):
 
 
 def shard_rows(full, p):
-    """The rows of `full` that this rank's shard of parameter `p` holds (all of them where p is not sharded)."""
+    """The rows of `full` that belong to this rank's shard of parameter `p`; all of them if p is not sharded."""
     if not isinstance(p, DTensor):
         return full
     for dim, placement in enumerate(p.placements):
         if placement.is_shard():
-            # chunk() cuts as FSDP2 does: equal pieces, the last ones shorter or empty
+            # chunk() splits as FSDP2 does: equal pieces, the last ones shorter or empty
             pieces = full.chunk(p.device_mesh.size(dim), dim=placement.dim)
             rank = p.device_mesh.get_local_rank(dim)
             full = pieces[rank] if rank < len(pieces) else full[:0]
@@ -37,7 +42,7 @@ def shard_rows(full, p):
 
 
 def reshard(model):
-    """After forward passes alone: FSDP2 keeps what it gathered last for a backward pass, which does not come."""
+    """Free what FSDP2 gathered last and keeps for backward: to call after forward passes without one."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

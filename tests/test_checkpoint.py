@@ -441,7 +441,7 @@ def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path, damage)
     assert len(whole) == 3  # run.json, the index, one rank's tensors
     for path, content in whole.items():
         path.write_bytes(damage(content)) if damage else path.unlink()
-        with pytest.raises(ValueError, match="_00000001 (cannot be read .*delete it|is no checkpoint)") as told:
+        with pytest.raises(ValueError, match="_00000001 (cannot be read .*delete it|is not a checkpoint)") as told:
             checkpoint.load(folder, model, optimizer)
         assert "\n" not in str(told.value)
         path.write_bytes(content)

@@ -40,6 +40,27 @@ def test_a_value_error_from_within_a_library_is_a_bug():
         entry.run(lambda: json.loads("{"))
 
 
+def test_a_value_error_of_a_library_in_the_middle_of_training_is_a_traceback_and_exit_status_1(tiny_run, tmp_path):
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import numpy
+import train
+from plumbing import entry
+step = train.AdamW.step
+def fails(optimizer, *args):
+    step(optimizer, *args)
+    if optimizer.step_count == 2:
+        numpy.zeros(2) + numpy.zeros(3)
+train.AdamW.step = fails
+entry.run(train.main)
+""")
+    done = run(tmp_path / "script.py", *tiny_run, f"--out_dir={tmp_path / 'out'}", check=False)
+    assert done.returncode == 1 and "step 1/6" in done.stdout
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert done.stderr.splitlines()[-1].startswith("ValueError: operands could not be broadcast together")
+
+
 def test_a_run_that_must_not_go_on_is_one_message_and_exit_status_1(monkeypatch, capsys):
     def fail(kind):
         def main():
