@@ -17,7 +17,6 @@ import math
 import os
 import pickle
 import re
-import secrets
 import shutil
 import textwrap
 import warnings
@@ -33,7 +32,9 @@ import configurator
 import optim
 from formats import hf
 from plumbing import entry
+from plumbing.disk import replacing
 from plumbing.errors import UserError
+from plumbing.ranks import barrier
 from plumbing.sharding import like, plain_local
 
 SHARD_BYTES = 2**31  # size of an exported file, and about the memory that an export needs
@@ -187,28 +188,8 @@ def load(folder, model, optimizer=None):
             optimizer.masters[name].copy_(optimizer.weights[name])
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # export
-
-
-@contextlib.contextmanager
-def appearing(folder):
-    """A temporary folder to fill, renamed to `folder` on success and removed on failure."""
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        with writing(temporary):
-            yield temporary
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export(out_dir, folder):
@@ -241,7 +222,8 @@ def export(out_dir, folder):
             room = SHARD_BYTES
         files[-1].append(name)
         room -= size
-    with appearing(folder) as temporary:
+    with replacing(folder) as temporary, writing(folder.parent):
+        temporary.mkdir()
         file_of, parameter = {}, {}  # {tensor in the folder: its file}; {our name: tensor}, one at a time
         for i, names in enumerate(files, 1):
             file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"

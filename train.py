@@ -176,8 +176,7 @@ def main():
     elif not from_scratch:
         hf.load(config.init_from, model, optimizer)
         say(f"weights: {config.init_from}")
-    unfilled = [name for name, p in model.named_parameters() if plain_local(p).isnan().any()]
-    assert not unfilled, f"weights that nothing filled: {unfilled}"
+    assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.precompute_scales(model, config.fp8, shards=n_shards)
     say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
     say(f"data: {train_rows.description}")

@@ -64,10 +64,10 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
     script.write_text(textwrap.dedent(f"""
             import os, sys
             sys.path.insert(0, {str(REPO)!r})
-            import checkpoint
             import fp8
             import train
             from checks import gemms
+            from plumbing.ranks import barrier
             fp8.FP8Config.problems = lambda self: ()
             rank = os.environ.get("RANK", "0")
             gemms.time_linears = lambda *args: [dict(layer=slow if rank == "0" else "mlp.down", calls=1, fp8=None)]
@@ -75,7 +75,7 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
             for slow, steps in (("attn.out", 3), ("attn.qkv", 6)):
                 sys.argv[1:] = [*keys, f"--max_steps={{steps}}"]
                 train.main()
-                checkpoint.barrier()  # rank 0 still holds the metrics when the other is done
+                barrier()  # rank 0 still holds the metrics when the other is done
             """))
     keys = [*tiny_run, "--fp8.enabled=True", "--fp8.emulate=True", "--fp8.auto_filter=True",
             '--fp8.filter_fqns=["lm_head"]', f"--out_dir={tmp_path / 'out'}"]
