@@ -93,8 +93,9 @@ def find_files(patterns, kinds=frozenset(TEXT)):
         if not found:
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"
                             + describe_unused(others))
-        files |= {p.resolve(): p for p in found if p.resolve() not in files}
-        unused |= {p.resolve(): p for p in others}
+        for paths, into in ((found, files), (others, unused)):
+            for p in paths:
+                into.setdefault(p.resolve(), p)
     return list(files.values()), [p for real, p in unused.items() if real not in files]
 
 
@@ -266,13 +267,6 @@ def readable(path, read):
         if type(error).__name__ != "ZstdError":  # of a package that need not be installed
             raise
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def replace_text(path, text):
-    """Write a file as a whole: a process that is killed meanwhile leaves the file before."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -136,6 +136,9 @@ def prepare(cfg, block_size, seed):
         f"HellaSwag, {train.n_samples:,} training samples in {train.n_rows:,} rows of {train.block_size} tokens, "
         f"{train.padding:.1%} of them padding, {val.n_samples:,} validation samples in {val.n_rows:,} rows, "
         f"tokenizer {encoding.name}")
+    unused = files.resolve(cfg, files.ROWS).unused if cfg.train else []
+    train.description += files.describe_unused(unused)
+    train.counts |= {"cut at the beginning": n_cut, "files not used": len(unused)}
     if n_cut:
         train.description += f"; {n_cut:,} samples lost their beginning, being longer than {limit} tokens"
     return train, val, encoding

@@ -67,9 +67,11 @@ class Samples:
         self.block_size, self.packed, self.n_samples = block_size, packed, len(samples)
         self.ids = np.concatenate([ids for ids, _ in samples]).astype(np.int32)
         self.loss = np.concatenate([loss for _, loss in samples])
-        counts = np.array([len(ids) for ids, _ in samples])
-        self.ends = np.cumsum(counts)
-        lengths = counts - 1  # a sample's last id is a target only
+        sizes = np.array([len(ids) for ids, _ in samples])
+        self.ends = np.cumsum(sizes)
+        self.counts = {"documents": len(samples), "tokens": int(sizes.sum()),
+                       "targets": sum(int(loss[1:].sum()) for _, loss in samples)}
+        lengths = sizes - 1  # a sample's last id is a target only
         order = np.random.default_rng(seed).permutation(len(samples)) if packed else np.arange(len(samples))
         packs = best_fit(lengths[order].tolist(), block_size) if packed else [[i] for i in range(len(samples))]
         self.rows = [order[pack] for pack in packs]  # of each row: its samples

@@ -29,6 +29,7 @@ from formats import files
 from formats.files import VAL_EVERY
 from formats.tokenizer import get_tokenizer
 from formats.tokens import Tokens, split_end
+from plumbing.disk import replace_text
 from plumbing.errors import UserError
 
 MAGIC, HEADER_BYTES, SHARD_TOKENS = b"nanofp8\x02", 4096, 100_000_000
@@ -299,7 +300,7 @@ def build(folder, train, val, cfg, tokenizer):
             done += len(batch)
             if time.monotonic() - saved > SAVE_SECONDS:
                 state = {split: writer.progress() for split, writer in writers.items()}
-                files.replace_text(progress, json.dumps({"pieces": done, **state}))
+                replace_text(progress, json.dumps({"pieces": done, **state}))
                 saved = time.monotonic()
         for writer in writers.values():
             writer.close()
@@ -307,7 +308,7 @@ def build(folder, train, val, cfg, tokenizer):
         for split, paths in (("train", train), ("val", val)):
             if paths and not writers[split].n_shards:
                 raise UserError(f"data.{split}: no text in {', '.join(map(str, paths[:3]))}")
-        files.replace_text(aside / "index.json", json.dumps({"shards": names, "counts": counts}))
+        replace_text(aside / "index.json", json.dumps({"shards": names, "counts": counts}))
         progress.unlink(missing_ok=True)
         if not folder.is_dir():  # else another process was quicker, with the same result
             aside.rename(folder)

@@ -11,6 +11,7 @@ Sources: nanoGPT, data/openwebtext/prepare.py; llm.c, dev/data/data_common.py; m
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from formats import files
 from formats.tokenizer import get_tokenizer
 from model import IGNORE
+from plumbing.disk import replace_text
 from plumbing.errors import UserError
 
 HEADER_BYTES = 1024
@@ -47,8 +49,7 @@ class Tokens:
         self.stop = int(self.ends[-1]) if stop is None else stop
         self.digest = hashlib.blake2b(repr([*content, self.start, self.stop]).encode(), digest_size=16).hexdigest()
         self.n_rows = self.n_samples = -(-(len(self) - 1) // block_size)
-        self.longest = block_size
-        self.document = None if eos is None else self.mean_document()
+        self.document, self.longest, self.most_documents = None, block_size, 1
 
     def __len__(self):
         return self.stop - self.start
@@ -71,22 +72,31 @@ class Tokens:
         part = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
         x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
         x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
-        return x, y, None if self.eos is None else self.positions(x)
+        if self.eos is None:
+            return x, y, None
+        index = np.arange(self.block_size)
+        begins = self.begins(np.where(index < len(part) - 1, x, self.eos + 1)[None])[0]
+        return x, y, index - np.maximum.accumulate(np.where(begins, index, 0))
 
-    def positions(self, x):
-        """The place of each id of a row within its document."""
-        borders = np.flatnonzero(x == self.eos) + (not self.eos_first)
-        index, begins = np.arange(len(x)), np.zeros(len(x), np.int64)
-        borders = borders[borders < len(x)]
-        begins[borders] = borders
-        return index - np.maximum.accumulate(begins)
+    def begins(self, ids):
+        """Where documents begin in rows of ids (R, T), bool. The first id of a row begins one."""
+        begins = ids == self.eos
+        if not self.eos_first:
+            begins = np.roll(begins, 1, axis=1)
+        begins[:, 0] = True
+        return begins
 
-    def mean_document(self):
-        """The length that attention sees, mean over ids: estimated from up to 64 rows spread over the stream."""
-        rows = np.linspace(0, self.n_rows - 1, min(self.n_rows, 64)).astype(int)
-        places = np.concatenate([self.row(int(i))[2] for i in rows])
-        lengths = np.diff(np.append(np.flatnonzero(places == 0), len(places)))
-        return float((lengths**2).sum() / lengths.sum())
+    def measure_documents(self):
+        """(mean length over ids, longest, most in a row) of the documents that attention sees. Reads all ids."""
+        squares, longest, most, step = 0, 0, 0, max(1, PIECE // self.block_size)
+        for first in range(0, self.n_rows, step):
+            ids = self.slice(first * self.block_size, min((first + step) * self.block_size, len(self) - 1))
+            ids = np.append(ids, np.full(-len(ids) % self.block_size, self.eos + 1)).reshape(-1, self.block_size)
+            begins = self.begins(ids)
+            lengths = np.diff(np.append(np.flatnonzero(begins), begins.size))
+            squares += int((lengths**2).sum())
+            longest, most = max(longest, int(lengths.max())), max(most, int(begins.sum(1).max()))
+        return squares / (self.n_rows * self.block_size), longest, most
 
     def sample(self, i):
         """(ids, loss) of window i: its first id is no target here, but in the window before."""
@@ -133,39 +143,47 @@ def open_tokens(path):
     return np.memmap(path, "<u2", "r") if size else np.empty(0, "<u2"), False
 
 
-def survey(path, ids, cache_dir):
-    """{"largest", "smallest", "hash"} of a file's ids. It is read once; cache_dir remembers size and time of change."""
-    found = path.stat()
-    identity = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
-    note = Path(cache_dir, f"tokens-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}.json")
+def remembered(cache_dir, identity, compute):
+    """compute(), a value for JSON, which cache_dir remembers under `identity`."""
+    note = Path(cache_dir, f"tokens-{hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()}.json")
     if note.is_file():
         return json.loads(note.read_text())
+    value = compute()
+    with contextlib.suppress(OSError):  # a folder that only others may write to: computed at every start
+        note.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(note, json.dumps(value))
+    return value
+
+
+def survey(ids):
+    """(largest id, smallest id, hash) of an array of ids."""
     h, largest, smallest = hashlib.blake2b(digest_size=16), 0, 0
     for start in range(0, len(ids), PIECE):
         part = np.ascontiguousarray(ids[start : start + PIECE])
         h.update(part)
         largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
-    facts = {"file": str(path), "largest": largest, "smallest": smallest, "hash": h.hexdigest()}
-    with contextlib.suppress(OSError):  # a folder that only others may write to: read at every start
-        note.parent.mkdir(parents=True, exist_ok=True)
-        files.replace_text(note, json.dumps(facts))
-    return facts
+    return largest, smallest, h.hexdigest()
 
 
 def open_split(paths, cfg, block_size, split, **part):
     """The Tokens of files, or a part of them (start, stop)."""
     opened = [open_tokens(path) for path in paths]
-    arrays, firsts = zip(*((ids, first) for ids, first in opened), strict=True)
-    facts = [survey(path, ids, cfg.cache_dir) for path, ids in zip(paths, arrays, strict=True)]
-    if negative := [fact["file"] for fact in facts if fact["smallest"] < 0]:
-        raise UserError(f"{negative[0]} holds negative numbers, which are no token ids")
+    arrays, firsts = zip(*opened, strict=True)
+    largest, smallest, hashes = zip(*(
+        remembered(cfg.cache_dir, (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns),
+                   functools.partial(survey, ids)) for path, ids in zip(paths, arrays, strict=True)), strict=True)
+    if min(smallest) < 0:
+        raise UserError(f"{paths[np.argmin(smallest)]} holds negative numbers, which are no token ids")
     if len(set(firsts)) > 1 and cfg.eos_id is not None:
         raise UserError(f"data.{split} mixes files of llm.c, where EOS begins a document, with others, where it ends "
-                        "one: name them in runs of their own, or set data.eos_id=None")
+                        "one: train on one kind, or set data.eos_id=None")
     if sum(map(len, arrays)) < 2:
         raise UserError(f"data.{split}: {', '.join(map(str, paths[:3]))} holds fewer than 2 ids")
-    return Tokens(arrays, [fact["hash"] for fact in facts], block_size, eos=cfg.eos_id, eos_first=firsts[0],
-                  largest=max(fact["largest"] for fact in facts), **part)
+    tokens = Tokens(arrays, hashes, block_size, eos=cfg.eos_id, eos_first=firsts[0], largest=max(largest), **part)
+    if cfg.eos_id is not None and len(tokens) > 1:
+        tokens.document, tokens.longest, tokens.most_documents = remembered(
+            cfg.cache_dir, (tokens.digest, block_size, cfg.eos_id, firsts[0]), tokens.measure_documents)
+    return tokens
 
 
 def prepare(cfg, block_size, seed):

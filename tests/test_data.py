@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from conftest import main_here
 
 import data
 import formats.files as text_files
@@ -467,3 +468,129 @@ def test_evaluation_of_n_windows_spreads_them_over_the_stream(tmp_path):
     batches = list(eval_batches(stream(1001, tmp_path, block_size=10), n=5, micro_batch_size=2))
     starts = [int(x[0]) for xs, ys, _ in batches for x, y in zip(xs, ys, strict=True) if (y != IGNORE).any()]
     assert starts == [0, 200, 400, 600, 800]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# mixtures
+
+
+def mixture(tmp_path, *sizes, weights=(3, 1)):
+    parts = [stream(n * 8 + 1, tmp_path, f"part_{i}") for i, n in enumerate(sizes)]
+    for part in parts:
+        part.counts, part.description = {"tokens": len(part)}, "a stream"
+    return data.Mixture(parts, [f"entry {i}" for i in range(len(parts))], list(weights))
+
+
+def test_a_mixture_draws_in_proportion_from_the_first_steps_on(tmp_path):
+    drawn = data.Drawn(mixture(tmp_path, 50, 70, 20, weights=(0.7, 0.2, 0.1)), seed=3)
+    for n in (10, 100, 1000, 25_000):
+        counts = np.bincount([drawn[k][0] for k in range(n)], minlength=3)
+        assert np.abs(counts - n * np.array([0.7, 0.2, 0.1])).max() < 2
+
+
+def test_each_part_of_a_mixture_goes_through_its_epochs_without_repeats(tmp_path):
+    drawn = data.Drawn(mixture(tmp_path, 30, 7, weights=(1, 1)), seed=3)
+    picks = [drawn[k] for k in range(20_500)]  # over the borders of blocks
+    for part, n in ((0, 30), (1, 7)):
+        rows = [row for p, row in picks if p == part]
+        epochs = [rows[i : i + n] for i in range(0, len(rows) - n, n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_a_mixture_is_the_same_on_any_number_of_ranks_and_from_any_step(tmp_path):
+    rows = mixture(tmp_path, 40, 25)
+    whole = loader(rows, global_batch_size=8, micro_batch_size=8)
+    ranks = [loader(rows, global_batch_size=8, rank=r, world_size=4) for r in range(4)]
+    for step in (0, 3, 1249, 1250, 9):  # 1250: the second block
+        parts = [r.batch(step)[0] for r in ranks]
+        assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), whole.batch(step)[0][0])
+    assert not torch.equal(loader(rows, global_batch_size=8, micro_batch_size=8, seed=4).batch(0)[0],
+                           whole.batch(0)[0])
+
+
+def test_epochs_are_counted_for_each_entry(tmp_path):
+    rows = mixture(tmp_path, 50, 25)
+    assert loader(rows).epochs(100) == "6.00 epochs of entry 0, 4.00 epochs of entry 1"  # 400 rows, 300 and 100
+    assert loader(rows.parts[0]).epochs(10) == "0.80 epochs"
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [1.0, 0.0], [1.0, 1e-6]])
+def test_weights_that_fit_no_entries_are_an_error(weights):
+    assert len([*DataConfig(train=["a", "b"], weights=weights).problems()]) == 1
+    assert not [*DataConfig(train=["a", "b"], weights=[1.0, 3.0]).problems()]
+
+
+def test_entries_of_data_train_become_parts_with_validation_of_their_own(tmp_path):
+    for name, n in (("a", 100), ("b", 50)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(n)))
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    train, val, _ = prepare(config(tmp_path, *files, weights=[1.0, 3.0]))
+    alone = [prepare(config(tmp_path, file)) for file in files]
+    assert [part.digest for part in train.parts] == [rows.digest for rows, _, _ in alone]
+    assert val.n_rows == sum(rows.n_rows for _, rows, _ in alone)
+    firsts = [val.row(i)[0].tolist() for i in range(val.n_rows)]
+    assert firsts == [rows.row(i)[0].tolist() for _, rows, _ in alone for i in range(rows.n_rows)]
+    assert train.counts["documents"] == 95 + 48 and "25.0% 1 files" in train.description
+    assert prepare(config(tmp_path, *files, weights=[1.0, 2.0]))[0].digest != train.digest
+    samples = [train.sample(i)[0].tolist() for i in range(train.n_samples)]
+    assert samples == [rows.sample(i)[0].tolist() for rows, _, _ in alone for i in range(rows.n_samples)]
+
+
+def test_shorter_rows_of_a_mixture_are_padded(tmp_path):
+    rows = data.Mixture([stream(17, tmp_path, "short"), stream(33, tmp_path, "long", block_size=16)], ["a", "b"])
+    x, y, positions = rows.row(1)
+    assert x.tolist() == [*range(8, 16), *[0] * 8] and (y[8:] == IGNORE).all() and positions is None
+    assert rows.row(2)[0].tolist() == list(range(16)) and rows.padding == pytest.approx(1 - (2 * 8 + 2 * 16) / (4 * 16))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# python data.py
+
+
+def look(tmp_path, *argv):
+    return main_here(data.main, f"--data.cache_dir={tmp_path / 'cache'}", "--model.block_size=8",
+                     "--global_batch_size=2", *argv)
+
+
+def test_a_look_at_text_shows_samples_counts_and_writes_every_window(tmp_path):
+    rows = [{"text": "" if i % 10 == 0 else f"document {i}"} for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "README.md").write_text("about")
+    status, out, err = look(tmp_path, f'--data.train=["{tmp_path}"]', "--show=2", f"--out={tmp_path / 'rows.json'}")
+    assert status == 0, err
+    assert "---- sample 1 of 50: 9 tokens, 8 targets\nd{+ocument +}\n" in out and "{+1<|endoftext|>docume+}" in out
+    texts = [row["text"] for i, row in enumerate(rows, 1) if i % 20 and row["text"]]
+    train = [token for text in texts for token in (*text.encode(), 256)]
+    for what, number in (("documents", len(texts)), ("tokens", len(train)), ("targets", len(train) - 1),
+                         ("empty documents dropped", 4), ("files not used", 1)):
+        assert f"{what:<28} {number:>16,}\n" in out
+    written = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert all(set(row) == {"ids", "loss"} and len(row["ids"]) == len(row["loss"]) for row in written)
+    targets = [i for row in written for i, loss in zip(row["ids"], row["loss"], strict=True) if loss]
+    assert targets == train[1:] and written[0]["ids"] == train[:9]
+
+
+def test_a_look_at_hellaswag_shows_the_right_ending_as_target(tmp_path):
+    questions = [{"ind": i, "activity_label": "Cooking", "ctx_a": "A man stands.", "ctx_b": "he", "label": i % 4,
+                  "endings": [f"ending {i} {k}" for k in range(4)]} for i in range(40)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    status, out, err = look(tmp_path, f'--data.train=["{tmp_path / "q.jsonl"}"]', "--data.format=hellaswag",
+                            "--model.block_size=64", f"--out={tmp_path / 'rows.json'}",
+                            "--data.packed_sequence_size=64")
+    assert status == 0, err
+    assert "Cooking: A man stands. He{+ ending 1 1+}" in out
+    written = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    right = [f" ending {i} {i % 4}" for i in range(40) if (i + 1) % 20]
+    assert [BYTES.decode([t for t, n in zip(*row.values(), strict=True) if n]) for row in written] == right
+    assert f"{'targets':<28} {sum(map(len, right)):>16,}\n" in out
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--show=-1"], "--show=-1 must not be negative"), (["--out=/nowhere/x"], "name a file in a folder that exists"),
+    (["--data.train=['']"], "is an empty entry"), (["--data.format=tokens"], "needs data.train"),
+    (["--data.eos_id=3"], "data.eos_id is for data.format=tokens"), (["--model.vocab_size=64"], "has token id")])
+def test_mistakes_in_a_look_are_one_line(tmp_path, argv, told):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    status, _, err = look(tmp_path, f'--data.train=["{tmp_path / "a.txt"}"]' if "train" not in argv[0]
+                          and "tokens" not in argv[0] else "--seed=1", *argv)
+    assert status == 2 and told in err and len(err.splitlines()) == 1

@@ -1,0 +1,169 @@
+"""formats/files.py: files of every kind are read alike, and what is not read is named."""
+
+import gzip
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from formats import files
+from plumbing.errors import UserError
+
+ROWS = [{"text": f"document {i}, ünïcode", "n": i} for i in range(700)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+LIST = json.dumps(ROWS, indent=1).encode()
+
+
+def read(path):
+    return [row for _, _, row in files.rows([path])]
+
+
+@pytest.mark.parametrize("piece", [2**20, 7])  # 7 characters: every element is read in parts
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", LINES), ("a.ndjson", LINES), ("a.json", LIST), ("lines.json", LINES), ("list.jsonl", LIST),
+    ("a.jsonl.gz", gzip.compress(LINES)), ("a.json.gz", gzip.compress(LIST)), ("A.JSONL.GZ", gzip.compress(LINES)),
+    ("a.json.zst", zstandard.compress(LIST)), ("empty.json", b"[]"), ("mark.json", b"\xef\xbb\xbf" + LIST),
+    ("two_frames.jsonl.zst", zstandard.compress(LINES[:5000]) + zstandard.compress(LINES[5000:]))])
+def test_json_is_read_whatever_its_form(tmp_path, monkeypatch, name, content, piece):
+    monkeypatch.setattr(files, "PIECE", piece)
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name) == ([] if name == "empty.json" else ROWS)
+
+
+def test_numbers_are_of_the_line_where_a_row_begins(tmp_path):
+    (tmp_path / "a.json").write_bytes(LIST)
+    lines = LIST.decode().split("\n")
+    for _, number, row in files.rows([tmp_path / "a.json"]):
+        assert f'"text": "document {row["n"]},' in lines[number].encode().decode("unicode_escape")
+
+
+def test_parquet_and_both_forms_of_arrow_are_read(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    for name, new in (("stream.arrow", pyarrow.ipc.new_stream), ("file.arrow", pyarrow.ipc.new_file)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=300)
+    for name in ("a.parquet", "stream.arrow", "file.arrow"):
+        numbers, rows = zip(*((number, row) for _, number, row in files.rows([tmp_path / name])), strict=True)
+        assert list(rows) == ROWS and numbers == tuple(range(1, 701))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl.gz", gzip.compress(LINES)[:200], "a.jsonl.gz is damaged"),
+    ("a.jsonl.zst", zstandard.compress(LINES)[:-20], "a.jsonl.zst is damaged: it ends in the middle"),
+    ("a.jsonl.zst", b"no zstandard", "a.jsonl.zst is damaged"),
+    ("a.json", b'[{"n": 1},\n {"n": 2}\n {"n": 3}]', "a.json, line 2 is not JSON: Expecting ',' or"),
+    ("a.json", b'[{"n": 1},\n{"n": 2', "a.json, line 2 is not JSON"),
+    ("a.json", b"[3]", "line 1 is a number, expected an object"),
+    ("a.jsonl", b'{"n": 1}\n\n"x"', "line 3 is a string, expected an object"),
+    ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}', r"not UTF-8 text \(byte 25\)"),
+    ("a.parquet", b"PAR1" + bytes(99) + b"PAR1", "a.parquet, after row 0: pyarrow cannot read it"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:37f0\n", "is a Git LFS pointer"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:37f0\n", "is a Git LFS pointer"),
+    ("a.txt", b"text", "a.txt has no rows, expected .jsonl")])
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, package", [
+    ("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    (tmp_path / name).write_bytes(b"some bytes")
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(UserError, match=f"needs {package}, which is not installed: pip install {package}"):
+        for pieces in files.documents([tmp_path / name], "text"):
+            list(pieces)
+
+
+def test_long_text_comes_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 10)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("äöü\r\n".encode() * 30))
+    (pieces,) = map(list, files.documents([tmp_path / "a.txt.gz"], "text"))
+    assert len(pieces) > 10 and "".join(pieces) == "äöü\n" * 30
+
+
+def test_a_byte_that_is_not_utf8_is_found_behind_the_first_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 7)
+    (tmp_path / "a.txt").write_bytes("ä".encode() * 50 + b"\xff")
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 100\)"):
+        [list(pieces) for pieces in files.documents([tmp_path / "a.txt"], "text")]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# finding files
+
+
+def make(folder, *names, content=b"text"):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def found(folder, *patterns, kinds=files.TEXT):
+    used, unused = files.find_files([str(folder / p) for p in patterns], kinds)
+    return [str(p.relative_to(folder)) for p in used], [str(p.relative_to(folder)) for p in unused]
+
+
+def test_a_hub_snapshot_and_a_saved_dataset_train_on_their_data(tmp_path):
+    make(tmp_path, "hub/README.md", "hub/LICENSE", "hub/data/train-0.parquet", "hub/.gitattributes", "hub/.cache/x.txt")
+    make(tmp_path, "saved/train/data-0.arrow")
+    make(tmp_path, "saved/train/state.json", "saved/dataset_dict.json", content=b'{"splits": ["train"]}')
+    assert found(tmp_path, "hub") == (["hub/data/train-0.parquet"], ["hub/LICENSE", "hub/README.md"])
+    assert found(tmp_path, "saved") == (["saved/train/data-0.arrow"],
+                                        ["saved/dataset_dict.json", "saved/train/state.json"])
+
+
+def test_what_a_folder_holds_besides_is_named(tmp_path):
+    make(tmp_path, "mixed/a.txt", "mixed/c.csv", "mixed/d.bin", "mixed/e")
+    make(tmp_path, "mixed/b.json", content=LINES)
+    make(tmp_path, "mixed/package.json", content=b'{\n  "name": "settings"\n}\n')
+    os.symlink("nowhere", tmp_path / "mixed" / "broken.txt")
+    used, unused = found(tmp_path, "mixed")
+    assert used == ["mixed/a.txt", "mixed/b.json"]
+    assert unused == ["mixed/broken.txt", "mixed/c.csv", "mixed/d.bin", "mixed/e", "mixed/package.json"]
+    assert found(tmp_path, "mixed", kinds=files.ROWS)[0] == ["mixed/b.json"]
+    assert found(tmp_path, "mixed/*")[0] == used
+    assert files.describe_unused([tmp_path / name for name in unused]) == (
+        ", 5 files not used (broken.txt, c.csv, d.bin, e, ...)")
+
+
+def test_links_are_followed_once(tmp_path):
+    make(tmp_path, "big/wiki/w.txt", "links/own.txt")
+    os.symlink("../big/wiki", tmp_path / "links" / "wiki")
+    os.symlink("..", tmp_path / "big" / "wiki" / "up")
+    os.symlink("../big/wiki/w.txt", tmp_path / "links" / "again.txt")
+    assert found(tmp_path, "links") == (["links/again.txt", "links/own.txt"], [])  # wiki/w.txt is again.txt
+    assert found(tmp_path, "links/wiki") == (["links/wiki/w.txt"], [])
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", b"a,b\n1,2\n", "does not read .csv"), ("a.bin", b"\1\0", "holds tokens: set data.format=tokens"),
+    ("a.data", b'{"text": "x"}\n', "holds JSON but is not named so"), ("a", b'[\n {"text": "x"}]', "holds JSON"),
+    ("a.xyz", b"\0\1\2", "is a binary file"), ("a.jsonl.bz2", b"BZh9\0", "is a binary file")])
+def test_a_named_file_that_cannot_be_used_is_an_error(tmp_path, name, content, message):
+    make(tmp_path, name, content=content)
+    for pattern in (name, f"*{os.path.splitext(name)[1]}" if "." in name else name):
+        with pytest.raises(UserError, match=message):
+            found(tmp_path, pattern)
+
+
+def test_named_text_with_another_suffix_is_text(tmp_path):
+    make(tmp_path, "corpus.en", "corpus", "README.md", content=b"{{Infobox}} [[File:x]] some text")
+    assert found(tmp_path, "corpus.en", "corpus", "README.md")[0] == ["corpus.en", "corpus", "README.md"]
+
+
+@pytest.mark.parametrize("entry", ["", " "])
+def test_an_empty_entry_is_an_error(entry):
+    with pytest.raises(UserError, match="is an empty entry"):
+        files.find_files([entry])
+
+
+def test_a_folder_without_data_names_what_it_holds(tmp_path):
+    make(tmp_path, "d/README.md", "d/train.csv")
+    with pytest.raises(UserError, match="matches no file that can be used .*2 files not used .README.md, train.csv."):
+        found(tmp_path, "d")
