@@ -1,9 +1,14 @@
 """optim.py: the update against torch.optim.AdamW, and what becomes of updates smaller than a bf16 ulp."""
 
+import math
+
 import pytest
 import torch
 import torch.nn as nn
+from conftest import build, metrics, train_here
 
+import model as models
+import train
 from optim import (
     AdamW,
     OptimConfig,
@@ -175,6 +180,36 @@ def test_schedule_warms_up_then_decays_to_the_minimum():
     assert get_lr(cfg, 100, 100) == pytest.approx(0.1)
     cfg.min_lr = 2.0  # of a config in which only lr was lowered
     assert get_lr(cfg, 55, 100) == get_lr(cfg, 100, 100) == 1.0
+
+
+def test_a_run_updates_by_the_rate_of_its_step_and_logs_it(tiny_run, tmp_path, monkeypatch):
+    used, step = [], AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self, lr, *args: (used.append(lr), step(self, lr, *args)))
+    train_here(*tiny_run, "--max_steps=4", "--optim.min_lr=0.001", "--eval_interval=0", "--checkpoint_interval=0",
+               f"--out_dir={tmp_path}")
+    # two steps of warm-up to 0.003, then a cosine that is half-way down at the third of four
+    assert used == pytest.approx([0.0015, 0.003, 0.002, 0.001])
+    assert [row["lr"] for row in metrics(tmp_path).train.values()] == used
+
+
+def test_a_run_stops_before_it_trains_weights_that_nothing_filled(tiny_run, tmp_path, monkeypatch):
+    def forgets_the_norm(model, seed, init_weights=models.init_weights):
+        init_weights(model, seed)
+        nn.init.constant_(model.norm.weight, math.nan)
+
+    monkeypatch.setattr(train.models, "init_weights", forgets_the_norm)
+    with pytest.raises(AssertionError, match=r"nothing filled: \['norm.weight'\]"):
+        train_here(*tiny_run, f"--out_dir={tmp_path}")
+
+
+def test_projections_into_the_residual_stream_start_smaller_by_depth():
+    model = build(n_layer=8, n_embd=128, ffn_dim=256)
+    stds = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
+    for name, std in stds.items():
+        residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+        # 0.02 / sqrt(2 * 8) = 0.005; the smallest matrix has 16,384 values, so 0.6% off is one standard deviation
+        assert std == pytest.approx(0.005 if residual else 0.02, rel=0.03), name
+    assert sum(std < 0.01 for std in stds.values()) == 16
 
 
 def test_weight_decay_spares_norms():
