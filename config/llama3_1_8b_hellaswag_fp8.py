@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=8 train.py config/llama3_1_8b_hellaswag_fp8.py [--init_from=FOLDER]
     python eval.py --from=out/llama3_1_8b_hellaswag_fp8
 
-Without weights, for its speed: --init_from=scratch --data.tokenizer=FOLDER_OR_FILE.
+To measure speed without weights: --init_from=scratch --data.tokenizer=FOLDER_OR_FILE.
 """
 
 import os
@@ -12,9 +12,9 @@ import os
 import model
 from configurator import CompileConfig, Config, DataConfig, FP8Config, OptimConfig
 
-# 8.03e9 parameters. 8 GPUs of 80 GB: 16 bytes each over the ranks, 15 GiB, and 30 for activations and gathered weights.
-# On 1 or 2 only 8 bytes each fit (bf16 weights and moments, stochastically rounded), and with the gradients that
-# accumulation keeps, every block is recomputed: 65 GiB on 1.
+# 8.03e9 parameters. On 8 GPUs of 80 GB: 16 bytes per parameter, sharded, are 15 GiB; activations and gathered weights
+# take 30. On 1 or 2 only 8 bytes per parameter fit (bf16 weights and moments, stochastic rounding), and beside the
+# gradients that accumulation keeps every block must be recomputed: 65 GiB on 1.
 ranks = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 few = ranks < 4
 

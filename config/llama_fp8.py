@@ -1,8 +1,8 @@
-"""The front door: trains in FP8 on whatever it finds, with no download.
+"""The place to start: trains in FP8 on the hardware it finds, without any download.
 
-A large FP8 GPU gets Llama-3.1-8B's shape, anything else a small model with emulated FP8 (same numerics, no speed).
-Both train on the Python standard library's own sources, byte by byte. A decent 8B run wants real text (data.train)
-and a real tokenizer (data.tokenizer); the step costs the same.
+A large FP8 GPU trains the shape of Llama-3.1-8B, any other machine a small model with emulated FP8 (same numerics, no
+speedup). Both train on the sources of Python's standard library, byte by byte. A serious 8B run needs real text
+(data.train) and a real tokenizer (data.tokenizer); its steps take the same time.
 """
 
 import os
@@ -17,16 +17,16 @@ gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0
 ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # set by torchrun
 
-even = 1024 % ranks == 0  # the all-gather in FP8 wants matrices of as many rows on every rank
+even = 1024 % ranks == 0  # all-gather in FP8 needs equally many rows of each matrix on every rank
 fp8 = FP8Config(enabled=True, recipe_name="tensorwise", enable_fsdp_float8_all_gather=even,
                 precompute_float8_dynamic_scale_for_fsdp=even, filter_fqns=["lm_head"], emulate=not gpu)
 
 if gib > 75:
-    # 8.03e9 parameters. bf16 weights, gradients and two bf16 moments: 8 bytes each, 60 GiB, so one 80 GB card has 18
-    # GiB for activations. A float32 master and float32 moments: 16 bytes each, 120 GiB over the ranks, plus about 20
-    # on each for activations and gathered weights: 4 cards of 80 GB, or 2 of 140.
-    # 1 sequence x 8192 tokens x ranks. On one card there is no accumulation: it would keep 15 GiB of gradients beside
-    # the activations (activation_checkpoint="full" makes the room, and costs 13% of the speed).
+    # 8.03e9 parameters. bf16 weights, gradients and moments: 8 bytes per parameter, 60 GiB, which leaves 18 GiB for
+    # activations on one 80 GB card. With float32 masters and moments: 16 bytes per parameter, 120 GiB over all ranks,
+    # plus about 20 on each for activations and gathered weights: 4 cards of 80 GB, or 2 of 140.
+    # 1 sequence x 8192 tokens x ranks. No accumulation on one card: it would keep 15 GiB of gradients beside the
+    # activations (activation_checkpoint="full" makes room for them and costs 13% of the speed).
     master = 120 + 20 * ranks < 0.95 * gib * ranks
     choice = f"{ranks} x {gib:.0f} GiB with FP8: Llama-3.1-8B shape, {'float32' if master else 'bf16'} master weights"
     config = Config(
@@ -38,7 +38,7 @@ if gib > 75:
         checkpoint_interval=500)
 else:
     # 8 sequences x 256 bytes = 2,048 bytes per step; 450 steps see 0.9 MB and end near 1.7 nats per byte.
-    # Where the ranks do not divide 8 it is the largest multiple of them below.
+    # If the number of ranks does not divide 8, the batch is its largest multiple below 8.
     choice = "no 80 GB GPU with FP8 here: a small model" + ("" if gpu else ", FP8 emulated")
     config = Config(
         model=model.llama_tiny(), fp8=fp8, compile=CompileConfig(enabled=True), dtype="float32",

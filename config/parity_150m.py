@@ -1,6 +1,6 @@
 """Parity on one H100: three bf16 seeds and every recipe, a 177M model, 2,000 steps of 2048-byte sequences.
 
-    python parity.py config/parity_150m.py          # killed or out of time? the same command goes on
+    python parity.py config/parity_150m.py          # if interrupted, repeat the command to continue
 """
 
 import importlib.util
@@ -9,13 +9,13 @@ from pathlib import Path
 import model
 from configurator import CompileConfig, Config, DataConfig, FP8Config, OptimConfig
 
-# Real text that is wherever torch is: the Python sources of torch and of what comes with it, about 85 MB, byte by byte,
-# of which a run reads 16 MB: no window twice.
+# Real text that every installation of torch has: the Python sources of torch and its dependencies, about 85 MB, byte by
+# byte. A run reads 16 MB of it, no window twice.
 packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("torch", "sympy", "numpy", "networkx")]
 
 config = Config(
-    # 8 layers x (1408 x 2560 + 1536 x 1408 + 3 x 1408 x 3840) + 2 x 272 x 1408 = 176.7M parameters: few layers and wide
-    # ones, because the time to a loss is compared too, and FP8 pays for matmuls that are large
+    # 8 layers x (1408 x 2560 + 1536 x 1408 + 3 x 1408 x 3840) + 2 x 272 x 1408 = 176.7M parameters. Few wide layers,
+    # because the time to reach a loss is compared too, and FP8 only pays for large matmuls
     model=model.llama_100m(n_layer=8, n_embd=1408, n_head=12, n_kv_head=4, head_dim=128, ffn_dim=3840, block_size=2048,
                            vocab_size=272),
     data=DataConfig(train=[f"{folder}/**/*.py" for folder in packages]),

@@ -1,4 +1,4 @@
-"""SmolLM2 135M fine-tuned on HellaSwag: the recipe for any machine (FP8 emulated where there is no GPU for it).
+"""SmolLM2 135M fine-tuned on HellaSwag: the recipe for any machine (emulated FP8 without a GPU that has it).
 
     hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M
     python eval.py --from=SmolLM2-135M
@@ -22,7 +22,7 @@ config = replace(
     data=DataConfig(format="hellaswag", packed_sequence_size=2048),
     fp8=replace(config.fp8, emulate=not gpu),
     optim=OptimConfig(lr=1e-4, min_lr=1e-5, warmup_steps=10, betas=(0.9, 0.95), weight_decay=0.01),
-    # 16 rows x 2048 tokens, 33k: an epoch is 94 steps. 8 rows a pass: with 2 an H100 waits for Python (10 GiB with 8)
+    # 16 rows x 2048 tokens, 33k: an epoch is 94 steps. 8 rows per pass take 10 GiB; with 2 an H100 waits for Python
     global_batch_size=16, micro_batch_size=min(8, 16 // ranks) if gpu else 2, max_steps=94,
     activation_checkpoint="none", loss_chunks=1, eval_interval=30, eval_sequences=64, eval_hellaswag_items=500,
     out_dir="out/smollm2_hellaswag_fp8",

@@ -1,6 +1,7 @@
-"""What a dataclass says of its fields: a type that values must fit, and a comment that tells what the field means.
+"""Reading a dataclass as a schema: types that values must fit, and comments that are the fields' help texts.
 
-The config's sections are such dataclasses (configurator.py); a field that is itself one is a section with a prefix.
+The sections of the config are such dataclasses (configurator.py); a field that holds another one is a section of its
+own, with a prefix.
 """
 
 import ast
@@ -16,7 +17,7 @@ from typing import Literal
 
 
 def sections(config, prefix=""):
-    """Yield ("", config), ("model.", config.model), ...: the dataclasses in a config by the prefix of their keys."""
+    """Yield ("", config), ("model.", config.model), ...: all sections of a config with the prefix of their keys."""
     yield prefix, config
     for f in fields(config):
         if is_dataclass(value := getattr(config, f.name)):
@@ -24,13 +25,13 @@ def sections(config, prefix=""):
 
 
 def flat(config):
-    """{key: value} of a config, sections taken apart: {"seed": 1337, "model.n_layer": 4, ...}."""
+    """{key: value} of a config and all its sections: {"seed": 1337, "model.n_layer": 4, ...}."""
     return {prefix + f.name: value for prefix, section in sections(config) for f in fields(section)
             if not is_dataclass(value := getattr(section, f.name))}
 
 
 def comments(kind):
-    """{field: the comment on its line} of a dataclass."""
+    """{field: the comment on its last line} of a dataclass."""
     source = inspect.getsource(kind)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
@@ -39,30 +40,33 @@ def comments(kind):
 
 
 def closest(name, names):
-    """The likeliest of `names`, compared whole and by the part behind the last dot; "" if none looks like it."""
+    """The most similar of `names`, as a whole or by the part behind the last dot; "" if none is similar."""
+    def similarity(a, b):
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
     def score(other):
-        pairs = (name, other), (name.split(".")[-1], other.split(".")[-1])
-        whole, leaf = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        word = 0.9 * (pairs[1][1].startswith(name) or name in pairs[1][1].split("_"))  # --steps for --max_steps
-        return max(whole, leaf, word), whole
+        leaf = other.split(".")[-1]
+        is_part = leaf.startswith(name) or name in leaf.split("_")  # --steps for --max_steps
+        whole = similarity(name, other)
+        return max(whole, similarity(name.split(".")[-1], leaf), 0.9 * is_part), whole
 
     best = max(names, key=score, default="")
     return best if best and score(best)[0] > 0.7 else ""
 
 
 def suggest(name, names, form="{}"):
-    """", did you mean FORM?" with the closest of `names` in the place of {}; "" if none looks like it."""
+    """", did you mean FORM?" with the closest of `names` in place of {}; "" if none is similar."""
     near = closest(name, names)
     return f", did you mean {form.format(near)}?" if near else ""
 
 
 def alternatives(kind):
-    """The members of a union; of anything else, itself."""
+    """The member types of a union, or (kind,) for any other type."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
 def fits(value, kind):
-    """Whether `value` is of the annotated type. An int is a fine float, a bool is no int, nan and inf are nothing."""
+    """Whether `value` is of the annotated type. An int fits float, a bool does not fit int, nan and inf fit nothing."""
     if len(kinds := alternatives(kind)) > 1:
         return any(fits(value, k) for k in kinds)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -71,18 +75,19 @@ def fits(value, kind):
     if origin in (list, tuple):
         if not isinstance(value, origin):
             return False
-        every = [args[0]] * len(value) if origin is list or args[-1] is ... else args
-        return len(value) == len(every) and all(map(fits, value, every))
+        same_type = origin is list or args[-1] is ...
+        element_types = [args[0]] * len(value) if same_type else args
+        return len(value) == len(element_types) and all(map(fits, value, element_types))
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def parse(text, kind):
-    """The value that a command-line text means for a field of this type, or the text itself if it means none."""
+    """A command-line text as a value for a field of this type, or the text itself if it is not one."""
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError, TypeError):  # not a literal: text as it stands
+    except (ValueError, SyntaxError, TypeError):  # not a literal
         return text
     if isinstance(value, list) and typing.get_origin(kind) is tuple:
         value = tuple(value)
@@ -100,7 +105,7 @@ def type_name(kind):
 
 
 def to_python(config):
-    """A Config as the text of a Python config file that reads back as an equal one."""
+    """The text of a Python config file that reads back as an equal Config."""
     imports = {}
 
     def show(value, indent):
@@ -110,8 +115,8 @@ def to_python(config):
         imports.setdefault(kind.__module__, set()).add(kind.__name__)
         for f in fields(value):
             line = f"{indent}    {f.name}={show(getattr(value, f.name), indent + '    ')},"
-            noted = f"{line}  # {notes[f.name]}"
-            lines.append(line if "\n" in line or len(noted) > 120 else noted)
+            with_comment = f"{line}  # {notes[f.name]}"
+            lines.append(line if "\n" in line or len(with_comment) > 120 else with_comment)
         return "\n".join([f"{kind.__name__}(", *lines, f"{indent})"])
 
     body = show(config, "")
