@@ -31,7 +31,7 @@ from plumbing.errors import RunStopped, UserError
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
            "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
 SMOOTH = 0.1  # of a run: what a point of the smoothed gap between training losses is the mean of
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # told apart by all eyes
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # safe for colour-blind readers
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
     questions (JSONL) -> samples: a context and its right ending, the loss on the ending only -> packed or padded rows
 
 Fine-tuning takes the samples as rows of one length through data.Loader; eval.py scores all four endings. Source:
-Zellers et al., arXiv 1905.07830. The text is prepared, and an ending's tokens are told from its context's, as
+Zellers et al., arXiv 1905.07830. The text is prepared, and an ending's tokens are separated from its context's, as
 EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accuracies compare.
 """
 
