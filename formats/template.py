@@ -1,0 +1,363 @@
+"""Chat templates: from messages to the ids of `transformers`' apply_chat_template, and which of them are targets.
+
+    messages -> Jinja, in its sandbox -> text -> special tokens and ordinary text -> ids
+
+The template writes the special tokens. One that a message contains is text, and stays text: while the template runs, a
+private-use character stands for it. (`transformers` makes it the special token unless sanitize_control_tokens is set.)
+
+Targets are what the assistant says and the token that ends its turn. A template with {% generation %} says itself where
+that is. For the others it is found by rendering: invisible markers around the assistant's strings show where they end
+up; the text that add_generation_prompt adds is where a turn begins; and what follows the last string whether or not the
+conversation goes on, up to its last special token, is how a turn ends.
+"""
+
+import json
+import os.path
+import re
+from datetime import datetime
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
+import numpy as np
+
+from plumbing.errors import UserError
+
+CHATML = """{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n' }}
+{%- endif %}"""
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# Characters of the private-use plane 16, none of which is left in what comes out
+SPECIAL, HELD, MARKS = 0x100000, 0x104000, 0x108000
+OPEN, CLOSE = "\U0010fff0", "\U0010fff1"  # around what is inside of {% generation %}
+PRIVATE = re.compile("[\U00100000-\U0010fffd]")
+PIECE = re.compile("[\U00100000-\U00103fff]|[^\U00100000-\U00103fff]+")  # a special token, or text between two
+MARK = re.compile("[\U00108000-\U0010ffef]")
+OPENS_REASONING = re.compile(r"[^\w\s]+(think|thought|reasoning)", re.IGNORECASE)
+ADVICE = "put {% generation %} around the assistant's words in it (data.chat_template=FILE), or set data.train_on=all"
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %}: puts OPEN and CLOSE around what is inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+    def mark(self, caller):
+        return OPEN + caller() + CLOSE
+
+
+def environment():
+    """Jinja as `transformers` sets it up for chat templates (utils/chat_template_utils.py)."""
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                       extensions=[Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception,
+                    "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
+    return env
+
+
+def walk(value, change):
+    """A copy of messages or tools with `change` made to each string, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): walk(item, change) for key, item in value.items()}
+    return [walk(item, change) for item in value] if isinstance(value, list) else value
+
+
+class Template:
+    """A chat template of a tokenizer. source: Jinja, or "" for the tokenizer's own. name: for messages.
+
+    Raises UserError where there is none, or it is no valid Jinja.
+    """
+
+    def __init__(self, tokenizer, source="", name=""):
+        self.tokenizer, self.name = tokenizer, name or f"the chat template of {tokenizer.name}"
+        named = tokenizer.config.get("chat_template") if not source else None
+        source = source or tokenizer.chat_template
+        if not source and {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.specials):
+            source, self.name = ("{{ bos_token }}" if tokenizer.bos is not None else "") + CHATML, "ChatML"
+        if not source:
+            raise UserError(f"tokenizer {tokenizer.name} has no chat template, and no <|im_start|> and <|im_end|> for "
+                            "ChatML: name a file with a Jinja template, data.chat_template=FILE")
+        self.source, env = source, environment()
+        with_tools = {t["name"]: t["template"] for t in named}.get("tool_use") if isinstance(named, list) else None
+        try:
+            self.main, self.tool_use = (env.from_string(s) for s in (source, with_tools or source))
+            names = jinja2.meta.find_undeclared_variables(env.parse(with_tools or source))
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.name} is not valid Jinja: {error}") from error
+        self.takes_tools = "tools" in names
+        texts = {i: text for text, i in tokenizer.specials.items()}
+        self.variables = {"bos_token": texts.get(tokenizer.bos), "eos_token": texts.get(tokenizer.eos)}
+        if tokenizer.config:  # then it is what transformers goes by
+            self.variables = {key: tokenizer.config.get(key) for key in TOKEN_NAMES}
+        self.variables = {key: value["content"] if isinstance(value, dict) else value
+                          for key, value in self.variables.items() if value is not None}
+        # those that ordinary text holds too (<think>) need no care; the longest first where several match
+        self.specials = [text for text in sorted(tokenizer.specials, key=len, reverse=True)
+                         if tokenizer.encode(text).tolist() != [tokenizer.specials[text]]]
+        pattern = "|".join(map(re.escape, self.specials)) or "(?!)"
+        self.special, self.held = re.compile(pattern), re.compile(f"{pattern}|{PRIVATE.pattern}")
+        self.code = {text: chr(SPECIAL + k) for k, text in enumerate(self.specials)}
+        self.begins, self.ends = {}, {}  # text around a turn: where the turn begins, where it ends
+
+    # ------------------------------------------------------------------------------------------------------------
+    # rendering: special tokens of the template become one character each (SPECIAL), those of messages another (HELD)
+
+    def hold(self, value, held):
+        """A copy of messages or tools in which a character stands for each special token's text. held: text -> char."""
+
+        def stand_in(match):
+            return held.setdefault(match[0], chr(HELD + len(held)))
+
+        return walk(value, lambda text: self.held.sub(stand_in, text))
+
+    def render(self, messages, tools, prompt=False):
+        """The text of messages, in which special tokens are one character each."""
+        template = self.tool_use if tools else self.main
+        try:
+            text = template.render(messages=messages, tools=tools or None, documents=None,
+                                   add_generation_prompt=prompt, **self.variables)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.name} refuses it: {error}") from error
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # of an expression in it
+            raise UserError(f"{self.name} fails on it: {type(error).__name__}: {error}") from error
+        return self.special.sub(lambda match: self.code[match[0]], text)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # targets
+
+    def targets(self, messages, tools):
+        """(text as render() gives it, [(begin, end) of what is trained on], number of messages it leaves out)."""
+        plain = self.render(messages, tools)
+        if OPEN in plain:
+            return *take_out_generation(plain), 0
+        for roles, how in (("all", "around"), ("all", "within"), ("assistant", "within"), ("assistant", "end")):
+            marked = [mark(m, i, how) if roles in ("all", m["role"]) else m for i, m in enumerate(messages)]
+            rendered = self.render(marked, tools)
+            if MARK.sub("", rendered) == plain:  # else the template strips or compares what a mark changes
+                break
+        else:
+            raise UserError(f"{self.name} does not show where the assistant's words are: {ADVICE}")
+        marks = {}  # of each message: [first mark, last mark, whether the first is where its words begin]
+        for n, match in enumerate(MARK.finditer(rendered)):
+            i, is_end = divmod(ord(match[0]) - MARKS, 2)
+            marks.setdefault(i, [match.start() - n, None, not is_end])[1] = match.start() - n
+        spans, low = [], 0
+        for i in sorted(marks, key=lambda i: marks[i][0]):
+            first, last, words_begin = marks[i]
+            if messages[i]["role"] == "assistant":
+                high = min([other for other, _, _ in marks.values() if other > last], default=len(plain))
+                begin = self.begin_of_turn(messages[:i], tools, plain, low, first, words_begin)
+                last = self.end_of_turn(marked, i, tools, plain, last, high)
+                spans.append((begin, last))
+            low = max(low, last)
+        n_marked = sum(bool(MARK.search(json.dumps(m, ensure_ascii=False))) for m in marked)
+        return plain, spans, n_marked - len(marks)
+
+    def begin_of_turn(self, earlier, tools, plain, low, first, words_begin):
+        """Where an assistant's turn begins in `plain`: after the text that asks for it, between `low` and `first`.
+
+        first: where the turn's first mark is: the begin of its words, or some place in them. earlier: messages.
+        """
+        key = plain[low:first], words_begin
+        if key in self.begins:
+            return first - self.begins[key]
+        try:
+            before, asked = (self.render(earlier, tools, prompt) for prompt in (False, True))
+        except UserError:  # no messages, or roles in an order that a template refuses
+            before = asked = ""
+        header, begin = asked[common(before, asked) :], first if words_begin else None
+        if header:
+            for text in self.openings(header):
+                at = plain.rfind(text, low, first) if words_begin else plain.find(text, low, first)
+                if at >= 0:
+                    begin = at + len(text)
+                    break
+        elif plain.startswith(before) and low <= len(before) <= first and not plain[len(before) : first].strip():
+            begin = len(before)  # white space before the reply is the reply's, if nothing asks for it
+        if begin is None:
+            raise UserError(f"{self.name} does not show where the assistant's turn begins: {ADVICE}")
+        if len(key[0]) < 200:
+            self.begins[key] = first - begin
+        return begin
+
+    def openings(self, header):
+        """The text that asks for a reply, and what is left of it before a reply without the reasoning that it opens."""
+        yield header
+        for k in range(1, len(header)):
+            if OPENS_REASONING.match(self.as_text(header[k:])):
+                yield header[:k]
+                return
+
+    def end_of_turn(self, marked, i, tools, plain, last, high):
+        """Where turn i ends in `plain`: behind the last special token that comes after it in any conversation.
+
+        marked: messages. last: where its words end. high: where the next message's begin, or the end of the text.
+        """
+        key = plain[last:high], i + 1 == len(marked)
+        if key in self.ends:
+            return last + self.ends[key]
+        here, is_last = marked[: i + 1], i + 1 == len(marked)
+        others = [(here, True), ([*here, {"role": "user", "content": "?"}], False)] if is_last else [(here, False)]
+        tail = plain[last:]
+        for conversation, prompt in others:
+            try:
+                other = self.render(conversation, tools, prompt)
+            except UserError:  # roles in an order that the template refuses
+                continue
+            other = MARK.sub("", other[other.rfind(chr(MARKS + 2 * i + 1)) + 1 :])
+            if other != tail:
+                tail = tail[: common(tail, other)]
+                break
+        if not is_last and len(tail) == len(plain) - last:
+            raise UserError(f"{self.name} does not show where the assistant's turn ends: {ADVICE}")
+        specials = [match.end() for match in PRIVATE.finditer(tail) if ord(match[0]) < HELD]
+        end = specials[-1] if specials else 0
+        if len(key[0]) < 200:
+            self.ends[key] = end
+        return last + end
+
+    def as_text(self, coded):
+        return PRIVATE.sub(lambda match: self.specials[ord(match[0]) - SPECIAL], coded)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # ids
+
+    def encode(self, messages, tools=None, train_on="assistant"):
+        """(ids, loss, messages that the template leaves out) of a conversation: int64 (n,), bool (n,), int.
+
+        messages: dicts with `role` and `content`, and what else the template takes. loss: whether an id is a target,
+        which it is if any of its characters is to be trained on. Raises UserError, without naming the conversation.
+        """
+        held = {}
+        messages, tools = self.hold([normalize(m) for m in messages], held), self.hold(tools, held)
+        if len(messages) > 1000:
+            raise UserError(f"it has {len(messages):,} messages, 1,000 are the most")
+        if train_on == "all":
+            text, n_left_out = take_out_generation(self.render(messages, tools))[0], 0
+            spans = [(0, len(text))]
+        else:
+            text, spans, n_left_out = self.targets(messages, tools)
+        original = {char: text for text, char in held.items()}
+        ids, loss = [], []
+        for piece in PIECE.finditer(text):
+            begin, end = piece.span()
+            inside = [(max(a, begin) - begin, min(b, end) - begin) for a, b in spans if a < end and b > begin]
+            if SPECIAL <= ord(piece[0][0]) < HELD:
+                ids.append(np.array([self.tokenizer.specials[self.as_text(piece[0])]]))
+                loss.append(np.array([bool(inside)]))
+            else:
+                chars = [original.get(char, char) for char in piece[0]] if held else piece[0]
+                ids.append(self.tokenizer.encode("".join(chars)))
+                loss.append(overlaps(self.tokenizer, chars, ids[-1], inside))
+        return np.concatenate(ids).astype(np.int64), np.concatenate(loss), n_left_out
+
+
+def normalize(message):
+    """A message without fields that are null, and with its reasoning under each name that templates read it by."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def mark(message, i, how):
+    """A copy of message i with a mark at the begin and at the end of each text in it.
+
+    how: "around" the whole text, "within" white space that the text begins or ends with, or only at such an "end".
+    """
+
+    begin, end = "" if how == "end" else chr(MARKS + 2 * i), chr(MARKS + 2 * i + 1)
+
+    def around(text, begin=begin):
+        words = text if how == "around" else text.strip()
+        return text.replace(words, begin + words + end, 1)
+
+    def in_name(function):  # where a name begins is not where the turn does
+        return {**function, "name": around(function["name"], begin="")}
+
+    marked = dict(message)
+    for key in ("content", "reasoning_content", "thinking", "reasoning"):
+        if isinstance(message.get(key), str) and message[key].strip():
+            marked[key] = around(message[key])
+        elif isinstance(message.get(key), list):
+            marked[key] = [{**part, "text": around(part["text"])} if part.get("text") else part
+                           for part in message[key]]
+    if calls := message.get("tool_calls"):
+        marked["tool_calls"] = [{**call, "function": in_name(call["function"])} if "function" in call else in_name(call)
+                                for call in calls]
+    if marked == message and message["role"] == "assistant":  # it says nothing, and ends its turn
+        marked["content"] = around(message["content"])
+    return marked
+
+
+def take_out_generation(text):
+    """(text without OPEN and CLOSE, [(begin, end) of what was between them])."""
+    parts = re.split(f"([{OPEN}{CLOSE}])", text)
+    spans, at, begin = [], 0, 0
+    for part in parts:
+        if part == OPEN:
+            begin = at
+        elif part == CLOSE:
+            spans.append((begin, at))
+        else:
+            at += len(part)
+    return "".join(part for part in parts if part not in (OPEN, CLOSE)), spans
+
+
+def common(a, b):
+    """The length of what two strings both begin with."""
+    return len(os.path.commonprefix([a, b]))
+
+
+def overlaps(tokenizer, chars, ids, spans):
+    """Of each id of a piece of text: whether it has a character in one of the spans. chars: strings, one a position."""
+    if not spans or spans == [(0, len(chars))]:
+        return np.full(len(ids), bool(spans))
+    at = np.cumsum([0, *(len(char.encode("utf-8", "replace")) for char in chars)])  # bytes before each character
+    sizes = [len(tokenizer.decode_bytes(int(i))) for i in ids]
+    ends = np.cumsum(sizes)
+    extra = ends[-1] - at[-1]
+    if extra == 1 and tokenizer.decode_bytes(int(ids[0])).startswith(b" "):  # SentencePiece puts a space before a text
+        ends = ends - 1
+    elif extra:
+        return overlaps_by_prefix(tokenizer, chars, ids, spans)
+    begins = np.array([0, *ends[:-1]])
+    return np.any([(ends > at[a]) & (begins < at[b]) for a, b in spans], 0)
+
+
+def overlaps_by_prefix(tokenizer, chars, ids, spans):
+    """overlaps() where ids do not spell the text (it was normalized): a prefix's ids show where a span's begin."""
+    loss = np.zeros(len(ids), bool)
+
+    def ids_before(position):
+        """How many ids the text up to here has in common with the whole, and whether these are all of the prefix's."""
+        prefix = tokenizer.encode("".join(chars[:position]))
+        n = min(len(prefix), len(ids))
+        same = int(np.cumprod(prefix[:n] == ids[:n]).sum())
+        return same, same == len(prefix)
+
+    for begin, end in spans:
+        stop, exact = ids_before(end) if end < len(chars) else (len(ids), True)
+        loss[ids_before(begin)[0] : stop if exact else stop + 1] = True
+    return loss
