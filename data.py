@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import attention
-from formats import hellaswag, text, tokens
+from formats import chat, hellaswag, text, tokens
 from model import IGNORE, check_ids
 from plumbing import entry
 from plumbing.errors import UserError
@@ -31,11 +31,13 @@ from plumbing.errors import UserError
 class DataConfig:
     """Where tokens come from."""
 
-    format: Literal["text", "hellaswag", "tokens"] = "text"  # documents, HellaSwag's questions, or token ids in files
+    format: Literal["text", "chat", "hellaswag", "tokens"] = "text"  # documents, conversations, questions, or token ids
     train: list[str] = field(default_factory=list)  # files, folders, globs, each file once; []: built in
     val: list[str] = field(default_factory=list)  # the same for validation; []: every 20th document of train
     weights: list[float] = field(default_factory=list)  # how often entries of train are drawn, relative; []: by size
-    packed_sequence_size: int = 0  # hellaswag: tokens of a row that samples are packed into; 0: one sample a row
+    packed_sequence_size: int = 0  # chat, hellaswag: tokens of a row that samples are packed into; 0: one sample a row
+    train_on: Literal["assistant", "all"] = "assistant"  # chat: replies and the token that ends them, or everything
+    chat_template: str = ""  # chat: a file with a Jinja template; "": the tokenizer folder's own
     tokenizer: str = "auto"  # "bytes", a tiktoken name, a tokenizer file or folder; auto: init_from's, else bytes
     text_key: str = "text"  # text: the field of a row that holds the text
     eos_id: int | None = None  # tokens: id between documents, which attention does not cross; None: it sees whole rows
@@ -50,9 +52,10 @@ class DataConfig:
         if self.packed_sequence_size and self.format in ("text", "tokens"):
             yield {"data.packed_sequence_size", "data.format"}, (
                 f"data.packed_sequence_size packs samples, and data.format={self.format} has no padding to save: set "
-                "data.format=hellaswag, or model.block_size for the length of rows")
-        if self.format == "tokens" and not self.train:
-            yield {"data.format", "data.train"}, "data.format=tokens needs data.train: name .bin or .npy files"
+                "data.format=chat or hellaswag, or model.block_size for the length of rows")
+        if self.format in ("chat", "tokens") and not self.train:
+            files = ".bin or .npy files" if self.format == "tokens" else "files or folders with rows of conversations"
+            yield {"data.format", "data.train"}, f"data.format={self.format} needs data.train: name {files}"
         if self.eos_id is not None and self.format != "tokens":
             yield {"data.eos_id", "data.format"}, f"data.eos_id is for data.format=tokens, not {self.format}: leave it"
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
@@ -92,7 +95,7 @@ class Rows(Protocol):
         """(ids, loss) of sample i in the order of the files, before packing and shuffling; loss is true for targets."""
 
 
-FORMATS = {"text": text.prepare, "hellaswag": hellaswag.prepare, "tokens": tokens.prepare}
+FORMATS = {"text": text.prepare, "chat": chat.prepare, "hellaswag": hellaswag.prepare, "tokens": tokens.prepare}
 
 
 def prepare(cfg, block_size, seed):

@@ -11,9 +11,11 @@ up; the text that add_generation_prompt adds is where a turn begins; and what fo
 conversation goes on, up to its last special token, is how a turn ends.
 """
 
+import itertools
 import json
 import os.path
 import re
+import unicodedata
 from datetime import datetime
 
 import jinja2
@@ -32,12 +34,14 @@ CHATML = """{% for message in messages %}
 {%- endif %}"""
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# Characters of the private-use plane 16, none of which is left in what comes out
+# Characters of the private-use plane 16, none of which is left in what comes out. They stand for special tokens that the
+# template wrote, or (HELD) for special tokens' text in messages, or are marks around the words of messages.
 SPECIAL, HELD, MARKS = 0x100000, 0x104000, 0x108000
 OPEN, CLOSE = "\U0010fff0", "\U0010fff1"  # around what is inside of {% generation %}
 PRIVATE = re.compile("[\U00100000-\U0010fffd]")
-PIECE = re.compile("[\U00100000-\U00103fff]|[^\U00100000-\U00103fff]+")  # a special token, or text between two
+CODED = re.compile("[\U00100000-\U00103fff]")
 MARK = re.compile("[\U00108000-\U0010ffef]")
+HALVES = re.compile("[\ud800-\udfff]")
 OPENS_REASONING = re.compile(r"[^\w\s]+(think|thought|reasoning)", re.IGNORECASE)
 ADVICE = "put {% generation %} around the assistant's words in it (data.chat_template=FILE), or set data.train_on=all"
 
@@ -117,7 +121,25 @@ class Template:
         pattern = "|".join(map(re.escape, self.specials)) or "(?!)"
         self.special, self.held = re.compile(pattern), re.compile(f"{pattern}|{PRIVATE.pattern}")
         self.code = {text: chr(SPECIAL + k) for k, text in enumerate(self.specials)}
+        self.coded, self.sizes = None, np.full(tokenizer.largest + 1, -1)  # bytes of each id; -1: not yet asked for
+        if tokenizer.full is not None:
+            self.coded, self.real = self.coded_tokenizer(tokenizer.full)
         self.begins, self.ends = {}, {}  # text around a turn: where the turn begins, where it ends
+
+    def coded_tokenizer(self, full):
+        """(a copy of a tokenizers.Tokenizer that finds characters for special tokens, and not their text; real ids)."""
+        from tokenizers import AddedToken
+
+        copy = type(full).from_str(full.to_str())
+        flags = {token.content: token for token in full.get_added_tokens_decoder().values()}
+        copy.encode_special_tokens = True
+        copy.add_tokens([AddedToken(self.code[text], lstrip=flags[text].lstrip, rstrip=flags[text].rstrip,
+                                    single_word=flags[text].single_word, normalized=flags[text].normalized)
+                         for text in self.specials])
+        real = np.arange(max(copy.get_vocab().values()) + 1)
+        for text in self.specials:
+            real[copy.token_to_id(self.code[text])] = self.tokenizer.specials[text]
+        return copy, real
 
     # ------------------------------------------------------------------------------------------------------------
     # rendering: special tokens of the template become one character each (SPECIAL), those of messages another (HELD)
@@ -128,7 +150,14 @@ class Template:
         def stand_in(match):
             return held.setdefault(match[0], chr(HELD + len(held)))
 
-        return walk(value, lambda text: self.held.sub(stand_in, text))
+        def change(text):
+            if CODED.search(text):
+                raise UserError(f"it has {CODED.search(text)[0]!r}, a private-use character that is needed here")
+            if HALVES.search(text):  # of characters: they count as U+FFFD, as in Tokenizer.encode
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.held.sub(stand_in, text)
+
+        return walk(value, change)
 
     def render(self, messages, tools, prompt=False):
         """The text of messages, in which special tokens are one character each."""
@@ -157,20 +186,22 @@ class Template:
                 break
         else:
             raise UserError(f"{self.name} does not show where the assistant's words are: {ADVICE}")
-        marks = {}  # of each message: [first mark, last mark, whether the first is where its words begin]
+        marks = {}  # of each message: where its first and last mark are, and whether its words begin at the first
         for n, match in enumerate(MARK.finditer(rendered)):
             i, is_end = divmod(ord(match[0]) - MARKS, 2)
-            marks.setdefault(i, [match.start() - n, None, not is_end])[1] = match.start() - n
+            marks.setdefault(i, [match.start() - n, None, not is_end])[1] = match.start() - n if is_end else None
         spans, low = [], 0
         for i in sorted(marks, key=lambda i: marks[i][0]):
             first, last, words_begin = marks[i]
+            if last is None:
+                raise UserError(f"{self.name} turns the words of a message around: {ADVICE}")
             if messages[i]["role"] == "assistant":
                 high = min([other for other, _, _ in marks.values() if other > last], default=len(plain))
                 begin = self.begin_of_turn(messages[:i], tools, plain, low, first, words_begin)
                 last = self.end_of_turn(marked, i, tools, plain, last, high)
                 spans.append((begin, last))
             low = max(low, last)
-        n_marked = sum(bool(MARK.search(json.dumps(m, ensure_ascii=False))) for m in marked)
+        n_marked = sum(message != original for message, original in zip(marked, messages, strict=True))
         return plain, spans, n_marked - len(marks)
 
     def begin_of_turn(self, earlier, tools, plain, low, first, words_begin):
@@ -230,14 +261,14 @@ class Template:
                 break
         if not is_last and len(tail) == len(plain) - last:
             raise UserError(f"{self.name} does not show where the assistant's turn ends: {ADVICE}")
-        specials = [match.end() for match in PRIVATE.finditer(tail) if ord(match[0]) < HELD]
+        specials = [match.end() for match in CODED.finditer(tail)]
         end = specials[-1] if specials else 0
         if len(key[0]) < 200:
             self.ends[key] = end
         return last + end
 
     def as_text(self, coded):
-        return PRIVATE.sub(lambda match: self.specials[ord(match[0]) - SPECIAL], coded)
+        return CODED.sub(lambda match: self.specials[ord(match[0]) - SPECIAL], coded)
 
     # ------------------------------------------------------------------------------------------------------------
     # ids
@@ -257,19 +288,48 @@ class Template:
             spans = [(0, len(text))]
         else:
             text, spans, n_left_out = self.targets(messages, tools)
-        original = {char: text for text, char in held.items()}
-        ids, loss = [], []
-        for piece in PIECE.finditer(text):
-            begin, end = piece.span()
-            inside = [(max(a, begin) - begin, min(b, end) - begin) for a, b in spans if a < end and b > begin]
-            if SPECIAL <= ord(piece[0][0]) < HELD:
-                ids.append(np.array([self.tokenizer.specials[self.as_text(piece[0])]]))
-                loss.append(np.array([bool(inside)]))
+        text, spans = self.put_back(text, spans, {char: original for original, char in held.items()})
+        ids, begins, ends = self.encode_coded(text)
+        loss = np.zeros(len(ids), bool)
+        for begin, end in spans:
+            loss |= (ends > begin) & (begins < end)
+        return ids, loss, n_left_out
+
+    def put_back(self, text, spans, original):
+        """(text with special tokens' text in messages again, spans in it). original: what each character stands for."""
+        if not original and not self.tokenizer.nfc:
+            return text, spans
+        borders = sorted({0, len(text), *(border for span in spans for border in span)})
+        parts, moved = [], {0: 0}
+        for begin, end in itertools.pairwise(borders):
+            part = PRIVATE.sub(lambda match: original.get(match[0], match[0]), text[begin:end])
+            parts.append(unicodedata.normalize("NFC", part) if self.tokenizer.nfc else part)
+            moved[end] = moved[begin] + len(parts[-1])
+        return "".join(parts), [(moved[begin], moved[end]) for begin, end in spans]
+
+    def encode_coded(self, text):
+        """(ids, begins, ends) of text whose special tokens are one character each: of ids where in text they are."""
+        if self.coded:
+            encoding = self.coded.encode(text, add_special_tokens=False)
+            begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+            return self.real[encoding.ids], begins, ends
+        ids, begins, ends = [], [], []
+        for match in re.finditer(f"{CODED.pattern}|[^{CODED.pattern[1:]}+", text):
+            if CODED.match(match[0]):
+                part, first, last = np.array([self.tokenizer.specials[self.as_text(match[0])]]), [0], [0]
             else:
-                chars = [original.get(char, char) for char in piece[0]] if held else piece[0]
-                ids.append(self.tokenizer.encode("".join(chars)))
-                loss.append(overlaps(self.tokenizer, chars, ids[-1], inside))
-        return np.concatenate(ids).astype(np.int64), np.concatenate(loss), n_left_out
+                part = self.tokenizer.encode(match[0])
+                for i in set(part[self.sizes[part] < 0].tolist()):
+                    self.sizes[i] = len(self.tokenizer.decode_bytes(i))
+                stops = np.cumsum(self.sizes[part])
+                in_utf8 = np.frombuffer(match[0].encode(), np.uint8)
+                character = np.cumsum(in_utf8 & 0xC0 != 0x80) - 1  # of each byte
+                assert stops[-1] == len(character), "ids that do not spell the text"
+                first, last = character[stops - self.sizes[part]], character[stops - 1]
+            ids.append(part)
+            begins.append(np.add(first, match.start()))
+            ends.append(np.add(last, match.start() + 1))
+        return np.concatenate(ids).astype(np.int64), np.concatenate(begins), np.concatenate(ends)
 
 
 def normalize(message):
@@ -298,8 +358,9 @@ def mark(message, i, how):
 
     marked = dict(message)
     for key in ("content", "reasoning_content", "thinking", "reasoning"):
-        if isinstance(message.get(key), str) and message[key].strip():
-            marked[key] = around(message[key])
+        text = message.get(key)
+        if isinstance(text, str) and (text.strip() or how == "around" and message["role"] == "assistant"):
+            marked[key] = around(text)
         elif isinstance(message.get(key), list):
             marked[key] = [{**part, "text": around(part["text"])} if part.get("text") else part
                            for part in message[key]]
@@ -328,36 +389,3 @@ def take_out_generation(text):
 def common(a, b):
     """The length of what two strings both begin with."""
     return len(os.path.commonprefix([a, b]))
-
-
-def overlaps(tokenizer, chars, ids, spans):
-    """Of each id of a piece of text: whether it has a character in one of the spans. chars: strings, one a position."""
-    if not spans or spans == [(0, len(chars))]:
-        return np.full(len(ids), bool(spans))
-    at = np.cumsum([0, *(len(char.encode("utf-8", "replace")) for char in chars)])  # bytes before each character
-    sizes = [len(tokenizer.decode_bytes(int(i))) for i in ids]
-    ends = np.cumsum(sizes)
-    extra = ends[-1] - at[-1]
-    if extra == 1 and tokenizer.decode_bytes(int(ids[0])).startswith(b" "):  # SentencePiece puts a space before a text
-        ends = ends - 1
-    elif extra:
-        return overlaps_by_prefix(tokenizer, chars, ids, spans)
-    begins = np.array([0, *ends[:-1]])
-    return np.any([(ends > at[a]) & (begins < at[b]) for a, b in spans], 0)
-
-
-def overlaps_by_prefix(tokenizer, chars, ids, spans):
-    """overlaps() where ids do not spell the text (it was normalized): a prefix's ids show where a span's begin."""
-    loss = np.zeros(len(ids), bool)
-
-    def ids_before(position):
-        """How many ids the text up to here has in common with the whole, and whether these are all of the prefix's."""
-        prefix = tokenizer.encode("".join(chars[:position]))
-        n = min(len(prefix), len(ids))
-        same = int(np.cumprod(prefix[:n] == ids[:n]).sum())
-        return same, same == len(prefix)
-
-    for begin, end in spans:
-        stop, exact = ids_before(end) if end < len(chars) else (len(ids), True)
-        loss[ids_before(begin)[0] : stop if exact else stop + 1] = True
-    return loss
