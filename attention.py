@@ -30,17 +30,24 @@ def document_starts(positions):
     return starts
 
 
-def document_bounds(positions):
-    """(cu_seqlens, max_seqlen) of the documents in positions (B, T), laid out as one row of B * T tokens.
+def document_bounds(positions, longest=None, most_documents=None):
+    """(cu_seqlens, max_seqlen) of the documents in positions (B, T), as one row of B * T tokens.
 
-    cu_seqlens: int32, where each document starts, then B * T; max_seqlen: an int that no document is longer than. Both
-    are rounded up (cu_seqlens by empty documents at the end) so that torch.compile sees few shapes. Call it before
-    positions go to the GPU: their number depends on the values, and asking a GPU for that stalls it.
+    cu_seqlens: int32, the start of each document, then B * T (repeated: empty documents). max_seqlen: int, an upper
+    bound of document lengths. longest, most_documents: tokens of the longest document and documents of the fullest row
+    of the whole run, so that torch.compile sees one bound and one shape; without them both are rounded up, and it sees
+    few. Call this while positions are on the CPU: how many documents there are depends on their values, and reading
+    that from a GPU stalls it.
     """
     cu_seqlens = document_starts(positions).flatten().nonzero().flatten()
     cu_seqlens = F.pad(cu_seqlens, (0, 1), value=positions.numel())
-    max_seqlen = max(128, 1 << (int(cu_seqlens.diff().max()) - 1).bit_length())  # 128: what a CUDA block takes at once
-    n = max(16, 1 << (len(cu_seqlens) - 1).bit_length())
+    found = int(cu_seqlens.diff().max())
+    if longest is None:
+        max_seqlen = max(128, 1 << (found - 1).bit_length())  # 128: one tile of the kernel
+        n = max(16, 1 << (len(cu_seqlens) - 1).bit_length())
+    else:
+        max_seqlen, n = longest, len(positions) * most_documents + 1
+    assert found <= max_seqlen and len(cu_seqlens) <= n, "documents are longer or more than their rows say"
     return F.pad(cu_seqlens, (0, n - len(cu_seqlens)), value=positions.numel()).int(), max_seqlen
 
 

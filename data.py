@@ -82,6 +82,7 @@ class Rows(Protocol):
     padding: float  # share of a row that is no text
     document: float | None  # the length that attention sees, mean over tokens; None: the whole row
     longest: int  # tokens of the longest document that attention sees
+    most_documents: int  # in a row
     largest: int  # token id
     digest: str  # of the content and its order: a run resumes only on the same rows
     description: str  # for the screen
@@ -137,6 +138,8 @@ class Mixture:
         self.n_rows, self.n_samples = int(self.ends[-1]), int(self.sample_ends[-1])
         self.block_size, self.longest, self.largest = (
             max(getattr(part, name) for part in parts) for name in ("block_size", "longest", "largest"))
+        self.most_documents = max(part.most_documents - (part.block_size - self.block_size) // self.longest
+                                  for part in parts)  # with those that pad a row
         share = np.array(weights if len(weights) else [part.n_rows for part in parts])
         text = share * [(1 - part.padding) * part.block_size for part in parts]  # tokens from each part
         self.padding = 1 - float(text.sum() / (share.sum() * self.block_size))
@@ -268,12 +271,14 @@ def eval_batches(rows, *, n, micro_batch_size, rank=0, world_size=1):
         yield stack([rows.row(i * rows.n_rows // n) if i < n else empty for i in part], micro_batch_size)
 
 
-def on_device(x, y, positions, device):
-    """A micro-batch, (B, T) tensors, as arguments of the model on its device: (x, y, documents).
+def on_device(x, y, positions, rows, device):
+    """A micro-batch of rows, (B, T) tensors, as arguments of the model on its device: (x, y, documents).
 
     documents: () where attention sees whole rows, else (positions, bounds), which keep it within documents.
     """
-    bounds = None if positions is None else attention.document_bounds(positions)  # on the CPU: a GPU would have to sync
+    bounds = None
+    if positions is not None:  # on the CPU: a GPU would have to sync
+        bounds = attention.document_bounds(positions, rows.longest, rows.most_documents)
     if device.type == "cuda":
         x, y, positions = (t if t is None else t.pin_memory().to(device, non_blocking=True) for t in (x, y, positions))
     return x, y, () if positions is None else (positions, bounds)

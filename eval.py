@@ -146,7 +146,7 @@ class Evaluation:
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in data.eval_batches(self.rows, n=self.config.eval_sequences, rank=self.ranks.rank,
                                        world_size=self.ranks.world_size, micro_batch_size=self.config.micro_batch_size):
-            x, y, documents = data.on_device(*batch, device)
+            x, y, documents = data.on_device(*batch, self.rows, device)
             totals[0] += model(x, y, self.config.loss_chunks, *documents)
             totals[1] += (y != IGNORE).sum()
         reshard(model)

@@ -109,7 +109,7 @@ def main():
     def micro_batches(step):
         """This rank's micro-batches of a step, counted from 1: [(x, y, documents)], as the model takes them."""
         x, y, positions = loader.batch(step - 1)
-        return [data.on_device(x[i], y[i], None if positions is None else positions[i], device)
+        return [data.on_device(x[i], y[i], None if positions is None else positions[i], train_rows, device)
                 for i in range(accumulation)]
 
     row_length = train_rows.block_size  # model.block_size is only the most that the model takes

@@ -148,8 +148,6 @@ class Reader:
 
 def prepare(cfg, block_size, seed):
     """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
-    if not cfg.train:
-        raise UserError("data.format=chat needs data.train: name files or folders with rows of conversations")
     tokenizer, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
     source = ""
     if cfg.chat_template:
@@ -174,4 +172,6 @@ def prepare(cfg, block_size, seed):
         f"{train.padding:.1%} of them padding, {train.loss.mean():.0%} of the text is trained on, "
         f"{val.n_samples:,} for validation in {val.n_rows:,} rows, tokenizer {tokenizer.name}, {template.name}"
         + found.note + reader.remarks())
+    train.counts |= {"cut at the end": reader.n_cut, "dropped, having no target": reader.n_without_target,
+                     "messages that the template leaves out": reader.n_left_out, "files not used": len(found.unused)}
     return train, val, tokenizer

@@ -34,8 +34,8 @@ CHATML = """{% for message in messages %}
 {%- endif %}"""
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# Characters of the private-use plane 16, none of which is left in what comes out. They stand for special tokens that the
-# template wrote, or (HELD) for special tokens' text in messages, or are marks around the words of messages.
+# Characters of the private-use plane 16, none of which is left in what comes out. They stand for special tokens that
+# the template wrote, or (HELD) for special tokens' text in messages, or are marks around the words of messages.
 SPECIAL, HELD, MARKS = 0x100000, 0x104000, 0x108000
 OPEN, CLOSE = "\U0010fff0", "\U0010fff1"  # around what is inside of {% generation %}
 PRIVATE = re.compile("[\U00100000-\U0010fffd]")
@@ -122,7 +122,8 @@ class Template:
         self.special, self.held = re.compile(pattern), re.compile(f"{pattern}|{PRIVATE.pattern}")
         self.code = {text: chr(SPECIAL + k) for k, text in enumerate(self.specials)}
         self.coded, self.sizes = None, np.full(tokenizer.largest + 1, -1)  # bytes of each id; -1: not yet asked for
-        if tokenizer.full is not None:
+        self.nfc = getattr(tokenizer, "nfc", False)
+        if getattr(tokenizer, "full", None) is not None:
             self.coded, self.real = self.coded_tokenizer(tokenizer.full)
         self.begins, self.ends = {}, {}  # text around a turn: where the turn begins, where it ends
 
@@ -297,13 +298,13 @@ class Template:
 
     def put_back(self, text, spans, original):
         """(text with special tokens' text in messages again, spans in it). original: what each character stands for."""
-        if not original and not self.tokenizer.nfc:
+        if not original and not self.nfc:
             return text, spans
         borders = sorted({0, len(text), *(border for span in spans for border in span)})
         parts, moved = [], {0: 0}
         for begin, end in itertools.pairwise(borders):
             part = PRIVATE.sub(lambda match: original.get(match[0], match[0]), text[begin:end])
-            parts.append(unicodedata.normalize("NFC", part) if self.tokenizer.nfc else part)
+            parts.append(unicodedata.normalize("NFC", part) if self.nfc else part)
             moved[end] = moved[begin] + len(parts[-1])
         return "".join(parts), [(moved[begin], moved[end]) for begin, end in spans]
 
