@@ -67,7 +67,7 @@ def environment():
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def raise_exception(message):
-        raise jinja2.TemplateError(message)
+        raise UserError(message)
 
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                        extensions=[Generation, jinja2.ext.loopcontrols])
@@ -166,7 +166,7 @@ class Template:
         try:
             text = template.render(messages=messages, tools=tools or None, documents=None,
                                    add_generation_prompt=prompt, **self.variables)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, UserError) as error:  # UserError: its own raise_exception
             raise UserError(f"{self.name} refuses it: {error}") from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # of an expression in it
             raise UserError(f"{self.name} fails on it: {type(error).__name__}: {error}") from error
