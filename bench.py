@@ -92,7 +92,7 @@ def prepare(own, default):
         raise UserError("this script works on one machine: start torchrun without --nnodes")
     if int(os.environ.get("RANK", 0)) > 0:
         return None  # rank 0 starts the processes of every variant
-    files.find_files([*config.data.train, *config.data.val])  # report a wrong path once, not in every variant
+    files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))  # report a wrong path once
     config.fp8.emulate |= on_cpu(config)
     base = Path(config.out_dir, "base_config.py")
     base.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,8 @@ def main():
         raise UserError("\n".join(errors))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(args.folder, device, args.tokenizer)
-    prompt = tokenizer.encode(args.prompt).tolist()
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]  # as documents begin in training
+    prompt = bos + tokenizer.encode(args.prompt).tolist()
     if not prompt:
         raise UserError("--prompt is empty: give at least one character")
     models.check_ids(config.model, max(prompt))

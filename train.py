@@ -179,7 +179,7 @@ def main():
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.precompute_scales(model, config.fp8, shards=n_shards)
     say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
-    say(f"data: {train_rows.description}")
+    say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
     say(f"step: {config.micro_batch_size} sequences x {row_length} tokens x {world_size} ranks x {accumulation} "
         f"accumulation = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))
 

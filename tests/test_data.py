@@ -4,10 +4,13 @@ import base64
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import sentencepiece
 import tiktoken
+import tokenizers
 import torch
 from conftest import main_here
 
@@ -142,6 +145,99 @@ def test_embedded_corpus_is_the_standard_library_in_a_fixed_order():
     names = [p.name for p in files]
     assert files == sorted(files) and {"argparse.py", "_pydecimal.py", "pathlib.py"} & set(names)
     assert not any("site-packages" in p.parts or "test" in p.parts for p in files)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# long documents are cut
+
+
+@pytest.fixture(scope="module")
+def cut_by(tmp_path_factory):
+    """Tokenizers by name: bytes, GPT-2's way of splitting text, and SentencePiece with a blank put before the text."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    text = "".join(path.read_text() for path in text_files.embedded_files()[:6])
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=800, initial_alphabet=alphabet, special_tokens=[END], show_progress=False))
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "text").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=600, model_type="bpe",
+        byte_fallback=True, minloglevel=2, max_sentence_length=9999)
+    return text, {"bytes": BYTES, "gpt2": get_tokenizer(str(folder / "tokenizer.json")),
+                  "sentencepiece": get_tokenizer(str(folder / "sp.model"))}
+
+
+def in_chunks(text, rng):
+    """The text in pieces of random length."""
+    borders = np.sort(rng.integers(0, len(text), 20)).tolist()
+    return [text[i:j] for i, j in zip([0, *borders], [*borders, len(text)], strict=True)]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "sentencepiece"])
+def test_a_document_in_pieces_has_the_ids_of_the_whole(cut_by, monkeypatch, name):
+    monkeypatch.setattr(text_format, "PIECE", 300)
+    source, tokenizer = cut_by[0], cut_by[1][name]
+    n_pieces = n_forced = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        alphabet = ("ab \n", "ab.' \n\t", "aé你い5 \n", "a\r\n b\u0301\u00a0", None)[seed % 5]
+        start = int(rng.integers(len(source) - 5000))
+        text = source[start : start + 5000] if alphabet is None else "".join(rng.choice(list(alphabet), 3000))
+        counts = {"forced cuts": 0}
+        pieces = list(text_format.cut(in_chunks(text, rng), tokenizer, counts))
+        ids = np.concatenate([text_format.encode_behind(tokenizer, context, piece) for piece, context in pieces])
+        assert np.array_equal(ids, tokenizer.encode(text)) or counts["forced cuts"]
+        assert pieces == list(text_format.cut(in_chunks(text, rng), tokenizer, {"forced cuts": 0}))
+        n_pieces, n_forced = n_pieces + len(pieces), n_forced + counts["forced cuts"]
+    assert n_pieces > 250 and n_forced < 0.1 * n_pieces
+
+
+def test_text_without_a_place_to_cut_is_cut_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_format, "PIECE", 100)
+    (tmp_path / "a.txt").write_text("x" * 950)
+    train, val, _ = prepare(config(tmp_path, tmp_path / "a.txt"))
+    assert BYTES.decode([*everything(train), *everything(val)][:-1]) == "x" * 950
+    assert train.counts["cuts inside of a word"] == 4 and "4 cuts inside of a word" in train.description
+
+
+def test_memory_does_not_grow_with_the_text(monkeypatch):
+    monkeypatch.setattr(text_format, "PIECE", 1000)
+    read, n_ahead = [0], 3
+
+    def chunks():
+        for _ in range(500):
+            read[0] += 1000
+            yield "some words " * 90 + "some words"
+
+    counts = dict.fromkeys(("train documents", "empty documents", "forced cuts"), 0)
+    monkeypatch.setattr(text_files, "documents", lambda paths, *args: [chunks()] if paths else [])
+    with ThreadPoolExecutor(1) as pool:
+        written = 0
+        stream = text_format.pieces(["a"], [], DataConfig(), BYTES, counts, None)
+        for batch, _ in text_format.in_order(pool, len, text_format.batches(stream), n_ahead):
+            written += sum(len(piece.text) for piece in batch)
+            assert read[0] - written < (n_ahead + 6) * 2000  # characters that are held
+    assert written == 500 * 1000 and counts["train documents"] == 1
+
+
+def test_documents_begin_with_bos_where_the_tokenizer_has_one(tmp_path, monkeypatch):
+    with_bos = single_bytes("llama", {END: 256, "<s>": 257})
+    with_bos.bos, with_bos.eos = 257, 256
+    monkeypatch.setattr(text_format, "PIECE", 100)
+    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: with_bos)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "", "two " * 99)))
+    train, val, _ = prepare(config(tmp_path, tmp_path / "a.jsonl"))
+    ids = [*everything(train), *everything(val)]
+    assert ids == [257, *b"one", 256, 257, *b"two " * 99, 256]
+    assert train.sample(0)[0][0] == 257 and not train.sample(0)[1][0]
+    without = single_bytes("llama", {END: 256, "<s>": 257})
+    without.eos = 256
+    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: without)
+    assert prepare(config(tmp_path, tmp_path / "a.jsonl"))[0].digest != train.digest  # shards of its own
 
 
 # ----------------------------------------------------------------------------------------------------------------
