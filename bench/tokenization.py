@@ -1,6 +1,6 @@
 """Tokenizing text into shards against tiktoken's own encode_ordinary_batch, on the same documents and threads.
 
-    python bench/tokenize.py --tokenizer=NAME [--data=FILE ...] [--threads=N] [--out=FILE.json]
+    python bench/tokenization.py --tokenizer=NAME [--data=FILE ...] [--threads=N] [--out=FILE.json]
 
 Both take turns, and the best of three rounds of each counts. Ours includes reading the files, writing and hashing the
 shards. Works with tokenizers that tiktoken runs: its own names, rank files, byte-level tokenizer.json.
@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.remove(str(Path(__file__).resolve().parent))  # else this file is what `import tokenize` finds
 import data
 from formats import files, text
 from plumbing import entry
@@ -29,7 +28,7 @@ def main():
     parser.add_argument("--tokenizer", required=True, help="as data.tokenizer")
     parser.add_argument("--data", nargs="*", default=[], help="files of text (default: Python's standard library)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both (all cores)")
-    parser.add_argument("--out", default="tokenize.json", help="the results (tokenize.json)")
+    parser.add_argument("--out", default="tokenization.json", help="the results (tokenization.json)")
     args = parser.parse_args()
     tokenizer = text.get_tokenizer(args.tokenizer)
     paths = files.find_files(args.data)[0] or files.embedded_files()
@@ -49,7 +48,7 @@ def main():
     ratio = rates["shards"] / rates["encode_ordinary_batch"]
     result = {"hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
               "versions": {p: version(p) for p in ("tiktoken", "numpy")}, "date": str(datetime.date.today()),
-              "command": " ".join(["python bench/tokenize.py", *(f"--{k}={v}" for k, v in vars(args).items()
+              "command": " ".join(["python bench/tokenization.py", *(f"--{k}={v}" for k, v in vars(args).items()
                                                                 if k not in ("data", "tokenizer"))]),
               "tokenizer": tokenizer.name, "documents": len(documents), "megabytes": megabytes,
               "threads": args.threads, "megabytes_per_s": rates, "ratio": ratio}
