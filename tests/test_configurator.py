@@ -1,4 +1,4 @@
-"""The configuration: what is accepted, what every mistake says, and that nothing in it is dead."""
+"""The configuration: what is accepted, the message of every error, and no dead field."""
 
 import ast
 import copy
@@ -24,7 +24,7 @@ KEYS = {prefix + f.name: (section, f) for prefix, section in configurator.sectio
         if not is_dataclass(f.type)}
 
 
-def mistakes(*argv):
+def errors_of(*argv):
     """The lines of the error that load() raises."""
     with pytest.raises(ValueError) as caught:
         load(list(argv))
@@ -107,7 +107,7 @@ def test_folders_may_begin_with_a_tilde():
     assert [config.out_dir, config.data.cache_dir] == [os.path.expanduser("~/x"), os.path.expanduser("~/y")]
 
 
-def test_a_wrong_key_hides_its_own_consequences_and_no_other_mistake():
+def test_a_wrong_key_hides_its_own_consequences_and_no_other_error():
     with pytest.raises(ValueError) as error:
         load(["--max_stepz=3", "--log_interval=0", "--optim.lrr=1", "--optim.eps=0", "--fp8.enabled=True",
               "--fp8.enable_fsdp_float8_all_gathr=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
@@ -190,7 +190,7 @@ def test_a_script_takes_flags_of_its_own(capsys):
     with pytest.raises(SystemExit):
         load(["--help"], own)
     assert re.search(r"gemms +bool +False +per layer", capsys.readouterr().out)
-    assert "--gemms" in mistakes("--gemms=True")[0]  # no flag of any other script's
+    assert "--gemms" in errors_of("--gemms=True")[0]  # no flag of any other script's
 
 
 @dataclass
@@ -218,10 +218,10 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# mistakes on the command line
+# errors on the command line
 
 
-@pytest.mark.parametrize("arg, told", [
+@pytest.mark.parametrize("arg, message", [
     ("--max_steps=1.5", "expected int"),
     ("--max_steps=True", "expected int"),
     ("--max_steps=", "expected int"),
@@ -252,9 +252,9 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
     ("--model=tiny", "a section, set its keys: model.vocab_size, model.block_size, "),
     ("--fp8", "a section, set its keys: fp8.enabled, "),
 ])
-def test_a_wrong_value_is_told_with_key_type_and_value(arg, told):
-    (line,) = mistakes(arg)
-    assert line.startswith(f"{arg}: {told}")
+def test_a_wrong_value_is_reported_with_key_type_and_value(arg, message):
+    (line,) = errors_of(arg)
+    assert line.startswith(f"{arg}: {message}")
 
 
 @pytest.mark.parametrize("arg, near", [
@@ -273,60 +273,60 @@ def test_a_wrong_value_is_told_with_key_type_and_value(arg, told):
     ("--steps=1", "max_steps"),
 ])
 def test_an_unknown_key_names_the_closest_one(arg, near):
-    (line,) = mistakes(arg)
+    (line,) = errors_of(arg)
     assert line.startswith(f"{arg}: unknown key, did you mean --{near}?")
 
 
 @pytest.mark.parametrize("arg", ["--learning_rate=1", "--dropout=0.1", "--epochs=3"])
 def test_an_unknown_key_that_looks_like_none_names_none(arg):
-    assert mistakes(arg, "--max_steps=0") == [f"{arg}: unknown key. See --help", "max_steps=0 must be at least 1"]
+    assert errors_of(arg, "--max_steps=0") == [f"{arg}: unknown key. See --help", "max_steps=0 must be at least 1"]
 
 
 def test_a_config_file_needs_no_key():
-    assert mistakes("--config=a.py") == ["--config=a.py: name the file without a key: a.py"]
+    assert errors_of("--config=a.py") == ["--config=a.py: name the file without a key: a.py"]
 
 
-def test_a_value_apart_from_its_key_is_one_mistake_and_no_config_file():
-    assert mistakes("--max_steps", "20", "--seed=1") == ["--max_steps: write --max_steps=VALUE"]
+def test_a_value_apart_from_its_key_is_one_error_and_no_config_file():
+    assert errors_of("--max_steps", "20", "--seed=1") == ["--max_steps: write --max_steps=VALUE"]
 
 
-def test_a_key_without_its_dashes_is_one_mistake():
-    assert mistakes("config/llama_fp8.py", "max_steps=20") == ["max_steps=20: write --max_steps=20"]
+def test_a_key_without_its_dashes_is_one_error():
+    assert errors_of("config/llama_fp8.py", "max_steps=20") == ["max_steps=20: write --max_steps=20"]
 
 
-def test_folders_that_are_files_are_told(tmp_path):
+def test_folders_that_are_files_are_reported(tmp_path):
     (tmp_path / "file").write_text("")
-    told = mistakes(f"--out_dir={tmp_path}/file", f"--data.cache_dir={tmp_path}/file/below")
-    assert told == [f"out_dir={tmp_path}/file: {tmp_path}/file is a file, name a folder",
+    message = errors_of(f"--out_dir={tmp_path}/file", f"--data.cache_dir={tmp_path}/file/below")
+    assert message == [f"out_dir={tmp_path}/file: {tmp_path}/file is a file, name a folder",
                     f"data.cache_dir={tmp_path}/file/below: {tmp_path}/file is a file, name a folder"]
 
 
 def test_two_config_files_are_too_many():
-    assert mistakes("config/a.py", "config/b.py") == ["config/a.py config/b.py: one config file at most"]
+    assert errors_of("config/a.py", "config/b.py") == ["config/a.py config/b.py: one config file at most"]
 
 
-def test_all_mistakes_are_told_at_once_in_their_order(file):
+def test_all_errors_are_reported_at_once_in_their_order(file):
     path = file("config = Config(fp8=FP8Config(enabeld=True))")
-    lines = mistakes(path, "--max_steps=x", "--recipe_name=rowwise", "--fp8.enabled=1", "--seed", "--model=8b")
+    lines = errors_of(path, "--max_steps=x", "--recipe_name=rowwise", "--fp8.enabled=1", "--seed", "--model=8b")
     assert [line.partition(": ")[0] for line in lines] == [
         f"{path}, line 2", "--max_steps=x", "--recipe_name=rowwise", "--fp8.enabled=1", "--seed", "--model=8b"]
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# mistakes in the file
+# errors in the file
 
 
 def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
-    assert mistakes("config/lama_fp8.py") == [
+    assert errors_of("config/lama_fp8.py") == [
         "config/lama_fp8.py: no such config file, did you mean config/llama_fp8.py?"]
     monkeypatch.chdir(tmp_path)
-    suggested = mistakes("llama_fp8")[0].partition("did you mean ")[2].removesuffix("?")
+    suggested = errors_of("llama_fp8")[0].partition("did you mean ")[2].removesuffix("?")
     assert Path(suggested).resolve() == REPO / "config/llama_fp8.py"
-    assert mistakes("gpt.py") == [f"gpt.py: no such config file, see {os.path.relpath(REPO / 'config')}"]
+    assert errors_of("gpt.py") == [f"gpt.py: no such config file, see {os.path.relpath(REPO / 'config')}"]
 
 
-@pytest.mark.parametrize("body, told", [
+@pytest.mark.parametrize("body, message", [
     ("config = Config(fp8=FP8Config(enabeld=True))",
      ", line 2: FP8Config has no field 'enabeld', did you mean 'enabled'?"),
     ("\nconfig = Config(max_step=1)", ", line 3: Config has no field 'max_step', did you mean 'max_steps'?"),
@@ -353,13 +353,13 @@ def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
     ("config = Config()\nconfig.max_stepz = 1", ": max_stepz is no field, did you mean max_steps?"),
     ("config = Config()\nconfig.fp8.recipe = 'rowwise'", ": fp8.recipe is no field, did you mean fp8.recipe_name?"),
 ])
-def test_a_mistake_in_the_file_is_one_line_with_its_place(body, told, file):
+def test_an_error_in_the_file_is_one_line_with_its_place(body, message, file):
     path = file(body)
-    (line,) = mistakes(path)
-    assert line.startswith(path) and told in line
+    (line,) = errors_of(path)
+    assert line.startswith(path) and message in line
 
 
-def test_a_mistake_in_an_imported_config_is_told_where_it_stands(file, tmp_path, monkeypatch):
+def test_an_error_in_an_imported_config_is_reported_where_it_stands(file, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     base = file("config = Config(max_stepz=1)", name="config/base_of_this_test.py")
     monkeypatch.syspath_prepend(tmp_path)
@@ -367,16 +367,16 @@ def test_a_mistake_in_an_imported_config_is_told_where_it_stands(file, tmp_path,
     path = file("import sys; sys.modules.pop('config', None)\nfrom config.base_of_this_test import config")
     kept = sys.modules.pop("config", None)
     try:
-        assert mistakes(path) == [f"{base}, line 2: Config has no field 'max_stepz', did you mean 'max_steps'?"]
+        assert errors_of(path) == [f"{base}, line 2: Config has no field 'max_stepz', did you mean 'max_steps'?"]
     finally:
         sys.modules.pop("config", None)
         if kept:
             sys.modules["config"] = kept
 
 
-def test_every_wrong_type_of_a_file_is_told(file):
+def test_every_wrong_type_of_a_file_is_reported(file):
     path = file("config = Config(seed='a', fp8=FP8Config(enabled=1, emulate=None), optim=OptimConfig(lr='x'))")
-    assert {line.removeprefix(f"{path}: ").partition("=")[0] for line in mistakes(path)} == {
+    assert {line.removeprefix(f"{path}: ").partition("=")[0] for line in errors_of(path)} == {
         "seed", "fp8.enabled", "fp8.emulate", "optim.lr"}
 
 
@@ -387,22 +387,22 @@ def test_every_wrong_type_of_a_file_is_told(file):
 @pytest.mark.parametrize("name", ["max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas",
                                   "loss_chunks"])
 def test_zero_is_refused_where_it_makes_no_sense(name):
-    assert mistakes(f"--{name}=0") == [f"{name}=0 must be at least 1"]
+    assert errors_of(f"--{name}=0") == [f"{name}=0 must be at least 1"]
 
 
 @pytest.mark.parametrize("name", ["seed", "eval_interval", "eval_sequences", "eval_hellaswag_items",
                                   "checkpoint_interval", "keep"])
 def test_zero_has_a_meaning_and_less_has_none(name):
     assert getattr(load([f"--{name}=0"]), name) == 0
-    assert mistakes(f"--{name}=-1") == [f"{name}=-1 must not be negative"]
+    assert errors_of(f"--{name}=-1") == [f"{name}=-1 must not be negative"]
 
 
 def test_micro_batches_must_divide_the_global_batch():
-    assert mistakes("--global_batch_size=10", "--micro_batch_size=4") == [
+    assert errors_of("--global_batch_size=10", "--micro_batch_size=4") == [
         "global_batch_size=10 must be a multiple of micro_batch_size=4"]
 
 
-@pytest.mark.parametrize("key, told", [
+@pytest.mark.parametrize("key, message", [
     ("--optim.eps=0.0", "optim.eps=0.0 must be at least 1e-30"),
     ("--data.workers=-1", "data.workers=-1 must not be negative"),
     ("--model.rope_theta=0.0", "model.rope_theta=0.0 must be above 0"),
@@ -410,49 +410,49 @@ def test_micro_batches_must_divide_the_global_batch():
     ("--model.rope_fraction=0.01", "model.rope_fraction=0.01 must be"),
     ("--seed=1099511627776", "seed=1099511627776 must be below 2**40"),
 ])
-def test_values_that_would_fail_late_or_quietly_are_refused(key, told):
-    assert told in "\n".join(mistakes(key))
+def test_values_that_would_fail_late_or_quietly_are_refused(key, message):
+    assert message in "\n".join(errors_of(key))
 
 
 def test_float32_weights_need_no_rounding_to_bf16():
-    (line,) = mistakes("--dtype=float32", "--optim.weights=stochastic_rounding")
+    (line,) = errors_of("--dtype=float32", "--optim.weights=stochastic_rounding")
     assert line.startswith("optim.weights=stochastic_rounding rounds to bf16")
 
 
 KEEP = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.keep_casts=True"]
 
 
-@pytest.mark.parametrize("keys, told", [
+@pytest.mark.parametrize("keys, message", [
     ([], "fp8.keep_casts=True needs compile.enabled=True"),
     (["--compile.enabled=True", "--activation_checkpoint=full"], "what activation_checkpoint=full recomputes"),
     (["--compile.enabled=True", "--fp8.recipe_name=rowwise"], "with the tensorwise recipe only"),
     (["--compile.enabled=True", "--fp8.force_recompute_fp8_weight_in_bwd=True"], "turn one of the two off"),
 ])
-def test_casts_that_cannot_be_kept_are_told(keys, told):
-    assert [told in text for text in mistakes(*KEEP, *keys)] == [True]
+def test_casts_that_cannot_be_kept_are_reported(keys, message):
+    assert [message in text for text in errors_of(*KEEP, *keys)] == [True]
     load([*KEEP, "--compile.enabled=True"])
     load(["--fp8.keep_casts=True"])  # without fp8.enabled all others are ignored
 
 
-def test_an_out_dir_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
+def test_an_out_dir_that_cannot_be_written_to_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    assert mistakes(f"--out_dir={tmp_path / 'new'}") == [
+    assert errors_of(f"--out_dir={tmp_path / 'new'}") == [
         f"out_dir={tmp_path / 'new'}: {tmp_path} cannot be written to, name another folder"]
 
 
-def test_what_differs_from_an_earlier_config_is_told(tmp_path):
+def test_what_differs_from_an_earlier_config_is_reported(tmp_path):
     path = tmp_path / "config.py"
     assert configurator.changed(path, Config()) == ""
     path.write_text(to_python(Config()))
     assert configurator.changed(path, Config(resume="must")) == ""
-    told = configurator.changed(path, Config(seed=2, fp8=FP8Config(recipe_name="rowwise", filter_fqns=["lm_head"])))
-    assert told == (", now with seed=2 instead of 1337, fp8.recipe_name='rowwise' instead of None, "
+    message = configurator.changed(path, Config(seed=2, fp8=FP8Config(recipe_name="rowwise", filter_fqns=["lm_head"])))
+    assert message == (", now with seed=2 instead of 1337, fp8.recipe_name='rowwise' instead of None, "
                     "fp8.filter_fqns=['lm_head'] instead of []")
 
 
-def test_problems_of_every_section_are_told_together(file):
+def test_problems_of_every_section_are_reported_together(file):
     path = file("config = Config(max_steps=0, model=ModelConfig(n_head=6, n_kv_head=4))")
-    lines = mistakes(path, "--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
+    lines = errors_of(path, "--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
                      "--optim.lr=-1.0")
     assert len(lines) == 4
     for part in ("max_steps=0", "n_head=6", "precompute_float8", "optim.lr=-1.0"):
@@ -460,21 +460,21 @@ def test_problems_of_every_section_are_told_together(file):
 
 
 def test_a_mistyped_flag_draws_no_complaints_about_its_consequences():
-    lines = mistakes("--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
+    lines = errors_of("--fp8.enabled=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True",
                      "--fp8.enable_fsdp_float8_all_gather=ture", "--max_steps=0")
     assert [line.partition("=")[0] for line in lines] == ["--fp8.enable_fsdp_float8_all_gather", "max_steps"]
 
 
 def test_an_unreadable_file_draws_no_complaints_about_its_consequences(file):
     """micro_batch_size=16 may well divide what the file would have said."""
-    assert len(mistakes(file("config = Config(global_batch_sise=16)"), "--micro_batch_size=16")) == 1
+    assert len(errors_of(file("config = Config(global_batch_sise=16)"), "--micro_batch_size=16")) == 1
 
 
 def test_read_file_checks_types_and_not_values(file):
     """sample.py reads the config of a run whatever became of the machine it ran on."""
     path = file("config = Config(max_steps=0)")
     assert read_file(path).max_steps == 0
-    assert "max_steps=0" in mistakes(path)[0]
+    assert "max_steps=0" in errors_of(path)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def test_print_config_shows_what_would_run(file, tmp_path, capsys):
     assert not done.value.code
     (tmp_path / "printed.py").write_text(printed)
     assert load([str(tmp_path / "printed.py")]) == Config(seed=5, max_steps=9)
-    assert mistakes("--print_config", "--max_steps=0") == ["max_steps=0 must be at least 1"]
+    assert errors_of("--print_config", "--max_steps=0") == ["max_steps=0 must be at least 1"]
 
 
 def test_help_lists_every_key_with_type_default_and_meaning(file, capsys):
@@ -529,9 +529,9 @@ def test_help_lists_every_key_with_type_default_and_meaning(file, capsys):
     assert all(f"fp8.{alias} = fp8.{name}" in text for alias, name in fp8.ALIASES.items())
 
 
-def test_help_with_an_unreadable_file_tells_the_mistake(file):
+def test_help_with_an_unreadable_file_reports_the_error(file):
     path = file("config = 1")
-    assert mistakes(path, "--help")[0].startswith(path)
+    assert errors_of(path, "--help")[0].startswith(path)
 
 
 @pytest.mark.parametrize("name", KEYS)

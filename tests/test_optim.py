@@ -132,17 +132,24 @@ def test_small_gradients_are_not_scaled_up_and_large_ones_are_scaled_to_the_limi
         assert torch.allclose(optimizer.state["exp_avg"]["weight"], (1 - 0.9) * factor * g, rtol=1e-5)
 
 
-def test_equal_tensors_with_equal_gradients_round_differently_and_steps_do_too():
+def rounded(seed):
+    """Two equal tensors after one and two steps with equal gradients, under stochastic rounding."""
     model = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2)).to(torch.bfloat16)
-    optimizer = AdamW(model, OptimConfig(weights="stochastic_rounding", weight_decay=0.0), seed=0, compiled=False)
-    seen = []
+    optimizer = AdamW(model, OptimConfig(weights="stochastic_rounding", weight_decay=0.0), seed=seed, compiled=False)
+    results = []
     for _ in range(2):
         for layer in model:
             nn.init.ones_(layer.weight)
             layer.weight.grad = torch.ones_like(layer.weight)
         optimizer.step(1e-3, optimizer.grad_norm())  # a quarter of a bf16 ulp below 1
-        seen += [layer.weight.detach().clone() for layer in model]
-    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+        results += [layer.weight.detach().clone() for layer in model]
+    return results
+
+
+def test_rounding_noise_differs_by_tensor_step_and_seed_and_repeats():
+    results = rounded(seed=0) + rounded(seed=1)
+    assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+    assert all(torch.equal(a, b) for a, b in zip(rounded(seed=0), results[:4], strict=True))
 
 
 @pytest.mark.parametrize("fp8_moments", [False, True])

@@ -1,4 +1,4 @@
-"""entry.py: who is told what, with which exit status, when a script ends."""
+"""entry.py: messages and exit statuses at the end of a script."""
 
 import errno
 import json
@@ -80,25 +80,25 @@ def test_a_path_that_the_system_refuses_is_the_users_mistake(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as done:
         entry.run(lambda: (tmp_path / "file" / "folder").mkdir())
-    assert done.value.code == 2 and "Traceback" not in (told := capsys.readouterr().err)
-    assert told.startswith(f"train.py: {tmp_path / 'file' / 'folder'}: Not a directory: name another path")
+    assert done.value.code == 2 and "Traceback" not in (message := capsys.readouterr().err)
+    assert message.startswith(f"train.py: {tmp_path / 'file' / 'folder'}: Not a directory: name another path")
     with pytest.raises(FileNotFoundError):  # what we thought to be there: a bug
         entry.run(lambda: (tmp_path / "nothing").read_text())
 
 
-@pytest.mark.parametrize("error, told", [
+@pytest.mark.parametrize("error, message", [
     (OSError(errno.ENOSPC, "No space left on device"), "train.py: the disk: No space left on device: name another"),
     (PermissionError(errno.EACCES, "Permission denied", "/x"), "train.py: /x: Permission denied: name another"),
     (CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), None)}), "train.py: the disk:"),
     (PermissionError(errno.EACCES, "Permission denied"), None), (OSError(errno.EIO, "I/O", "/x"), None)])
-def test_a_full_disk_is_told_and_what_is_not_about_a_path_is_a_bug(error, told, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_what_is_not_about_a_path_is_a_bug(error, message, monkeypatch, capsys):
     def main():
         raise error
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit if told else type(error)) as done:
+    with pytest.raises(SystemExit if message else type(error)) as done:
         entry.run(main)
-    assert not told or done.value.code == 2 and capsys.readouterr().err.startswith(told)
+    assert not message or done.value.code == 2 and capsys.readouterr().err.startswith(message)
 
 
 @pytest.mark.parametrize("error, waits", [(CheckpointException("save", {0: (OSError(5, "I/O"), None)}), [10]),
@@ -115,7 +115,7 @@ def test_other_ranks_wait_before_a_traceback_too(error, waits, monkeypatch):
     assert waited == waits
 
 
-def test_arguments_of_scripts_without_a_config_are_told_in_one_line():
+def test_arguments_of_scripts_without_a_config_are_reported_in_one_line():
     done = subprocess.run([sys.executable, "sample.py", "--from=x", "--top_k=y"], cwd=REPO, capture_output=True,
                           text=True)
     assert (done.returncode, done.stdout) == (2, "")
