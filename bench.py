@@ -1,14 +1,14 @@
-"""How fast is FP8 on this machine: bf16 against every recipe, each trained by train.py in a process of its own.
+"""Measure the speed of FP8 on this machine: bf16 and every recipe, each trained by train.py in processes of its own.
 
     [torchrun ...] bench.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,rowwise,rowwise_with_gw_hp]
     python bench.py [CONFIG.py] [--key=value ...] --gemms
 
-A variant is bf16 or a recipe, with keys of its own behind colons: `tensorwise:fp8.filter_fqns=[]:loss_chunks=8`.
-Everything else comes from the config: config/llama_fp8.py if none is given. Writes out_dir/bench.json and bench.png;
-out_dir/VARIANT/ has each variant's metrics and log. Exit status 1 if a variant failed.
+A variant is bf16 or a recipe, with more keys after colons: `tensorwise:fp8.filter_fqns=[]:loss_chunks=8`. Everything
+else comes from the config (default: config/llama_fp8.py). Writes out_dir/bench.json and bench.png; out_dir/VARIANT/
+has each variant's metrics and log. Exit status 1 if a variant failed.
 
---gemms times every kind of linear layer alone, in bf16 and in FP8 with its casts, and from one bf16 run predicts the
-step with all of them in FP8 and with those that pay. In the model the casts fuse with their neighbours and cost less.
+--gemms times every kind of linear layer alone, in bf16 and in FP8 with its casts. With the time of a bf16 step it
+predicts the step with all of them in FP8, and with those that get faster. In a model casts fuse and cost less.
 """
 
 import datetime
@@ -28,25 +28,26 @@ from checks import gemms
 from formats import files
 from plumbing import entry, logs
 from plumbing.errors import RunStopped, UserError
+from plumbing.ranks import is_main_process
 
 REPO = Path(__file__).parent
-TRAIN = (REPO / "train.py",)  # what a variant runs
+TRAIN = (REPO / "train.py",)  # the program that trains a variant
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-FIXED = {"max_steps", "log_interval", "eval_interval", "checkpoint_interval", "resume"}  # set here for every variant
-OWN = FIXED | {"seed", "out_dir"}  # what makes the runs comparable, or finds what they leave
-WINDOW = 5  # steps per timing: waiting for the GPU after every one would cost a little of each
+FIXED = {"max_steps", "log_interval", "eval_interval", "checkpoint_interval", "resume"}  # set by this script
+NOT_PER_VARIANT = FIXED | {"seed", "out_dir"}
+WINDOW = 5  # steps per timing: to synchronize with the GPU after every step would slow each of them
 COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_s": ",.0f", "speedup": ".2f",
            "mfu": ".1%", "peak_gib": ".2f", "compile_s": ".1f"}
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """What bench.py does."""
+    """Keys of bench.py."""
 
-    variants: str = "bf16,tensorwise,rowwise,rowwise_with_gw_hp"  # what to compare, the first is what speedup refers to
-    steps: int = 40  # timed steps of each
-    warmup: int = 10  # steps before them
-    gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 pay for
+    variants: str = "bf16,tensorwise,rowwise,rowwise_with_gw_hp"  # what to compare; speedup is relative to the first
+    steps: int = 40  # timed steps of each variant
+    warmup: int = 10  # steps before they are timed
+    gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 make faster
 
     def problems(self):
         """Yield ({keys involved}, message) for each value that cannot be used."""
@@ -58,18 +59,19 @@ class BenchConfig:
 
 
 def split(variants):
-    """The variants one by one; a comma inside of brackets ends none."""
+    """The list of variants; commas inside brackets do not separate."""
     return re.split(r",(?![^\[]*\])", variants)
 
 
 def mistakes(variants):
-    """What is wrong with --variants, one sentence each."""
+    """Yield a message for each variant that cannot be used."""
     for variant in split(variants):
         base, *keys = variant.split(":")
         if base not in ("bf16", *RECIPES):
             yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
-        if mine := sorted(OWN.intersection(key.partition("=")[0] for key in keys)):
-            yield f"--variants: {variant!r} sets {', '.join(mine)}, which this script sets for all of them"
+        not_allowed = sorted(NOT_PER_VARIANT.intersection(key.partition("=")[0] for key in keys))
+        if not_allowed:
+            yield f"--variants: {variant!r} sets {', '.join(not_allowed)}, which must be the same for all variants"
 
 
 def on_cpu(config):
@@ -77,20 +79,23 @@ def on_cpu(config):
 
 
 def arguments(default):
-    """The command line, with config/`default` where it names no config file."""
+    """The command line's arguments, with config/`default` if they name no config file."""
     argv = sys.argv[1:]
-    return [str(REPO / "config" / default), *argv] if all(arg.startswith("-") for arg in argv) else argv
+    if all(arg.startswith("-") for arg in argv):
+        argv = [str(REPO / "config" / default), *argv]
+    return argv
 
 
 def prepare(own, default):
-    """(config, file that holds it) of the command line, `default` where it names none; None on all ranks but 0.
+    """(config, path of a config file with it) from the command line; None on all ranks but 0.
 
-    own: the calling script's flags, as for configurator.load. Without a GPU FP8 is emulated.
+    own: the calling script's own keys, as for configurator.load. default: the file in config/ if the command line names
+    none. Without a GPU, FP8 is emulated.
     """
     config = configurator.load(arguments(default), own)
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise UserError("this script works on one machine: start torchrun without --nnodes")
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_main_process():
         return None  # rank 0 starts the processes of every variant
     files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))  # report a wrong path once
     config.fp8.emulate |= on_cpu(config)
@@ -100,20 +105,20 @@ def prepare(own, default):
     return config, base
 
 
-def tell_idle(keys):
-    """Print which keys of the command line the calling script sets itself, so that typing them has no effect."""
-    idle = [arg for arg in sys.argv[1:] if arg.partition("=")[0].removeprefix("--") in keys]
-    if idle:
-        print(f"{' '.join(idle)}: no effect here, this script sets that itself", flush=True)
+def report_ignored(keys):
+    """Print the arguments of the command line that have no effect, as the calling script sets these keys itself."""
+    ignored = [arg for arg in sys.argv[1:] if arg.partition("=")[0].removeprefix("--") in keys]
+    if ignored:
+        print(f"{' '.join(ignored)}: no effect here, this script sets that itself", flush=True)
 
 
 def slug(variant):
-    """A folder's name for a variant."""
+    """A variant as the name of a folder."""
     return re.sub(r"[^\w.=-]+", "_", variant)
 
 
 def flags(variant):
-    """The keys of train.py that make a variant."""
+    """The arguments of train.py for a variant."""
     base, *more = variant.split(":")
     keys = ["--fp8.enabled=False"] if base == "bf16" else ["--fp8.enabled=True", f"--fp8.recipe_name={base}"]
     if base.startswith("rowwise"):  # what these cannot do, and would stop at
@@ -123,13 +128,12 @@ def flags(variant):
 
 
 def train(args, log, program=TRAIN):
-    """Run train.py with `args` in fresh processes, as many as torchrun started of this one: None, or why it failed.
+    """Train in new processes, as many as torchrun started of this one. Returns None, or the reason of a failure.
 
-    log: the file for their output. program: what to run in place of train.py, a script and its own arguments. Call it
-    on rank 0 alone; the other ranks have nothing to do and may end.
+    log: the file for their output. program: a script and its first arguments. Call it on rank 0 only.
     """
     command = [*program, *args]
-    if ranks := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun: a torchrun for each variant ends all its ranks
+    if ranks := os.environ.get("LOCAL_WORLD_SIZE"):  # a torchrun per variant, which ends all its ranks
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
     with log.open("w") as output:
         status = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT).returncode
@@ -141,7 +145,7 @@ def train(args, log, program=TRAIN):
 
 
 def measure(variant, base, folder, own, program):
-    """Train a variant and read what it left: (its row of the table, its run.json), or (a row with `error`, {})."""
+    """Train a variant: (its row of the table, its run.json), or (a row with `error`, {}) if that failed."""
     error = train([base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0", "--checkpoint_interval=0",
                    f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}", *flags(variant)],
                   folder / "log.txt", program)
@@ -152,21 +156,22 @@ def measure(variant, base, folder, own, program):
     timed = [row for row in rows if "loss" in row and row["step"] > own.warmup and row["step"] % WINDOW == 0]
     per_rank = timed[0]["tokens"] / timed[0]["step"] / run["ranks"]
     ms = [1000 * per_rank / row["tokens_per_s"] for row in timed]
-    middle = statistics.median(ms)
-    mfu = run["flops_per_token"] * per_rank / middle * 1000 / run["peak_flops"] if run["peak_flops"] else None
-    return {"variant": variant, "ms_per_step": middle, "spread_ms": max(ms) - min(ms),
-            "tokens_per_s": 1000 * per_rank / middle, "speedup": None, "mfu": mfu,
+    median = statistics.median(ms)
+    tokens_per_s = 1000 * per_rank / median
+    mfu = run["flops_per_token"] * tokens_per_s / run["peak_flops"] if run["peak_flops"] else None
+    return {"variant": variant, "ms_per_step": median, "spread_ms": max(ms) - min(ms),
+            "tokens_per_s": tokens_per_s, "speedup": None, "mfu": mfu,
             "peak_gib": timed[-1]["peak_gib"], "compile_s": run["compile_s"], "loss": timed[-1]["loss"],
             "fp8_flops": run["fp8_flops"], "auto_filtered": run["auto_filtered"], "ms": ms}, run
 
 
 def compare(runs, base, own, path):
-    """Train [(name, variant, program)] one after the other: (the report with a row for each, the last run.json).
+    """Train [(name, variant, program)] one after the other: (the report, with a row for each; the last run.json).
 
-    path: the report's file, or None. It is written after every run: who interrupts a bench keeps what it has measured.
+    path: the report's file, or None. It is written after every run, so that an interrupted bench keeps its results.
     """
-    tell_idle(FIXED)
-    for _, variant, _ in runs:  # the mistakes of all, before anything slow
+    report_ignored(FIXED)
+    for _, variant, _ in runs:  # fail early: check all of them before the first runs
         configurator.load([str(base), *flags(variant)])
     report = {"hardware": None, "versions": None, "git_commit": None, "date": datetime.date.today().isoformat(),
               "command": sys.argv, "tokens_per_step": None, "rows": []}
@@ -187,19 +192,22 @@ def compare(runs, base, own, path):
 
 
 def table(rows, columns):
-    """The rows as aligned text. columns: {key: format}, the first is the row's name."""
-    cells = [list(columns)]
+    """Rows as aligned text. columns: {key: format}; the first names the row, and is aligned to the left."""
+    lines = [list(columns)]
     for row in rows:
-        values = ["n/a" if row.get(c) is None else format(row[c], columns[c]) for c in columns]
-        cells.append([values[0], f"failed: {row['error']}"] if "error" in row else values)
-    widths = [max(len(line[i]) for line in cells if len(line) == len(columns)) for i in range(len(columns))]
-    widths[0] = max(len(line[0]) for line in cells)
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in
-                               enumerate(zip(line, widths, strict=False))) for line in cells)
+        cells = ["n/a" if row.get(key) is None else format(row[key], columns[key]) for key in columns]
+        lines.append([cells[0], f"failed: {row['error']}"] if "error" in row else cells)
+    widths = [max(len(line[i]) for line in lines if len(line) == len(columns)) for i in range(len(columns))]
+    widths[0] = max(len(line[0]) for line in lines)
+    text = []
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False)]
+        text.append("  ".join([name.ljust(widths[0]), *aligned]))
+    return "\n".join(text)
 
 
 def plot(rows, title, path):
-    """Bars of tokens per second, labelled with the speed-up, and of peak memory."""
+    """Draw bars of tokens per second, labelled with the speedup, and of peak memory."""
     plt = logs.pyplot()
     rows = [row for row in rows if "error" not in row][::-1]
     figure, axes = plt.subplots(1, 2, figsize=(10, 1 + 0.5 * len(rows)), sharey=True, layout="constrained")
@@ -217,7 +225,7 @@ def plot(rows, title, path):
     figure.savefig(path, dpi=150)
 
 
-def warn_of_emulation(config):
+def warn_if_emulated(config):
     if on_cpu(config):
         print("On a CPU FP8 is emulated: these speeds say nothing about FP8.")
 
@@ -239,19 +247,19 @@ def main():
     if own.gemms:
         device = torch.device("cpu" if on_cpu(config) else "cuda")
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
-        ran = configurator.read_file(out_dir / "bf16" / "config.py")  # init_from's model, rows as long as the data's
-        ran = replace(ran, model=replace(ran.model, block_size=run["block_size"]), fp8=config.fp8)
-        report["gemms"] = gemms.time_linears(ran, device, passes)
+        bf16_config = configurator.read_file(out_dir / "bf16" / "config.py")  # has init_from's model
+        model = replace(bf16_config.model, block_size=run["block_size"])  # the length of the data's rows
+        report["gemms"] = gemms.time_linears(replace(bf16_config, model=model, fp8=config.fp8), device, passes)
         (out_dir / "gemms.json").write_text(json.dumps(report, indent=1))
         print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
-        warn_of_emulation(config)
+        warn_if_emulated(config)
         print(f"written: {out_dir / 'gemms.json'}")
         return
     title = f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}"
     plot(rows, title, out_dir / "bench.png")
-    print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is against "
-          f"{rows[0]['variant']}, mfu against the bf16 peak", table(rows, COLUMNS), "", sep="\n")
-    warn_of_emulation(config)
+    print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is relative to "
+          f"{rows[0]['variant']}, mfu to the bf16 peak", table(rows, COLUMNS), "", sep="\n")
+    warn_if_emulated(config)
     print(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
     sys.exit(any("error" in row for row in rows))
 

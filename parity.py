@@ -1,16 +1,16 @@
-"""Does FP8 learn as bf16 does: the same weights and data, trained in bf16 and with every recipe.
+"""Compare how FP8 and bf16 learn: the same weights and data, trained in bf16 and with every recipe.
 
     [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,...] [--seeds=3]
 
-Every run is train.py in processes of its own. bf16 runs several times, each seed with other initial weights and another
-order of the data: the standard deviation of where they end is the noise. Every FP8 variant (written as for bench.py)
-has the first seed, and is compared with that bf16 run, its twin. It is outside of the band, with exit status 1 as for a
-run that failed, if it ends above its twin by more than 2 sqrt(2) noise: two standard deviations of the difference
-between two runs. (Three seeds know their noise to within half of it.) Where more than one bf16 run costs too much,
---seeds=1 shows curves and gaps without a verdict.
+Every run is train.py in processes of its own. bf16 is trained with several seeds, each with its own initial weights and
+order of the data; the standard deviation of their final validation losses is the noise. Every FP8 variant (written as
+for bench.py) uses the first seed and is compared with the bf16 run of that seed, its twin. It is outside the band if it
+ends above its twin by more than 2 sqrt(2) noise, two standard deviations of the difference between two runs. The exit
+status is 1 if a variant is outside, or if a run failed. The noise of three seeds is itself uncertain by half.
+--seeds=1 shows curves and gaps without a verdict, where more bf16 runs cost too much.
 
-Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Started again, it keeps the
-runs that are done and goes on with the one that was interrupted.
+Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. The same command again keeps
+the runs that are finished and continues the one that was interrupted.
 """
 
 import datetime
@@ -30,60 +30,63 @@ from plumbing.errors import RunStopped, UserError
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
            "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
-SMOOTH = 0.1  # of a run: what a point of the smoothed gap between training losses is the mean of
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # safe for colour-blind readers
+SMOOTH = 0.1  # the smoothed gap between training losses is a running mean over this share of a run
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # safe for color blindness
 
 
 @dataclass(kw_only=True)
 class ParityConfig:
-    """What parity.py does."""
+    """Keys of parity.py."""
 
     variants: str = "bf16,tensorwise,tensorwise:fp8.filter_fqns=[],rowwise,rowwise_with_gw_hp"  # bf16 first
-    seeds: int = 3  # bf16 runs, from config.seed on; one shows no noise, so there is no band and no verdict
+    seeds: int = 3  # bf16 runs, with seeds from config.seed on; 1: no noise is known, so no band and no verdict
 
     def problems(self):
         """Yield ({keys involved}, message) for each value that cannot be used."""
         for message in bench.mistakes(self.variants):
             yield {"variants"}, message
-        first, *others = bench.split(self.variants)
-        if first != "bf16" or not others or "bf16" in others:
-            yield {"variants"}, f"--variants={self.variants} must be bf16, then what to compare with it"
+        baseline, *others = bench.split(self.variants)
+        if baseline != "bf16" or not others or "bf16" in others:
+            yield {"variants"}, f"--variants={self.variants} must be bf16, then the variants to compare with it"
         if self.seeds < 1:
             yield {"seeds"}, f"--seeds={self.seeds} must be at least 1"
 
 
 def plan(own, config, base):
-    """[(variant, seed, folder)] of all runs, with the config of each in folder/wanted.py. UserError for a mistake."""
-    first, *others = bench.split(own.variants)
-    runs = [(first, config.seed + i) for i in range(own.seeds)] + [(variant, config.seed) for variant in others]
+    """[(variant, seed, folder)] of all runs; writes the config of each to folder/wanted.py.
+
+    Raises UserError if a variant's keys are wrong, or if a folder holds a run with another config.
+    """
+    baseline, *others = bench.split(own.variants)
+    runs = [(baseline, config.seed + i) for i in range(own.seeds)] + [(variant, config.seed) for variant in others]
     folders = [base.parent / f"{bench.slug(variant)}_seed{seed}" for variant, seed in runs]
     texts = [configurator.to_python(configurator.load(
         [str(base), "--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]))
         for (variant, seed), folder in zip(runs, folders, strict=True)]
-    for folder, text in zip(folders, texts, strict=True):  # when all variants are known to be right, not before
+    for folder, text in zip(folders, texts, strict=True):  # all variants have been checked
         wanted = folder / "wanted.py"
         if config.resume != "never" and wanted.exists() and wanted.read_text() != text:
-            raise UserError(f"{wanted} is another config than this call asks for: give another out_dir, or set "
-                             "resume=never to start over")
+            raise UserError(f"{wanted} is another config than this command gives: set another out_dir, or "
+                            "resume=never to start over")
         folder.mkdir(exist_ok=True)
         wanted.write_text(text)
     return [(*run, folder) for run, folder in zip(runs, folders, strict=True)]
 
 
 def read(folder):
-    """What a run has left so far: step, loss, time_s, and of its evaluations val_step, val_loss, val_time_s."""
+    """The curves of a run so far, as lists: step, loss, time_s, and val_step, val_loss, val_time_s of evaluations."""
     rows = logs.read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
     curves = {key: [row[key] for row in train] for key in ("step", "loss", "time_s")}
     curves |= {"val_step": [row["step"] for row in val],
                "val_loss": [math.nan if row["val_loss"] is None else row["val_loss"] for row in val]}
-    # the clock stands still in evaluations, and training rows need not fall on their steps
+    # an evaluation has no time of its own: it is interpolated between training rows
     times = np.interp(curves["val_step"], [0, *curves["step"]], [0.0, *curves["time_s"]])
     return {**curves, "val_time_s": times.tolist()}
 
 
 def time_to(loss, curves):
-    """Seconds until a run's validation loss came down to `loss`, between evaluations in proportion, or None."""
+    """Seconds until a run's validation loss reached `loss`, interpolated between evaluations; None if it did not."""
     times, losses = curves["val_time_s"], curves["val_loss"]
     for i, value in enumerate(losses):
         if value <= loss:
@@ -92,42 +95,48 @@ def time_to(loss, curves):
 
 
 def paired_gap(curves, twin):
-    """(steps, training loss minus the twin's on the same batches), running means over SMOOTH of a run."""
-    twins = dict(zip(twin["step"], twin["loss"], strict=True))  # by step: a resumed run has one more row
-    points = [(step, loss - twins[step]) for step, loss in zip(curves["step"], curves["loss"], strict=True)
-              if loss is not None and twins.get(step) is not None]  # a skipped step has no loss
+    """(steps, training loss minus the twin's on the same batches), as running means over SMOOTH of a run."""
+    twin_loss = dict(zip(twin["step"], twin["loss"], strict=True))  # by step, as a resumed run has one more row
+    points = [(step, loss - twin_loss[step]) for step, loss in zip(curves["step"], curves["loss"], strict=True)
+              if loss is not None and twin_loss.get(step) is not None]  # a skipped step has no loss
     mean = np.ones(max(1, round(SMOOTH * len(points))))
     return [np.convolve(column, mean / len(mean), "valid") for column in zip(*points, strict=True)]
 
 
 def judge(results):
-    """{"noise", "band", "target_loss", "rows", "verdict"} of [(variant, seed, curves or the reason for a failure)].
+    """{"noise", "band", "target_loss", "rows", "verdict"} of [(variant, seed, curves or the reason of a failure)].
 
-    Losses and the band in nats. target_loss, the edge of the band, is what each variant inside of it comes down to.
-    None is what one bf16 run cannot tell: noise, band, a row's `inside`, the verdict unless a variant failed.
+    Losses, noise and band are in nats. target_loss is the edge of the band, which every variant inside it reaches.
+    With one bf16 run, noise, band and every `inside` are None, and the verdict too unless a variant failed.
     """
     seeds = [curves for variant, _, curves in results if variant == "bf16"]
     finals = [curves["val_loss"][-1] for curves in seeds]
-    noise = statistics.stdev(finals) if len(finals) > 1 else None
-    band, rows = noise and 2 * math.sqrt(2) * noise, []
-    target = finals[0] + (band or 0.0)
+    noise = band = None
+    if len(finals) > 1:
+        noise = statistics.stdev(finals)
+        band = 2 * math.sqrt(2) * noise
+    rows, target = [], finals[0] + (band or 0.0)
     for variant, seed, curves in results:
         if isinstance(curves, str):
             rows.append({"variant": variant, "seed": seed, "error": curves, "inside": False})
             continue
         final = curves["val_loss"][-1]
-        smoothed = paired_gap(curves, seeds[0])[1][-1].item() if variant != "bf16" else None
+        smoothed, inside = None, None if band is None else True
+        if variant != "bf16":
+            smoothed = paired_gap(curves, seeds[0])[1][-1].item()
+            inside = None if band is None else final - finals[0] <= band
         rows.append({"variant": variant, "seed": seed, "final_val_loss": final, "gap": final - finals[0],
                      "gap_percent": 100 * (final / finals[0] - 1), "smoothed_gap": smoothed,
                      "time_s": curves["time_s"][-1], "time_to_bf16_loss_s": time_to(target, curves),
-                     "inside": None if band is None else variant == "bf16" or final - finals[0] <= band})
-    inside = {row["inside"] for row in rows}
-    verdict = "fail" if False in inside else None if band is None else "pass"
+                     "inside": inside})
+    verdict = None if band is None else "pass"
+    if any(row["inside"] is False for row in rows):
+        verdict = "fail"
     return {"noise": noise, "band": band, "target_loss": target, "rows": rows, "verdict": verdict}
 
 
 def plot(results, report, path):
-    """Validation loss against steps, tokens and time, and the gap to bf16 with the band that the seeds span."""
+    """Plot validation loss against steps, tokens and time, and the gap to bf16 with the band."""
     plt = logs.pyplot()
     runs = [run for run in results if not isinstance(run[2], str)]
     twin, band, final = runs[0][2], report["band"], report["rows"][0]["final_val_loss"]
@@ -176,12 +185,14 @@ def main():
     config, base = prepared
     if not config.eval_interval:
         raise UserError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
-    out_dir, results, again = base.parent, [], ["--resume=never"] if config.resume == "never" else []
+    out_dir, results = base.parent, []
+    start_over = ["--resume=never"] if config.resume == "never" else []
     for variant, seed, folder in plan(own, config, base):
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
         failure = None
-        if again or read(folder)["val_step"][-1:] != [config.max_steps]:
-            failure = bench.train([folder / "wanted.py", *again], folder / "log.txt")
+        finished = read(folder)["val_step"][-1:] == [config.max_steps]
+        if start_over or not finished:
+            failure = bench.train([folder / "wanted.py", *start_over], folder / "log.txt")
         if not failure and not math.isfinite((curves := read(folder))["val_loss"][-1]):
             failure = "its validation loss ends as inf or nan"
         results.append((variant, seed, failure or curves))
@@ -196,16 +207,16 @@ def main():
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
     plot(results, report, out_dir / "parity.png")
     print("", bench.table(judged["rows"], COLUMNS), "", sep="\n")
-    print(f"time_to_bf16_loss_s is to {judged['target_loss']:.4f}")
+    print(f"time_to_bf16_loss_s: until a validation loss of {judged['target_loss']:.4f}")
     outside = [row["variant"] for row in judged["rows"] if row["inside"] is False]
     if judged["band"] is None:
-        print("one bf16 run shows no noise: no band" + (f"; failed: {', '.join(outside)}" if outside else ""))
+        print("no band, as one bf16 run shows no noise" + (f"; failed: {', '.join(outside)}" if outside else ""))
     else:
         print(f"noise of bf16 seeds {judged['noise']:.4f} nats, band {judged['band']:.4f} "
               f"({judged['band'] / judged['target_loss']:.2%})")
-        print(f"outside of the band: {', '.join(outside)}" if outside else "every variant ends inside of the band")
+        print(f"outside the band: {', '.join(outside)}" if outside else "every variant ends inside the band")
     if bench.on_cpu(config):
-        print("On a CPU FP8 is emulated: the losses are those of FP8, the times say nothing about it.")
+        print("On a CPU FP8 is emulated: the losses are those of FP8, the times are not.")
     print(f"written: {out_dir / 'parity.json'}, {out_dir / 'parity.png'}")
     sys.exit(report["verdict"] == "fail")
 

@@ -69,7 +69,7 @@ def main():
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     profile = torch.profiler.profile(activities=[activity], acc_events=True)  # without, it warns at each stop
     if int(os.environ.get("RANK", 0)) == 0:
-        bench.tell_idle(bench.FIXED - {"log_interval"})
+        bench.report_ignored(bench.FIXED - {"log_interval"})
     keys = [arg for arg in argv if arg.partition("=")[0] not in {f"--{field.name}" for field in fields(own)}]
     keys += [f"--out_dir={out_dir}", f"--max_steps={own.warmup + own.steps}", "--eval_interval=0",
              "--checkpoint_interval=0", "--resume=never"]

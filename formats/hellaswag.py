@@ -1,6 +1,6 @@
-"""HellaSwag: 50,000 questions, each a context with four endings of which one is right.
+"""HellaSwag: 50,000 multiple-choice questions, each a context with four endings, one of them right.
 
-    questions (JSONL) -> samples: a context and its right ending, the loss on the ending only -> packed or padded rows
+    questions -> samples: a context and its right ending, the loss on the ending only -> packed or padded rows
 
 Fine-tuning takes the samples as rows of one length through data.Loader; eval.py scores all four endings. Source:
 Zellers et al., arXiv 1905.07830. The text is prepared, and an ending's tokens are separated from its context's, as
@@ -9,7 +9,6 @@ EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accur
 
 import http.client
 import re
-import secrets
 import shutil
 import urllib.request
 from pathlib import Path
@@ -20,6 +19,7 @@ from formats import files
 from formats.files import VAL_EVERY
 from formats.packing import make_rows, sample_limit
 from formats.tokenizer import get_tokenizer
+from plumbing.disk import replacing
 from plumbing.errors import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
@@ -31,29 +31,25 @@ LINES = {"hellaswag_train.jsonl": 39905, "hellaswag_val.jsonl": 10042}
 
 
 def download(name, folder):
-    """The path of folder/name, one of LINES, which is downloaded if it is not there. UserError where that fails."""
+    """The path folder/name of a file in LINES, downloaded if it is missing. Raises UserError if that fails."""
     path = Path(folder, name)
     if path.is_file():
         return path
-    aside = path.with_name(f"{name}.{secrets.token_hex(4)}.tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(URL + name, timeout=60) as response, aside.open("wb") as file:
-            shutil.copyfileobj(response, file)
-        if (lines := len(aside.read_bytes().splitlines())) != LINES[name]:
-            raise OSError(f"{lines} lines came, not {LINES[name]}")
-        aside.rename(path)
-    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
+        with replacing(path) as temporary:
+            with urllib.request.urlopen(URL + name, timeout=60) as response, temporary.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            n_lines = len(temporary.read_bytes().splitlines())
+            if n_lines != LINES[name]:
+                raise UserError(f"{n_lines} lines came, not {LINES[name]}")
+    except (UserError, OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise UserError(f"{URL + name} could not be downloaded ({error}). Without a network put that file at {path}, "
-                         "or name files of yours (data.train and data.val where data.format=hellaswag; eval.py: --data)"
-                         ) from error
-    finally:
-        aside.unlink(missing_ok=True)
+                        "or name files of your own (training: data.train and data.val; eval.py: --data)") from error
     return path
 
 
 def clean(text):
-    """Text without WikiHow's notes in brackets."""
+    """Text without the bracketed notes that WikiHow's texts have, as in "[header] How to bake [title] Mix"."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -77,9 +73,9 @@ def read(paths):
 
 
 def questions(cfg):
-    """(training, validation) questions of a DataConfig: of its files, or HellaSwag's own, downloaded if need be.
+    """(training, validation) questions of a DataConfig: from its files, else HellaSwag's own, downloaded if need be.
 
-    Where cfg.format is another one, (none, HellaSwag's own validation).
+    With another cfg.format: no training questions, and HellaSwag's own validation questions.
     """
     ours = cfg.format == "hellaswag"
     if not ours or not cfg.train:
@@ -99,11 +95,11 @@ def questions(cfg):
 
 
 def encode(encoding, query, ending, limit):
-    """(ids of query and ending, where the ending's begin, how many were cut): `limit` inputs and targets at most.
+    """(ids of query and ending, index of the ending's first id, number of ids cut): at most `limit` inputs.
 
-    The ending's ids are those of the joint text beyond as many as the query has alone. BOS goes first where the
-    tokenizer's configuration adds one. Nothing goes last: the harness scores, and NeMo-Automodel trains, without EOS.
-    Of a text too long the beginning is cut off, behind BOS.
+    The joint text is tokenized; as many ids as the query has alone belong to the query. BOS comes first if the
+    tokenizer adds one. There is no EOS: the harness scores, and NeMo-Automodel trains, without it. Text that is too
+    long loses its beginning, after BOS.
     """
     bos = np.array([] if encoding.bos is None else [encoding.bos], np.int64)
     start = len(bos) + len(encoding.encode(query))
@@ -113,12 +109,12 @@ def encode(encoding, query, ending, limit):
 
 
 def sequences(encoding, items, limit):
-    """(ids, where the ending's begin) of every ending of every question, one question after the other."""
+    """(ids, index of the ending's first id) of every ending of every question, in order."""
     return [encode(encoding, item["query"], ending, limit)[:2] for item in items for ending in item["endings"]]
 
 
 def prepare(cfg, block_size, seed):
-    """(training Samples, validation Samples, encoding) of a DataConfig. With several ranks, on rank 0 first."""
+    """(training Rows, validation Rows, encoding) of a DataConfig. With several ranks, call it on rank 0 first."""
     encoding, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
     parts, n_cut = [], 0
     for items in questions(cfg):

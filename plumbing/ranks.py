@@ -56,6 +56,11 @@ class Ranks:
         return time.perf_counter()
 
 
+def is_main_process():
+    """Whether this is rank 0, for programs that need no device."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def find_ranks(device="auto"):
     """The Ranks of this process, by torchrun's environment variables; makes a GPU the current device.
 

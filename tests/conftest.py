@@ -61,10 +61,14 @@ def run(script, *args, ranks=1, check=True, cwd=REPO):
     return done
 
 
-def run_many(folder, runs, ranks=1):
-    """Runs of train.py, {name: arguments}, in one process group, out_dir folder/name; {name: metrics, with .text}."""
+def run_many(folder, runs, ranks=1, traced=()):
+    """Runs of train.py, {name: arguments}, in one process group, out_dir folder/name; {name: metrics, with .text}.
+
+    traced: names of runs whose compiled graphs are traced and partitioned, but not compiled by Inductor.
+    """
     listed = folder / f"runs_{ranks}.json"
-    listed.write_text(json.dumps([[*map(str, args), f"--out_dir={folder / name}"] for name, args in runs.items()]))
+    listed.write_text(json.dumps([[[*map(str, args), f"--out_dir={folder / name}"], name in traced]
+                                  for name, args in runs.items()]))
     *texts, _ = run("tests/train_many.py", listed, ranks=ranks).stdout.split("---- end of a run ----\n")
     return {name: SimpleNamespace(**vars(metrics(folder / name)), text=text)
             for name, text in zip(runs, texts, strict=True)}

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import REPO, main_here, metrics, run, train_here
 
-from bench import FIXED, BenchConfig, flags, main, split, tell_idle
+from bench import FIXED, BenchConfig, flags, main, report_ignored, split
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def test_where_nothing_runs_there_is_one_line_and_no_table(tiny_run, tmp_path):
 
 def test_keys_that_a_script_sets_itself_are_told_not_dropped(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "c.py", "--max_steps=3", "--seed=1", "--resume=must"])
-    tell_idle(FIXED)
+    report_ignored(FIXED)
     assert capsys.readouterr().out.startswith("--max_steps=3 --resume=must: no effect here, this")
-    tell_idle({"eval_interval"})
+    report_ignored({"eval_interval"})
     assert capsys.readouterr().out == ""
     assert {"max_steps", "log_interval", "eval_interval", "checkpoint_interval", "resume"} == FIXED
 

@@ -151,5 +151,5 @@ def test_under_torchrun_a_variant_runs_on_all_ranks(compared):
     args, _, out, _ = compared
     gather = "tensorwise:fp8.enable_fsdp_float8_all_gather=True:fp8.precompute_float8_dynamic_scale_for_fsdp=True"
     done = run("parity.py", *args, f"--variants=bf16,{gather}", ranks=2)  # the bf16 runs are there, of one rank
-    assert "every variant ends inside of the band" in done.stdout
+    assert "every variant ends inside the band" in done.stdout
     assert "all-gather: fp8, scales precomputed" in next(out.glob("tensorwise_fp8.enable*/log.txt")).read_text()
