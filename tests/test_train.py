@@ -11,14 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, main_here, metrics, run, run_many, train_here
+from conftest import REPO, build, main_here, metrics, run, run_many, train_here
 
 import checkpoint
 import configurator
+import data
 import formats.text as text_format
+import model as models
 import sample
 import train
+from checks import estimate
 from formats import hellaswag
+from model import IGNORE
+from optim import AdamW
 from plumbing import cudagraph, logs
 from plumbing.errors import UserError
 
@@ -598,6 +603,113 @@ def test_a_checkpoint_knows_the_time_since_the_last_log_line(tiny_run, tmp_path)
     first, last = (row["time_s"] for row in metrics(tmp_path).train.values())
     kept = json.loads((tmp_path / "checkpoints" / "step_00000002" / "run.json").read_text())["time_s"]
     assert first < kept < last
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# numbers that are reported, computed another way
+
+
+def test_speed_per_rank_times_ranks_is_all_tokens_over_the_time(fleet):
+    for n_ranks, runs in enumerate(fleet, 1):
+        rows = list(runs["fp32"].train.values())
+        for earlier, row in zip(rows, rows[1:], strict=False):
+            elapsed = row["time_s"] - earlier["time_s"]
+            assert row["tokens_per_s"] * elapsed * n_ranks == pytest.approx(8 * 64)
+            assert row["tokens"] - earlier["tokens"] == 8 * 64
+
+
+def test_the_first_row_is_that_of_a_loop_written_with_torch(tiny_run, tmp_path, corpus, capsys):
+    """Loss, gradient norm, learning rate, validation loss, MFU and FLOPs of a run, each from its definition."""
+    args = [*tiny_run, "--eval_sequences=0", "--eval_interval=1", "--max_steps=1", "--optim.warmup_steps=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "bf16_peak", lambda hardware: 1e9)
+        train_here(*args, "--micro_batch_size=2", f"--out_dir={tmp_path / 'run'}")
+    row, screen = metrics(tmp_path / "run").train[1], capsys.readouterr().out
+    config = configurator.read_file(tmp_path / "run" / "config.py")
+    rows, val_rows, _ = data.prepare(config.data, 64, config.seed)
+    model = build(seed=config.seed)
+    x, y, _ = data.Loader(rows, global_batch_size=8, micro_batch_size=8, seed=config.seed).batch(0)
+    loss = torch.nn.functional.cross_entropy(model(x[0]).flatten(0, 1), y[0].flatten())
+    loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(grad_norm.item(), rel=1e-4)
+
+    torch.optim.AdamW(model.parameters(), lr=row["lr"], betas=config.optim.betas,
+                      eps=config.optim.eps, weight_decay=config.optim.weight_decay).step()
+    x, y = (torch.from_numpy(np.stack(part)) for part in list(zip(*map(val_rows.row, range(val_rows.n_rows)),
+                                                                  strict=True))[:2])
+    with torch.no_grad():
+        val_loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+    # norms and biases are not decayed here, and all weights are there: less than the bound in one step
+    assert metrics(tmp_path / "run").val[1] == pytest.approx(val_loss.item(), rel=1e-3)
+
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    weights = 2 * ((4 + 2 * 2) * 16 * 64 + 64 * 64 + 3 * 64 * 128) + 272 * 64  # qkv, out, gate, up, down; lm_head
+    keys_per_query = 64 / 2  # causal
+    flops = 3 * 2 * (weights + 2 * 2 * 64 * keys_per_query)  # 2 layers, q k^T and p v, of 64 wide heads together
+    assert record["flops_per_token"] == pytest.approx(flops) and record["fp8_flops"] == 0
+    assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops / 1e9)
+    assert (record["ranks"], record["block_size"], record["tokens_per_step"]) == (1, 64, 8 * 64)
+    assert (record["peak_flops"], record["auto_filtered"]) == (1e9, None)
+    assert f"first pass: {record['compile_s']:.1f} s" in screen and record["hardware"].startswith("1 x CPU with ")
+    n_params = sum(p.numel() for p in model.parameters())
+    for part in (f"model: {n_params:,} parameters", "2 sequences x 64 tokens x 1 ranks x 4 accumulation = 512 tokens",
+                 f"step 1/1 | loss {loss:.4f} | lr {row['lr']:.2e} | grad norm {grad_norm:.3f} | "
+                 f"{row['tokens_per_s']:,.0f} tok/s per GPU | MFU {row['mfu']:.1%} of bf16 peak | "
+                 f"{row['peak_gib']:.2f} GiB | 0.0 min left", f"validation loss {metrics(tmp_path / 'run').val[1]:.4f}",
+                 "done: 1 steps, 512 tokens in"):
+        assert part in screen, part
+
+
+def test_the_learning_rate_in_the_metrics_is_the_one_that_is_used_from_step_1(tiny_run, tmp_path, monkeypatch):
+    used, step = [], AdamW.step
+
+    def spy(self, lr, *args):
+        used.append(lr)
+        step(self, lr, *args)
+
+    monkeypatch.setattr(AdamW, "step", spy)
+    train_here(*tiny_run, "--optim.min_lr=0.001", f"--out_dir={tmp_path}")
+    # 2 steps of warm-up to 0.003, then a cosine over 4 steps to 0.001
+    cosine = [0.001 + 0.002 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(5)]
+    assert used == pytest.approx([0.0015, 0.003, *cosine[1:]])
+    assert [row["lr"] for row in metrics(tmp_path).train.values()] == used
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# checks that stop a run
+
+
+def test_other_data_is_another_run(tiny_run, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "text")
+    args = [*tiny_run, f'--data.train=["{tmp_path / "text"}"]', f"--out_dir={tmp_path / 'out'}"]
+    train_here(*args, "--max_steps=3")
+    text = (tmp_path / "text" / "00.py").read_text()
+    (tmp_path / "text" / "00.py").write_text("X" + text[1:])  # as long as before
+    with pytest.raises(UserError, match="step_00000003 was made with another data.*: resuming would not continue"):
+        train_here(*args)
+    (tmp_path / "text" / "00.py").write_text(text)
+    train_here(*args)
+
+
+def test_replicas_must_divide_the_ranks(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="replicas=2 must divide the number of ranks, 1"):
+        train_here(*tiny_run, "--replicas=2", f"--out_dir={tmp_path}")
+
+
+def test_a_weight_that_nothing_fills_stops_the_run(tiny_run, tmp_path, monkeypatch):
+    init_weights = models.init_weights
+
+    def forget(model, seed):
+        with torch.no_grad():
+            lost = model.layers[1].mlp.down.weight.clone()
+            init_weights(model, seed)
+            model.layers[1].mlp.down.weight.copy_(lost)
+
+    monkeypatch.setattr(models, "init_weights", forget)
+    with pytest.raises(AssertionError, match="layers.1.mlp.down.weight"):
+        train_here(*tiny_run, f"--out_dir={tmp_path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -278,6 +278,20 @@ def test_fine_tuning_is_the_same_on_two_ranks_and_learns(runs):
             assert b[key] == pytest.approx(a[key], rel=2e-3)
 
 
+def test_tokens_count_no_padding(runs, file):
+    _, folder, one, _ = runs
+    items = hellaswag.questions(config(file))[0]
+    n_tokens = sum(len(f"{q['query']} {q['endings'][q['label']]}") - 1 for q in items)  # a byte each, the last no input
+    for name, m in one.items():
+        size = 256 if name == "packed" else 0
+        rows, _, _ = hellaswag.prepare(config(file, packed_sequence_size=size), 256, 1337)
+        per_step = 4 * n_tokens / rows.n_rows
+        assert [row["tokens"] for row in m.train.values()] == pytest.approx([per_step * s for s in m.train], rel=1e-3)
+        assert per_step < 0.95 * 4 * rows.block_size  # there is padding
+        record = json.loads((folder / name / "run.json").read_text())
+        assert (record["block_size"], record["tokens_per_step"]) == (rows.block_size, round(per_step))
+
+
 def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs, capsys):
     packed, folder, one, _ = runs
     shutil.copytree(folder / "packed", folder / "again")

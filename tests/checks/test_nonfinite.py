@@ -1,0 +1,38 @@
+"""nonfinite.py: which steps update the weights, and what is reported about those that do not."""
+
+import math
+
+import pytest
+import torch
+
+from checks.nonfinite import Guard, NonFinite
+
+OK, INF, NAN = 1.0, math.inf, math.nan
+
+
+def feed(guard, steps):
+    """[whether the weights are updated] for {step: (loss, gradient norm)}."""
+    return [guard.check(step, *map(torch.tensor, values)).item() for step, values in steps.items()]
+
+
+@pytest.mark.parametrize("policy, updates", [("stop", [True, False, False, False]),
+                                             ("skip", [True, False, True, False])])
+def test_stop_freezes_the_weights_and_skip_leaves_single_updates_out(policy, updates):
+    guard = Guard(policy, torch.device("cpu"))
+    assert feed(guard, {4: (OK, OK), 5: (2.0, INF), 6: (OK, OK), 7: (NAN, OK)}) == updates
+    n_skipped = updates.count(False)
+    assert guard.take() == NonFinite(step=5, loss=2.0, grad_norm=INF, skipped=n_skipped,
+                                     in_a_row=1 if policy == "skip" else 3)
+
+
+def test_skipped_updates_are_counted_once_and_those_in_a_row_across_reports():
+    guard = Guard("skip", torch.device("cpu"))
+    assert guard.take() is None
+    feed(guard, {1: (INF, OK), 2: (INF, OK)})
+    assert guard.take()[2:] == (OK, 2, 2)
+    assert guard.take() is None
+    feed(guard, {3: (INF, OK)})
+    found = guard.take()
+    assert (found.step, found.skipped, found.in_a_row) == (3, 1, 3)
+    feed(guard, {4: (OK, OK), 5: (OK, -INF)})
+    assert guard.take()[3:] == (1, 1)

@@ -1,0 +1,107 @@
+"""logs.py, disk.py, ranks.py: reported speed and time against a clock of the test's own, files whole or not there."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plumbing import logs
+from plumbing.disk import replacing
+from plumbing.errors import UserError
+from plumbing.ranks import Ranks, find_ranks
+
+
+@pytest.fixture
+def clock():
+    """Seconds that the test sets; `ranks` are four whose clock it is."""
+    clock = SimpleNamespace(seconds=100.0)
+    clock.ranks = SimpleNamespace(now=lambda: clock.seconds, world_size=4, device=torch.device("cpu"))
+    return clock
+
+
+def test_speed_and_time_are_those_of_training_alone(clock):
+    timer = logs.StepTimer(clock.ranks, 10, 50.0, max_steps=30, tokens=800, flops=3e6, peak_flops=1e9)
+    clock.seconds += 4
+    row, line = timer.log_row(12, torch.tensor(2.5), 1e-3, torch.tensor(0.5))
+    # 2 steps of 800 tokens in 4 s on 4 ranks: 100 tokens/s each; 100 x 3e6 of 1e9 FLOP/s
+    assert row.pop("peak_gib") > 0.1
+    assert row == {"step": 12, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "tokens": 9600, "tokens_per_s": 100.0,
+                   "mfu": pytest.approx(0.3), "time_s": 54.0}
+    for part in ("step 12/30 |", "loss 2.5000 |", "lr 1.00e-03 |", "grad norm 0.500 |", "100 tok/s per GPU |",
+                 "MFU 30.0% of bf16 peak |", "0.6 min left"):  # 18 steps of 2 s
+        assert part in line, part
+    clock.seconds += 3
+    with timer.paused() as seconds:
+        assert seconds == 57.0
+        clock.seconds += 1000
+    clock.seconds += 5
+    row, _ = timer.log_row(13, torch.tensor(2.5), 1e-3, torch.tensor(0.5))
+    assert (row["time_s"], row["tokens_per_s"]) == (62.0, 25.0)
+
+
+def test_what_json_and_the_data_sheet_lack_is_none_in_the_row_and_named_on_the_screen(clock):
+    timer = logs.StepTimer(clock.ranks, 0, 0.0, max_steps=1, tokens=8, flops=1.0, peak_flops=None)
+    clock.seconds += 1
+    row, line = timer.log_row(1, torch.tensor(float("nan")), 0.1, torch.tensor(float("inf")))
+    assert (row["loss"], row["grad_norm"], row["mfu"]) == (None, None, None)
+    assert "loss nan" in line and "grad norm inf" in line and "MFU n/a" in line
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' own count")
+def test_peak_memory_is_what_the_system_counts():
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    assert logs.peak_memory(torch.device("cpu")) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.02)
+
+
+def test_trackers_get_the_numbers_of_all_rows_under_names_of_their_own():
+    rows = [{"step": 3, "fp8_layer": "lm_head", "input": {"format": "e4m3", "sqnr_db": 31.5}},
+            {"step": 3, "loss": None, "lr": 0.1}]
+    assert logs.scalars(rows) == {"step": 3, "fp8/lm_head/input/sqnr_db": 31.5, "lr": 0.1}
+
+
+@pytest.mark.parametrize("key, package", [("tensorboard", "tensorboard"), ("wandb_project", "wandb")])
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, key, package):
+    config = SimpleNamespace(**{"tensorboard": False, "wandb_project": None, key: "yes"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else "there")
+    with pytest.raises(UserError, match=f"asks for {package}, which is not installed: pip install {package}"):
+        logs.check_trackers(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
+    logs.check_trackers(config)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_replaced_path_is_whole_or_what_it_was(tmp_path, kind):
+    path = tmp_path / "new" / "path"
+
+    def make(temporary, text):
+        if kind == "folder":
+            temporary.mkdir()
+            temporary /= "file"
+        temporary.write_text(text)
+
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        make(temporary, "half")
+        raise KeyError
+    assert list(path.parent.iterdir()) == []
+    with replacing(path) as temporary:
+        make(temporary, "whole")
+        assert not path.exists()
+    assert list(path.parent.iterdir()) == [path]
+    assert (path / "file" if kind == "folder" else path).read_text() == "whole"
+
+
+def test_ranks_and_devices_are_those_of_torchrun(monkeypatch):
+    assert find_ranks("cpu") == Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_ranks("auto") == Ranks(5, 8, torch.device("cpu")) and not find_ranks("auto").is_main
+    with pytest.raises(UserError, match="device=cuda, but torch finds no GPU"):
+        find_ranks("cuda")
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert find_ranks("auto") == find_ranks("cuda") == Ranks(5, 8, torch.device("cuda", 1)) and current == [1, 1]
