@@ -79,7 +79,7 @@ def test_a_comma_inside_of_a_list_does_not_end_a_variant():
 
 @pytest.mark.parametrize("keys, told", [
     ({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7"),
-    ({"variants": "bf16:max_steps=3:loss_chunks=2"}, "sets max_steps, which this script sets for all")])
+    ({"variants": "bf16:max_steps=3:loss_chunks=2"}, "sets max_steps, which must be the same for all variants")])
 def test_mistakes_are_told(keys, told):
     assert told in "".join(message for _, message in BenchConfig(**keys).problems())
 
