@@ -117,7 +117,7 @@ class Reader:
         self.n_cut, self.n_without_target, self.n_left_out, self.unused_fields = 0, 0, 0, {}
 
     def samples(self, paths):
-        """A list of each conversation's (ids, loss), or None where nothing of it can be trained on."""
+        """(ids, loss) of each conversation of which something is a target."""
         samples = []
         for path, number, row in tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None):
             try:
@@ -133,8 +133,10 @@ class Reader:
                 self.n_cut += 1
                 ids, loss = ids[: self.limit + 1], loss[: self.limit + 1]
             loss[:1] = False  # nothing comes before it
-            self.n_without_target += not loss.any()
-            samples.append((ids.astype(np.int32), loss) if loss.any() else None)
+            if loss.any():
+                samples.append((ids.astype(np.int32), loss))
+            else:
+                self.n_without_target += 1
         return samples
 
     def remarks(self):
@@ -162,7 +164,6 @@ def prepare(cfg, block_size, seed):
         val = reader.samples(found.val)
     else:
         train, val = [s for i, s in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]
-    train, val = ([sample for sample in samples if sample is not None] for samples in (train, val))
     if not train or not val:
         raise UserError(f"data: {len(train)} conversations for training and {len(val)} for validation are too few "
                         f"(without data.val, one of {VAL_EVERY} is for validation){reader.remarks()}")

@@ -314,7 +314,7 @@ class Template:
             encoding = self.coded.encode(text, add_special_tokens=False)
             begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
             return self.real[encoding.ids], begins, ends
-        ids, begins, ends = [], [], []
+        ids, begins, ends = ([np.empty(0, np.int64)] for _ in range(3))
         for match in re.finditer(f"{CODED.pattern}|[^{CODED.pattern[1:]}+", text):
             if CODED.match(match[0]):
                 part, first, last = np.array([self.tokenizer.specials[self.as_text(match[0])]]), [0], [0]

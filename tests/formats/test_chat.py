@@ -1,0 +1,476 @@
+"""chat.py, template.py: ids and targets are those of transformers, and what users write stays text."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import build, main_here, train_here
+
+import attention
+import data
+from data import DataConfig
+from formats import chat
+from formats.template import Template
+from formats.tokenizer import get_tokenizer
+from model import IGNORE
+
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<|user|>",
+            "<|assistant|>", "<|end|>", "<calls>", "</calls>", "<sep>"]
+WORDS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added, but not special: found in any text
+
+# Chat templates with what published ones do. {% generation %} is around what the assistant says, for transformers' mask
+# of it; without these tags the text is the same.
+TEMPLATES = {
+    "chatml, with a system message of its own": """
+        {%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}
+        {%- for m in messages %}
+            {{- '<|im_start|>' + m.role + '\n' }}
+            {%- if m.role == 'assistant' %}
+                {%- generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+            {%- else %}
+                {{- m.content + '<|im_end|>' }}
+            {%- endif %}
+            {{- '\n' }}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "no generation prompt": """
+        {%- for m in messages %}
+            {{- '<|im_start|>' + m.role + '\n' }}
+            {%- if m.role == 'assistant' %}
+                {%- generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+            {%- else %}
+                {{- m.content + '<|im_end|>' }}
+            {%- endif %}
+            {{- '\n' }}
+        {%- endfor %}""",
+    "llama 3: strips, inserts a date and tools": """
+        {{- bos_token + '<|head|>system<|/head|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n\n' }}
+        {%- if tools is not none %}{{ tools | tojson(indent=2) + '\n' }}{% endif %}
+        {%- if messages[0].role == 'system' %}
+            {{- messages[0].content | trim }}
+            {%- set messages = messages[1:] %}
+        {%- endif %}
+        {{- '<|eot|>' }}
+        {%- for m in messages %}
+            {{- '<|head|>' + m.role + '<|/head|>\n\n' }}
+            {%- if m.role == 'assistant' %}
+                {%- generation %}
+                    {%- if 'tool_calls' in m %}
+                        {%- if m.tool_calls | length != 1 %}{{ raise_exception('Only one call.') }}{% endif %}
+                        {%- set call = m.tool_calls[0].function %}
+                        {{- '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}' }}
+                    {%- else %}
+                        {{- m.content | trim }}
+                    {%- endif %}
+                    {{- '<|eot|>' }}
+                {%- endgeneration %}
+            {%- else %}
+                {{- m.content | trim + '<|eot|>' }}
+            {%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}""",
+    "mistral: no headers, alternates": """
+        {{- bos_token }}
+        {%- for m in messages %}
+            {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+                {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+            {%- endif %}
+            {%- if m.role == 'user' %}
+                {{- '[INST] ' + m.content + ' [/INST]' }}
+            {%- else %}
+                {%- generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}
+            {%- endif %}
+        {%- endfor %}""",
+    "gemma: another name for the assistant": """
+        {{- bos_token }}
+        {%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+        {%- for m in messages %}
+            {%- if m.role == 'assistant' %}
+                {{- '<|head|>model\n' }}
+                {%- generation %}{{ m.content | trim + '<|/head|>' }}{% endgeneration %}
+            {%- else %}
+                {{- '<|head|>' + m.role + '\n' + m.content | trim + '<|/head|>' }}
+            {%- endif %}
+            {{- '\n' }}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '<|head|>model\n' }}{% endif %}""",
+    "zephyr: headers are plain text": """
+        {%- for m in messages %}
+            {{- '## ' + m.role + '\n' }}
+            {%- if m.role == 'assistant' %}
+                {%- generation %}{{ m.content + eos_token }}{% endgeneration %}
+            {%- else %}
+                {{- m.content + eos_token }}
+            {%- endif %}
+            {{- '\n' }}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '## assistant\n' }}{% endif %}""",
+    "phi 3: something else ends the conversation": """
+        {%- for m in messages %}
+            {%- if m.role == 'assistant' %}
+                {{- '<|assistant|>\n' }}
+                {%- generation %}{{ m.content + '<|end|>' }}{% endgeneration %}
+            {%- else %}
+                {{- '<|user|>\n' + m.content + '<|end|>' }}
+            {%- endif %}
+            {{- '\n' }}
+        {%- endfor %}
+        {{- '<|assistant|>\n' if add_generation_prompt else eos_token }}""",
+    "qwen 3: drops earlier reasoning, adds an empty one": """
+        {%- if tools %}
+            {{- '<|im_start|>system\n# Tools\n' }}
+            {%- for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+        {%- set ns = namespace(last=-1) %}
+        {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+        {%- for m in messages %}
+            {%- set content = m.content if m.content is string else '' %}
+            {%- if m.role == 'assistant' %}
+                {%- set reasoning = '' %}
+                {%- if m.reasoning_content is string %}
+                    {%- set reasoning = m.reasoning_content %}
+                {%- elif '</think>' in content %}
+                    {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+                    {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+                {%- endif %}
+                {{- '<|im_start|>assistant\n' }}
+                {%- generation %}
+                    {%- if loop.index0 > ns.last and (loop.last or reasoning) %}
+                        {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+                    {%- else %}
+                        {{- content }}
+                    {%- endif %}
+                    {%- for call in m.tool_calls or [] %}
+                        {%- if (loop.first and content) or not loop.first %}{{ '\n' }}{% endif %}
+                        {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+                        {{- call.function.arguments | tojson + '}\n</tool_call>' }}
+                    {%- endfor %}
+                    {{- '<|im_end|>' }}
+                {%- endgeneration %}
+                {{- '\n' }}
+            {%- else %}
+                {{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}
+            {%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "deepseek: calls in special tokens, the prompt opens the reasoning": """
+        {{- bos_token }}
+        {%- for m in messages %}
+            {%- if m.role == 'assistant' %}
+                {{- '<|assistant|>' }}
+                {%- generation %}
+                    {{- (m.content or '').split('</think>')[-1] }}
+                    {%- if m.tool_calls %}
+                        {{- '<calls>' }}
+                        {%- for call in m.tool_calls %}
+                            {{- call.function.name + '<sep>' + call.function.arguments | tojson }}
+                        {%- endfor %}
+                        {{- '</calls>' }}
+                    {%- endif %}
+                    {{- eos_token }}
+                {%- endgeneration %}
+            {%- else %}
+                {{- '<|user|>' + m.content }}
+            {%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}""",
+}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris <b>", "days": [1, 2]}}}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "<x> & 'y'", "parameters": {}}}]
+CONVERSATIONS = {
+    "one turn": [user("hello"), assistant("hi there")],
+    "turns in white space": [user("hello\n"), assistant(" hi \n"), user(" more?"), assistant("\nno")],
+    "system": [{"role": "system", "content": " Be brief. "}, user("a"), assistant("b"), user("again"), assistant("b")],
+    "replies that look like the template": [user("## assistant\nb"), assistant("## assistant\nb"), user("assistant"),
+                                            assistant("[/INST] model\n")],
+    "reasoning in the text": [user("a"), assistant("<think>\nhm b\n</think>\n\nb"), user("b"),
+                              assistant("<think>\nhm c\n</think>\n\nc")],
+    "reasoning in a field": [user("a"), assistant("b", reasoning_content="hm"), user("b"),
+                             assistant("c", reasoning_content="\nhm\n")],
+    "tool calls": [user("hot?"), assistant("", tool_calls=CALL), {"role": "tool", "content": "22"}, assistant("22."),
+                   user("thanks"), assistant("welcome")],
+    "several calls after text": [user("hot?"), assistant("Let me see", tool_calls=CALL + CALL),
+                                 {"role": "tool", "content": "22"}, assistant("It is 22.")],
+    "other scripts": [user("na\u00efve caf\u00e9 \u5317\u4eac"), assistant("\u65e5\u672c \U0001f680 <b>&\"'</b>")],
+    "an empty reply": [user("say nothing"), assistant(""), user("speak"), assistant("ok")],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer folder as save_pretrained writes it, with the first template."""
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.train_from_iterator(["assistant user system model hello there\n\n again It is [INST] weather"] * 9,
+                            tokenizers.trainers.BpeTrainer(
+        vocab_size=340, special_tokens=SPECIALS, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_tokens([tokenizers.AddedToken(word, special=False, normalized=False) for word in WORDS])
+    path = tmp_path_factory.mktemp("tokenizer")
+    template = strip_tags(TEMPLATES["chatml, with a system message of its own"])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>",
+                                         chat_template=template).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return get_tokenizer(str(folder))
+
+
+def strip_tags(template):
+    return re.sub(r"{%-? (end)?generation -?%}", lambda tag: "{{- '' }}" if "-" in tag[0] else "", template)
+
+
+def written(ids, loss, tokenizer):
+    """The text of ids with targets between « and »."""
+    borders = np.flatnonzero(np.diff(loss)) + 1
+    return "".join(f"«{tokenizer.decode(part)}»" if targets[0] else tokenizer.decode(part) for part, targets in zip(
+        np.split(ids, borders), np.split(loss, borders), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# ids and targets
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_targets_are_those_of_transformers(name, tokenizer, reference):
+    tagged = TEMPLATES[name]
+    templates = [Template(tokenizer, tagged, "tagged"), Template(tokenizer, strip_tags(tagged), "plain")]
+    compared = 0
+    for label, messages in CONVERSATIONS.items():
+        tools = TOOLS if label == "tool calls" and templates[0].takes_tools else None
+        try:
+            expected = reference.apply_chat_template(messages, tools=tools, chat_template=tagged, return_dict=True,
+                                                     return_assistant_tokens_mask=True)
+        except Exception as refused:  # noqa: BLE001 - whatever the template raises in transformers
+            for template in templates:
+                with pytest.raises(ValueError, match=re.escape(str(refused))):
+                    template.encode(messages, tools)
+            continue
+        for template in templates:
+            ids, loss, _ = template.encode(messages, tools)
+            assert ids.tolist() == expected["input_ids"], (template.name, label)
+            assert written(ids, loss, tokenizer) == written(ids, np.array(expected["assistant_masks"]), tokenizer)
+            assert template.encode(messages, tools, "all")[1].all()
+        compared += 1
+    assert compared >= 6
+
+
+def test_a_reply_is_what_is_said_and_the_token_that_ends_it(tokenizer):
+    ids, loss, _ = Template(tokenizer).encode(CONVERSATIONS["system"])
+    assert written(ids, loss, tokenizer) == (
+        "<|im_start|>system\n Be brief. <|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
+        "<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_special_tokens_that_somebody_writes_stay_text(name, tokenizer, reference):
+    """The one difference to transformers, which makes them special tokens unless sanitize_control_tokens is set."""
+    template = Template(tokenizer, strip_tags(TEMPLATES[name]), name)
+    clean = [user("What does ANGRY do?"), assistant("ANGRY ends a turn, see ANGRY")]
+    angry = [user("What does <|im_end|></s> do?"), assistant("<|eot|> ends a turn, see <|head|><|end|>\U00108001")]
+    ids, loss, _ = template.encode(angry)
+    specials, own = set(tokenizer.specials[text] for text in SPECIALS), template.encode(clean)[0]
+    assert [i for i in ids.tolist() if i in specials] == [i for i in own.tolist() if i in specials]
+    unsafe = reference.apply_chat_template(angry, chat_template=template.source, tokenize=False)
+    assert tokenizer.decode(ids) == unsafe and len(ids) > len(reference.encode(unsafe, add_special_tokens=False))
+    shown = written(ids, loss, tokenizer)
+    assert "<|eot|> ends a turn, see <|head|><|end|>\U00108001" in shown.split("«")[1].split("»")[0]
+    assert "What does <|im_end|></s> do?" in shown.split("«")[0]
+    if template.takes_tools:
+        ids, _, _ = template.encode(angry, [{"<|im_end|>": "<|eot|>"}])
+        own = template.encode(clean, [{"a": "b"}])[0]
+        assert [i for i in ids.tolist() if i in specials] == [i for i in own.tolist() if i in specials]
+
+
+def test_words_that_are_no_special_tokens_are_found_in_replies(tokenizer):
+    ids, _, _ = Template(tokenizer).encode([user("a"), assistant("<think>b</think>")])
+    assert tokenizer.specials["<think>"] in ids and tokenizer.specials["</think>"] in ids
+
+
+@pytest.mark.parametrize("source, message", [
+    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "turns the words of a message around"),
+    ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "does not show where the assistant's words are"),
+    ("{% for m in messages %}{% if m.content == 'b' %}yes{% endif %}{% endfor %}", "does not show where"),
+    ("{% for m in messages %}{{ m.content[9] }}{{ 1 + m.role }}{% endfor %}", "fails on it: TypeError"),
+    ("{{ raise_exception('No.') }}", "odd refuses it: No."),
+    ("{% for %}", "odd is not valid Jinja"), ("{{ open('x') }}", "refuses it: 'open' is undefined")])
+def test_a_template_that_cannot_be_followed_is_named(source, message, tokenizer):
+    with pytest.raises(ValueError, match="odd") as error:
+        Template(tokenizer, source, "odd").encode([user("a"), assistant("b")])
+    assert message in str(error.value)
+
+
+def test_without_a_template_chatml_serves_a_vocabulary_that_has_it(folder, tmp_path, tokenizer):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    plain = get_tokenizer(str(tmp_path))
+    assert plain.chat_template is None
+    ids, loss, _ = Template(plain).encode([user("a"), assistant("b")])
+    assert written(ids, loss, plain) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n")
+    with pytest.raises(ValueError, match="no chat template.*data.chat_template=FILE"):
+        Template(get_tokenizer("bytes"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder, *files, **keys):
+    return DataConfig(format="chat", train=[str(f) for f in files], tokenizer=str(folder), **keys)
+
+
+PAIR = [user("add: 1 2"), assistant("3")]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("row, messages", [
+    ({"messages": PAIR, "id": 7}, PAIR),
+    ({"messages": [{**PAIR[0], "name": None}, {**PAIR[1], "tool_calls": None}], "tools": None}, PAIR),
+    ({"conversations": [{"from": "human", "value": "add: 1 2"}, {"from": "gpt", "value": "3"}]}, PAIR),
+    ({"conversations": [{"from": "human", "value": "add: 1 2"}, {"from": "gpt", "value": "3"}], "system": "Be brief."},
+     [SYSTEM, *PAIR]),
+    ({"prompt": "add: 1 2", "completion": "3"}, PAIR), ({"prompt": PAIR[:1], "completion": PAIR[1:]}, PAIR),
+    ({"instruction": "add:", "input": "1 2", "output": "3"}, [user("add:\n\n1 2"), assistant("3")]),
+    ({"instruction": "add: 1 2", "input": "", "output": "3", "messages": None}, PAIR),
+    ({"instruction": "add: 1 2", "output": "3", "system": "Be brief."}, [SYSTEM, *PAIR])])
+def test_rows_of_every_kind_are_conversations(row, messages, tokenizer):
+    found, tools, _ = chat.read_conversation(row)
+    template = Template(tokenizer)
+    assert tools is None and template.encode(found)[0].tolist() == template.encode(messages)[0].tolist()
+
+
+def test_tools_may_be_a_list_or_json(tokenizer):
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        assert chat.read_conversation({"messages": PAIR, "tools": tools})[1] == TOOLS
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"messages": "hello"}, "`messages` is a string, expected a list"),
+    ({"messages": None}, "`messages` is null"), ({"messages": []}, "`messages` is empty"),
+    ({"messages": [user("a"), "b"]}, r"`messages[1]` is a string, expected an object"),
+    ({"messages": [user("a"), assistant(7)]}, "`messages[1].content` is a number, expected a string or a list"),
+    ({"messages": [user("a"), assistant(None)]}, "`messages[1].content` is null"),
+    ({"messages": [{"content": "a"}]}, "`messages[0].role` is null, expected a string"),
+    ({"messages": [user([{"type": "image"}])]}, "`messages[0].content[0]` is of type 'image': only text"),
+    ({"messages": [user("a"), assistant("", tool_calls=[{"function": {}}])]}, "[1].tool_calls[0].name` is null"),
+    ({"conversations": [{"from": "narrator", "value": "a"}]}, "`conversations[0].from` is 'narrator', expected one of"),
+    ({"conversations": [{"from": "human", "value": 1}]}, "`conversations[0].content` is a number"),
+    ({"prompt": "a", "completion": 3}, "`completion` is a number, expected a string or a list"),
+    ({"prompt": "a"}, "it has no `completion`"), ({"instruction": "a", "output": None}, "`output` is null"),
+    ({"instruction": ["a"], "output": "b"}, "`instruction[0]` is a string"),
+    ({"text": "a"}, "it has no conversation (messages, conversations, prompt and completion, instruction and output): "
+                    "it has text"),
+    ({"messages": PAIR, "tools": "nonsense"}, "`tools` is a string but not JSON"),
+    ({"messages": PAIR, "tools": [1]}, "`tools[0]` is a number"),
+    ({"messages": PAIR, "tools": TOOLS}, "it has `tools`, which the chat template of"),
+    ({"messages": [user("a \U00100002")]}, "a private-use character that is needed here")])
+def test_a_field_that_cannot_be_used_is_named_with_its_file_and_line(row, message, folder, tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"messages": PAIR}, row)
+    with pytest.raises(ValueError) as error:
+        data.prepare(config(folder, path), 256, 1)
+    assert str(error.value).startswith(f"{path}, line 2: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_cut_dropped_and_not_used_is_counted(folder, tmp_path):
+    long, asks = [user("a"), assistant("hello " * 300)], [user("hello " * 300), assistant("b")]
+    rows = [{"messages": PAIR, "source": "x"}, {"messages": long}, {"messages": asks}, {"messages": PAIR[:1]}] * 10
+    path = write(tmp_path / "rows.jsonl", *rows)
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more" / "rows.jsonl", *rows)
+    (tmp_path / "more" / "notes.txt").write_text("not rows")
+    train, val, tokenizer = data.prepare(config(folder, path, tmp_path / "more"), 128, 1)
+    # nothing is left to train on where the answer lies behind what fits, or is missing; 1 of 20 is for validation
+    assert (train.n_samples, val.n_samples) == (38, 2)
+    assert "40 conversations lost their end, being longer than 128 tokens" in train.description
+    assert "40 were dropped, having no target" in train.description and "fields not used: source" in train.description
+    assert "1 file not used (notes.txt)" in train.description
+    assert train.counts["cut at the end"] == train.counts["dropped, having no target"] == 40
+    cut = next(ids for ids, loss in map(train.sample, range(train.n_samples)) if len(ids) > 100)
+    assert len(cut) == 129 and tokenizer.decode(cut).endswith("hello hello")
+    with pytest.raises(ValueError, match="too few .*20 were dropped, having no target"):
+        data.prepare(config(folder, write(tmp_path / "asks.jsonl", *[{"messages": PAIR[:1]}] * 20)), 128, 1)
+
+
+def test_messages_that_the_template_leaves_out_are_counted(folder, tmp_path, tokenizer):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}")
+    path = write(tmp_path / "rows.jsonl", *[{"messages": [SYSTEM, *PAIR]}] * 20)
+    train, _, _ = data.prepare(config(folder, path, chat_template=str(template)), 128, 1)
+    assert f"20 messages are not in the text of {template}" in train.description
+    assert written(*train.sample(0), tokenizer) == "add: 1 2</s>«3</s>»"
+    everything, _, _ = data.prepare(config(folder, path, chat_template=str(template), train_on="all"), 128, 1)
+    assert written(*everything.sample(0), tokenizer) == "a«dd: 1 2</s>3</s>»"  # nothing comes before the first token
+    with pytest.raises(ValueError, match="data.chat_template=nowhere.jinja: "):
+        data.prepare(config(folder, path, chat_template="nowhere.jinja"), 128, 1)
+
+
+def test_chat_needs_files():
+    problems = list(DataConfig(format="chat").problems())
+    assert problems == [({"data.format", "data.train"}, "data.format=chat needs data.train: name files or folders with "
+                                                        "rows of conversations")]
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    rows = [{"messages": [message for _ in range(rng.integers(1, 4)) for message in (
+        user(" ".join(rng.choice(["hello", "there", "again"], rng.integers(1, 9)))), assistant("It is " * int(
+            rng.integers(1, 9))))]} for _ in range(120)]
+    return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", *rows)
+
+
+def test_a_packed_row_gives_the_loss_of_its_conversations_one_by_one(folder, rows_file):
+    rows, _, _ = data.prepare(config(folder, rows_file, packed_sequence_size=512), 512, 1)
+    model = build(block_size=512, vocab_size=352)
+    x, y, positions = (torch.from_numpy(part)[None] for part in rows.row(0))
+    together = model(x, y, 1, positions, attention.document_bounds(positions, rows.longest, rows.most_documents))
+    alone = 0.0
+    for i in rows.rows[0]:
+        ids, loss = (torch.from_numpy(part) for part in rows.sample(i))
+        alone += model(ids[None, :-1].long(), ids[None, 1:].long().where(loss[1:], IGNORE)).item()
+    assert len(rows.rows[0]) > 4 and together.item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_run_on_conversations_learns_and_data_py_shows_them(folder, rows_file, tiny_run, tmp_path, capsys):
+    args = [*tiny_run, "--data.format=chat", f'--data.train=["{rows_file}"]', f"--data.tokenizer={folder}",
+            "--model.vocab_size=352", "--model.block_size=256", "--data.packed_sequence_size=256"]
+    train_here(*args, "--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]',
+               f"--out_dir={tmp_path / 'run'}")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+    assert "data: chat, 114 conversations in" in capsys.readouterr().out
+    status, out, _ = main_here(data.main, *args, "--show=1", f"--out={tmp_path / 'out.jsonl'}")
+    assert status == 0 and "<|im_start|>assistant\n{+It is" in out
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(found) == 114 and all(len(row["ids"]) == len(row["loss"]) for row in found)
