@@ -152,6 +152,18 @@ def test_rounding_noise_differs_by_tensor_step_and_seed_and_repeats():
     assert all(torch.equal(a, b) for a, b in zip(rounded(seed=0), results[:4], strict=True))
 
 
+def test_fp8_moments_leave_the_rounding_of_the_weight_alone():
+    master, exact = toy(torch.bfloat16), toy(torch.float32)
+    optimizers = [AdamW(master, OptimConfig(weights="fp32_master", fp8_moments=True), seed=0, compiled=False),
+                  AdamW(exact, OptimConfig(weights="plain", fp8_moments=True), seed=0, compiled=False)]
+    for model, optimizer in zip((master, exact), optimizers, strict=True):
+        set_gradients(model, 1)
+        optimizer.step(1e-3, optimizer.grad_norm())
+    for name, p in master.named_parameters():
+        assert torch.equal(p, optimizers[0].masters[name].bfloat16())  # to nearest
+    assert all((p != p.bfloat16()).float().mean() > 0.9 for p in exact.parameters() if p.ndim == 2)  # not to bf16
+
+
 @pytest.mark.parametrize("fp8_moments", [False, True])
 @pytest.mark.parametrize("dtype, weights", [
     (torch.bfloat16, "fp32_master"), (torch.bfloat16, "stochastic_rounding"), (torch.bfloat16, "plain"),
