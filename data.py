@@ -142,7 +142,7 @@ class Mixture:
                                   for part in parts)  # with those that pad a row
         share = np.array(weights if len(weights) else [part.n_rows for part in parts])
         text = share * [(1 - part.padding) * part.block_size for part in parts]  # tokens from each part
-        self.padding = 1 - float(text.sum() / (share.sum() * self.block_size))
+        self.padding = max(0.0, round(1 - float(text.sum() / (share.sum() * self.block_size)), 9))
         self.document = None
         if any(part.document for part in parts):
             self.document = float(text @ [part.document or part.block_size for part in parts] / text.sum())

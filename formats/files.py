@@ -27,6 +27,7 @@ ROWS = {"json", "parquet", "arrow"}
 TEXT = {"text", *ROWS}
 
 ABOUT = {"readme", "license", "licence", "notice", "dataset_info", "dataset_infos", "dataset_dict", "state"}
+CHAT_FIELDS = {"messages", "conversations", "instruction", "prompt"}
 VAL_EVERY = 20  # every 20th document is for validation where data.val names none
 PIECE = 2**20  # characters or bytes read at once
 LONGEST_ELEMENT = 2**28  # characters of one element of a JSON list, beyond which it counts as unclosed
@@ -68,7 +69,12 @@ def describe_unused(paths):
     if not paths:
         return ""
     names = ", ".join(p.name for p in paths[:4]) + (", ..." if len(paths) > 4 else "")
-    return f", {len(paths)} {'file' if len(paths) == 1 else 'files'} not used ({names})"
+    return f", {number_of(paths)} not used ({names})"
+
+
+def number_of(paths):
+    """"1 file", "2 files"."""
+    return f"{len(paths):,} {'file' if len(paths) == 1 else 'files'}"
 
 
 def find_files(patterns, kinds=frozenset(TEXT)):
@@ -393,8 +399,9 @@ def documents(files, text_key, bar=None):
             continue
         for _, number, row in rows([path], bar):
             if text_key not in row:
+                hint = ": conversations and instructions need data.format=chat" if CHAT_FIELDS & set(row) else ""
                 raise UserError(f"{place(path, number)} has no {text_key!r} (data.text_key): it has "
-                                + (", ".join(row) or "no fields"))
+                                + (", ".join(row) or "no fields") + hint)
             if not isinstance(row[text_key], str):
                 raise UserError(f"{place(path, number)}: `{text_key}` is {type_of(row[text_key])}, expected a string")
             yield [row[text_key]]

@@ -255,16 +255,17 @@ def prepare(cfg, block_size, seed):
     if len(val) < 2:
         raise UserError(f"data: {len(train)} tokens for training leave {len(val)} for validation, which takes 2: give "
                         "more text, or data.val")
-    source = f"{len(found.train)} files" + (f" of {', '.join(cfg.train)}" if cfg.train else
+    source = files.number_of(found.train) + (f" of {', '.join(cfg.train)}" if cfg.train else
                                             " of Python's standard library")
     train.counts = {"documents": counts["train documents"], "tokens": len(train), "targets": len(train) - 1,
                     "empty documents dropped": counts["empty documents"],
-                    "cuts inside of a word": counts["forced cuts"], "files not used": len(found.unused)}
+                    "forced cuts": counts["forced cuts"], "files not used": len(found.unused)}
     train.description = (f"{source}{found.note}, {len(train):,} training and {len(val):,} validation tokens in "
                          f"{folder}, tokenizer {tokenizer.name}")
-    for what in ("empty documents dropped", "cuts inside of a word"):
-        if train.counts[what]:
-            train.description += f", {train.counts[what]:,} {what}"
+    if n := counts["empty documents"]:
+        train.description += f", {n:,} empty documents dropped"
+    if n := counts["forced cuts"]:
+        train.description += f", {n:,} forced cuts (no border of words in {PIECE:,} characters)"
     return train, val, tokenizer
 
 

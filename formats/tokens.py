@@ -204,8 +204,8 @@ def prepare(cfg, block_size, seed):
         raise UserError(f"data: {len(train)} ids for training and {len(val)} for validation are too few")
     train.counts = {"files": len(found.train), "tokens": len(train), "targets": len(train) - 1,
                     "files not used": len(found.unused)}
-    train.description = (f"{len(found.train)} files of tokens of {', '.join(cfg.train)}{found.note}, {len(train):,} "
-                         f"training and {len(val):,} validation tokens, ids up to {train.largest}, ")
+    train.description = (f"{files.number_of(found.train)} of tokens of {', '.join(cfg.train)}{found.note}, "
+                         f"{len(train):,} training and {len(val):,} validation tokens, ids up to {train.largest}, ")
     train.description += ("attention sees whole rows (data.eos_id is not set)" if cfg.eos_id is None else
                           f"documents of {train.document:,.0f} tokens on average, borders at id {cfg.eos_id}")
     if train.largest > tokenizer.largest:

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from conftest import main_here
 import data
 import formats.files as text_files
 import formats.text as text_format
+import sample
 from data import DataConfig, Loader, eval_batches
 from formats.tokenizer import END, Tokenizer, get_tokenizer
 from formats.tokens import Tokens
@@ -196,12 +198,22 @@ def test_a_document_in_pieces_has_the_ids_of_the_whole(cut_by, monkeypatch, name
     assert n_pieces > 250 and n_forced < 0.1 * n_pieces
 
 
+def test_sample_puts_bos_before_the_prompt_as_training_does(monkeypatch):
+    tokenizer, prompts = single_bytes("llama", {END: 256, "<s>": 257}), []
+    model = SimpleNamespace(model=SimpleNamespace(vocab_size=300))
+    monkeypatch.setattr(sample, "load_model", lambda *args: (None, tokenizer, model))
+    monkeypatch.setattr(sample, "generate", lambda model, tokens, *args: prompts.append(tokens) or [])
+    for tokenizer.bos in (None, 257):
+        assert main_here(sample.main, "--from=x", "--prompt=hi")[0] == 0
+    assert prompts == [[*b"hi"], [257, *b"hi"]]
+
+
 def test_text_without_a_place_to_cut_is_cut_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(text_format, "PIECE", 100)
     (tmp_path / "a.txt").write_text("x" * 950)
     train, val, _ = prepare(config(tmp_path, tmp_path / "a.txt"))
     assert BYTES.decode([*everything(train), *everything(val)][:-1]) == "x" * 950
-    assert train.counts["cuts inside of a word"] == 4 and "4 cuts inside of a word" in train.description
+    assert train.counts["forced cuts"] == 4 and "4 forced cuts" in train.description
 
 
 def test_memory_does_not_grow_with_the_text(monkeypatch):
@@ -396,7 +408,7 @@ def test_a_file_of_data_val_in_a_folder_of_data_train_is_not_trained_on(tmp_path
     *sizes, told = prepared(train="b.txt", val="b.txt")  # asked for
     assert sizes == [101, 101] and ", all of them validation text too, 101 training" in told
     *sizes, told = prepared(train="a.txt", val="b.txt")
-    assert sizes == [101, 101] and told.startswith(f"1 files of {tmp_path / 'a.txt'}, 101 training")
+    assert sizes == [101, 101] and told.startswith(f"1 file of {tmp_path / 'a.txt'}, 101 training")
 
 
 def test_folders_that_a_glob_matches_count_as_folders_and_what_two_patterns_name_counts_once(tmp_path):
@@ -626,7 +638,7 @@ def test_entries_of_data_train_become_parts_with_validation_of_their_own(tmp_pat
     assert val.n_rows == sum(rows.n_rows for _, rows, _ in alone)
     firsts = [val.row(i)[0].tolist() for i in range(val.n_rows)]
     assert firsts == [rows.row(i)[0].tolist() for _, rows, _ in alone for i in range(rows.n_rows)]
-    assert train.counts["documents"] == 95 + 48 and "25.0% 1 files" in train.description
+    assert train.counts["documents"] == 95 + 48 and "25.0% 1 file of" in train.description
     assert prepare(config(tmp_path, *files, weights=[1.0, 2.0]))[0].digest != train.digest
     samples = [train.sample(i)[0].tolist() for i in range(train.n_samples)]
     assert samples == [rows.sample(i)[0].tolist() for rows, _, _ in alone for i in range(rows.n_samples)]
