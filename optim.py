@@ -18,9 +18,9 @@ resolves.
 The update of a tensor is one elementwise function, `adamw_`. torch.compile makes it one kernel: it clips the gradient,
 updates both moments and the weight, and rounds everything in a single pass over memory.
 
-Another optimizer is another class in this file with `params`, `state`, `masters`, `step_count`, `unfilled`,
-`accumulate`, `grad_norm` and `step`, and what it stores in `state_layout`: checkpoints, model folders and the memory
-estimate read these.
+Another optimizer is another class in this file with `weights`, `state`, `masters`, `step_count`, `unfilled`,
+`accumulate`, `grad_norm` and `step`, and what it stores in `state_layout`: train.py, checkpoints, model folders and the
+memory estimate use nothing else.
 """
 
 import math

@@ -306,6 +306,9 @@ def test_a_model_from_scratch_is_exported_as_what_can_hold_it(tmp_path, monkeypa
     index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
     assert len(files) > 3 and set(index["weight_map"].values()) == {p.name for p in files}
     assert all(p.stat().st_size < 60_000 or len(load_file(p)) == 1 for p in files)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for p in files for t in load_file(p).values())
+    readable_by = (tmp_path / "exported" / "config.json").stat().st_mode
+    assert all(p.stat().st_mode == readable_by for p in files)
     theirs = reference(tmp_path / "exported")
     assert type(theirs).__name__ == architecture
     tokens = torch.randint(0, 256, (2, 64))
