@@ -58,17 +58,23 @@ def read(paths):
     """The questions of files of rows in the published format: dicts of ind, query, endings, label."""
     items = []
     for path, number, raw in files.rows(map(Path, paths)):
+        where = f"{files.place(path, number)}: no HellaSwag question"
         try:
-            whole, label = raw.get("ctx_a") is None, float(raw["label"])
+            whole = raw.get("ctx_a") is None
             context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
             item = {"ind": raw.get("ind", number - 1), "query": clean(f"{raw['activity_label']}: {context}"),
-                    "endings": [clean(ending) for ending in raw["endings"]], "label": int(label)}
-            if not isinstance(raw["endings"], list) or label not in range(len(raw["endings"])):
-                raise IndexError("endings must be a list, and label the place of one in it")
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{files.place(path, number)}: no HellaSwag question with activity_label, ctx or ctx_a and "
-                            f"ctx_b, endings and label ({type(error).__name__}: {error})") from error
-        items.append(item)
+                    "endings": [clean(ending) for ending in raw["endings"]]}
+            label = str(raw["label"]).removesuffix(".0")  # published as a string or a number
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{where} with activity_label, ctx or ctx_a and ctx_b, endings and label "
+                            f"({type(error).__name__}: {error})") from error
+        if not isinstance(raw["endings"], list):
+            raise UserError(f"{where}: `endings` is {files.type_of(raw['endings'])}, expected a list")
+        indices = [str(i) for i in range(len(item["endings"]))]
+        if label not in indices:
+            raise UserError(f"{where}: `label` is {raw['label']!r}, expected the index of the right ending, one of "
+                            + ", ".join(indices))
+        items.append(item | {"label": int(label)})
     return items
 
 
@@ -97,12 +103,12 @@ def questions(cfg):
 def encode(encoding, query, ending, limit):
     """(ids of query and ending, index of the ending's first id, number of ids cut): at most `limit` inputs.
 
-    The joint text is tokenized; as many ids as the query has alone belong to the query. BOS comes first if the
-    tokenizer adds one. There is no EOS: the harness scores, and NeMo-Automodel trains, without it. Text that is too
-    long loses its beginning, after BOS.
+    The joint text is tokenized; as many ids as the query has alone belong to it, not counting white space at its end,
+    which a bracketed note may have left. BOS comes first if the tokenizer adds one. There is no EOS: the harness
+    scores, and NeMo-Automodel trains, without it. Text that is too long loses its beginning, after BOS.
     """
     bos = np.array([] if encoding.bos is None else [encoding.bos], np.int64)
-    start = len(bos) + len(encoding.encode(query))
+    start = len(bos) + len(encoding.encode(query.rstrip()))
     ids = np.append(bos, encoding.encode(f"{query} {ending}")).astype(np.int64)
     cut = max(0, len(ids) - limit - 1)
     return np.delete(ids, np.s_[len(bos) : len(bos) + cut]), max(start - cut, 1), cut

@@ -80,9 +80,9 @@ def test_fields_that_the_published_rows_always_have_may_be_missing(tmp_path):
 
 @pytest.mark.parametrize("line, told", [
     ('{"ind": 1', "line 3 is not JSON"), ("[1]", "line 3 is a list"), (b"\xff", "not UTF-8 text (byte"),
-    (json.dumps({**question(0), "label": "4"}), "IndexError"), (json.dumps({**question(0), "label": ""}), "ValueError"),
-    (json.dumps({**question(0), "label": 1.7}), "IndexError"),
-    (json.dumps({**question(0), "label": "-1"}), "label"), (json.dumps({**question(0), "endings": "abcd"}), "endings"),
+    *((json.dumps({**question(0), "label": label}), f"`label` is {label!r}, expected the index of the right ending, "
+       "one of 0, 1, 2, 3") for label in ("4", "", 1.7, "-1", "1e400", None, True)),
+    (json.dumps({**question(0), "endings": "abcd"}), "`endings` is a string, expected a list"),
     (json.dumps({k: v for k, v in question(0).items() if k != "activity_label"}), "activity_label")])
 def test_broken_lines_are_named(tmp_path, line, told):
     path = tmp_path / "q.jsonl"
@@ -161,6 +161,10 @@ def test_an_endings_tokens_are_those_of_the_joint_text_beyond_the_query():
     assert (decode(ids), start, cut) == ("a: b cd", 4, 0)  # no BOS: the bytes tokenizer has none
     ids, start, cut = hellaswag.encode(WithBos(), "a: b", "we", 64)
     assert (ids.tolist(), start, cut) == ([300, *b"a: b\x01e"], 5, 0)
+    # the space that a bracketed note leaves at the end of a query belongs to the ending, as the harness has it
+    query = hellaswag.clean("A: Stir it. [step]")
+    ids, start, cut = hellaswag.encode(BYTES, query, "Then wait.", 64)
+    assert (decode(ids[:start]), decode(ids[start:])) == ("A: Stir it.", "  Then wait.") and query == "A: Stir it. "
     # `limit` inputs, and one more target: the beginning goes, BOS stays
     ids, start, cut = hellaswag.encode(WithBos(), "a: b", "we", 4)
     assert (ids.tolist(), start, cut) == ([300, *b" b\x01e"], 3, 2)
