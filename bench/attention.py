@@ -1,10 +1,10 @@
-"""Attention alone: this machine's kernels against FlashAttention 4, forward and backward, for rows and for documents.
+"""Time attention alone, forward and backward: PyTorch's kernels and FlashAttention 4, on rows and on documents.
 
     python bench/attention.py [CONFIG.py] [--key=value ...] [--documents=1024] [--window=256]
 
-One layer's attention at the shapes of the config (config/llama_fp8.py if none is given) in its dtype: whole rows,
-rows of documents of so many tokens, and the same in a sliding window. flash4 is left out where it cannot run.
-Writes out_dir/attention.json.
+One layer's attention, with the shapes and dtype of the config (default: config/llama_fp8.py): whole rows, rows of
+documents with so many tokens each, and the same with a sliding window. flash4 is left out where it cannot run. Writes
+out_dir/attention.json.
 """
 
 import datetime
@@ -28,10 +28,10 @@ COLUMNS = {"case": "", "kernel": "", "forward_ms": ".3f", "backward_ms": ".3f", 
 
 @dataclass(kw_only=True)
 class AttentionBench:
-    """What bench/attention.py does."""
+    """Keys of bench/attention.py."""
 
-    documents: int = 1024  # tokens of each document in the rows of the second and third case
-    window: int = 256  # tokens that a query sees in the third case
+    documents: int = 1024  # tokens of each document, in the second and third case
+    window: int = 256  # tokens that a query attends to, in the third case
 
     def problems(self):
         """What is wrong with these values, one sentence each."""

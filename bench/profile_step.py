@@ -1,15 +1,14 @@
-"""Where a step's time goes: train.py as configured, under torch.profiler for its last steps.
+"""Profile a training step: train.py as configured, with torch.profiler in its last steps.
 
     python bench/profile_step.py [CONFIG.py] [--key=value ...] [--steps=3] [--warmup=7] [--show=30]      # or torchrun
 
-config/llama_fp8.py if none is given. Prints the longest kernels of rank 0, per step (on a CPU: the longest operators),
-and writes all of them to out_dir/profile/profile.json. The profiler makes steps a little slower than they are.
+The default is config/llama_fp8.py. Prints the kernels of rank 0 that take most time per step (on a CPU: operators), and
+writes all of them to out_dir/profile/profile.json. The profiler slows the steps a little.
 """
 
 import collections
 import datetime
 import json
-import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,14 +21,15 @@ import configurator
 import optim
 import train
 from plumbing import entry, logs
+from plumbing.ranks import is_main_process
 
 
 @dataclass(kw_only=True)
 class ProfileConfig:
-    """What bench/profile_step.py does."""
+    """Keys of bench/profile_step.py."""
 
     steps: int = 3  # profiled steps
-    warmup: int = 7  # steps before them
+    warmup: int = 7  # steps before those
     show: int = 30  # lines of the table
 
     def problems(self):
@@ -53,7 +53,7 @@ def profiled(step, own, profile):
 
 
 def kernels(profile, steps, on_gpu):
-    """[{name, calls, ms}] of a step, the longest first."""
+    """[{name, calls, ms}] per step, the longest first."""
     calls, ms = collections.Counter(), collections.Counter()
     for event in profile.events():
         if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
@@ -68,18 +68,18 @@ def main():
     on_gpu, out_dir = not bench.on_cpu(config), Path(config.out_dir, "profile")
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     profile = torch.profiler.profile(activities=[activity], acc_events=True)  # without, it warns at each stop
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main_process():
         bench.report_ignored(bench.FIXED - {"log_interval"})
     keys = [arg for arg in argv if arg.partition("=")[0] not in {f"--{field.name}" for field in fields(own)}]
     keys += [f"--out_dir={out_dir}", f"--max_steps={own.warmup + own.steps}", "--eval_interval=0",
              "--checkpoint_interval=0", "--resume=never"]
-    called, sys.argv = sys.argv, ["train.py", *keys]
+    own_argv, sys.argv = sys.argv, ["train.py", *keys]
     step, optim.AdamW.step = optim.AdamW.step, profiled(optim.AdamW.step, own, profile)
     try:
         train.main()
     finally:
-        sys.argv, optim.AdamW.step = called, step
-    if int(os.environ.get("RANK", 0)) > 0:
+        sys.argv, optim.AdamW.step = own_argv, step
+    if not is_main_process():
         return
     rows = kernels(profile, own.steps, on_gpu)
     report = {**logs.provenance(), "hardware": torch.cuda.get_device_name() if on_gpu else "CPU",

@@ -1,4 +1,4 @@
-"""bench.py: one row a variant, measured by train.py, and a failed variant is told."""
+"""bench.py: one row a variant, measured by train.py, and the reason of a variant that failed."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import REPO, main_here, metrics, run, train_here
 
-from bench import FIXED, BenchConfig, flags, main, report_ignored, split
+from bench import FIXED, BenchConfig, flags, main, measure, report_ignored, slug, split
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,38 @@ def bench(tiny_run, tmp_path_factory):
     status, text, _ = main_here(main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={out}",
                                 "--compile.enabled=False", "--steps=10", "--warmup=5", f"--variants={variants}")
     return status, text, out, json.loads((out / "bench.json").read_text())
+
+
+def ms_per_step(folder, steps):
+    """Milliseconds a step between the rows of these steps, by the clock of the run."""
+    train = metrics(folder).train
+    return [1000 * (train[b]["time_s"] - train[a]["time_s"]) / (b - a)
+            for a, b in zip(steps, steps[1:], strict=False)]
+
+
+def test_times_are_those_of_the_runs_clock(bench):
+    _, _, out, report = bench
+    for row in report["rows"][:2]:
+        folder = out / slug(row["variant"])
+        ms, last = ms_per_step(folder, (5, 10, 15)), metrics(folder).train[15]
+        assert row["ms"] == pytest.approx(ms) and row["ms_per_step"] == pytest.approx(sum(ms) / 2)
+        assert (row["peak_gib"], row["loss"]) == (last["peak_gib"], last["loss"])
+        record = json.loads((folder / "run.json").read_text())
+        assert all(row[key] == record[key] for key in ("compile_s", "fp8_flops", "auto_filtered"))
+        assert all(report[key] == record[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step"))
+
+
+def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(monkeypatch, tmp_path):
+    rows = [{"step": step, "loss": 1.0, "tokens": 4000 * step, "tokens_per_s": speed, "peak_gib": 2.0}
+            for step, speed in ((5, 1.0), (10, 1000.0), (15, 500.0), (20, 250.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.json").write_text(json.dumps({
+        "ranks": 2, "flops_per_token": 3e9, "peak_flops": 6e12, "compile_s": 1, "fp8_flops": 0, "auto_filtered": None}))
+    monkeypatch.setattr("bench.train", lambda *_: None)
+    row, _ = measure("bf16", "base.py", tmp_path, BenchConfig(warmup=5, steps=15), None)
+    # 2,000 tokens a step and rank: 2, 4 and 8 s, the warm-up left out; 2000 x 3e9 FLOP in 4 s on 6e12 FLOP/s
+    assert row["ms"] == [2000, 4000, 8000] and (row["ms_per_step"], row["spread_ms"]) == (4000, 6000)
+    assert row["mfu"] == pytest.approx(2000 * 3e9 / 4 / 6e12) and row["tokens_per_s"] == 500
 
 
 def test_rows_have_the_promised_keys_and_add_up(bench):
@@ -63,6 +95,8 @@ def test_two_ranks(tiny_run, tmp_path):
                "--variants=bf16,tensorwise,bf16:replicas=3", ranks=2, check=False)
     *rows, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["tokens_per_s"] * row["ms_per_step"] for row in rows] == pytest.approx([1000 * 4 * 64] * 2)  # per rank
+    for row in rows:
+        assert row["ms"][1:] == pytest.approx(ms_per_step(tmp_path / row["variant"], (5, 10)))
     assert "replicas=3 must divide the number of ranks, 2" in failed["error"]
     assert done.returncode == 1 and done.stdout.count("bf16: 0 + 10 steps") == 1  # one rank speaks
 

@@ -1,11 +1,11 @@
-"""nanochat's FP8 against torchao's, in nanofp8's own training: the same model, data, optimizer and compiler.
+"""Compare nanochat's FP8 with torchao's in nanofp8's training: same model, data, optimizer and compiler.
 
     git clone https://github.com/karpathy/nanochat
     python bench/peers/nanochat_fp8.py --nanochat=nanochat [CONFIG.py] [--key=value ...] [--variants=tensorwise]
 
-Each variant (bench.py's, tensorwise with keys of its own behind colons) trains twice, in a process each: as train.py
-does it, and with the three matmuls of every converted layer computed by nanochat/fp8.py, which is imported from the
-clone. Sharded weights stay in bf16: nanochat gathers none in FP8. Writes out_dir/bench.json with bench.py's columns.
+Each variant (as for bench.py: tensorwise, with more keys after colons) is trained twice, each in its own process: as
+train.py does, and with nanochat/fp8.py, imported from the clone, computing the three matmuls of every converted layer.
+Weights are gathered in bf16, as nanochat has no FP8 all-gather. Writes out_dir/bench.json with bench.py's columns.
 """
 
 import sys
@@ -18,17 +18,17 @@ import train
 from plumbing import entry
 from plumbing.errors import UserError
 
-CLONE = "--clone="  # first argument of a process that trains with nanochat's FP8; behind it the clone's folder
+CLONE = "--clone="  # the first argument of a process that trains with nanochat's FP8: --clone=FOLDER
 
 
 @dataclass(kw_only=True)
 class PeerConfig:
-    """What bench/peers/nanochat_fp8.py does."""
+    """Keys of bench/peers/nanochat_fp8.py."""
 
     nanochat: str = "nanochat"  # folder of a clone of nanochat
-    variants: str = "tensorwise"  # what to train twice
-    steps: int = 20  # timed steps of each
-    warmup: int = 10  # steps before them
+    variants: str = "tensorwise"  # what to train with both
+    steps: int = 20  # timed steps of each run
+    warmup: int = 10  # steps before they are timed
 
     def problems(self):
         """Yield ({keys involved}, message) for each value that cannot be used."""
@@ -41,7 +41,7 @@ class PeerConfig:
 
 
 def use_nanochat(clone):
-    """Let every Float8Linear of this process compute by nanochat's autograd function."""
+    """Replace the forward of every Float8Linear in this process by nanochat's autograd function."""
     from torchao.float8.float8_linear import Float8Linear
 
     sys.path.insert(0, str(Path(clone).resolve()))
@@ -64,15 +64,15 @@ def main():
         return
     config, base = prepared
     if bench.on_cpu(config):
-        raise UserError("this comparison needs a GPU: on a CPU our FP8 is emulated, and nanochat emulates none")
-    whole = "fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
+        raise UserError("this comparison needs a GPU: nanochat has no emulated FP8 for a CPU")
+    bf16_gather = "fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
     programs = {"torchao": bench.TRAIN, "nanochat": (Path(__file__).resolve(), CLONE + own.nanochat)}
-    runs = [(f"{name}, {variant}", f"{variant}:{whole}", program) for variant in bench.split(own.variants)
+    runs = [(f"{name}, {variant}", f"{variant}:{bf16_gather}", program) for variant in bench.split(own.variants)
             for name, program in programs.items()]
     path = base.parent / "bench.json"
     rows = bench.compare(runs, base, own, path)[0]["rows"]
     print("", bench.table(rows, bench.COLUMNS), "", sep="\n")
-    print(f"speedup is against {rows[0]['variant']}; written: {path}")
+    print(f"speedup is relative to {rows[0]['variant']}; written: {path}")
     sys.exit(any("error" in row for row in rows))
 
 
