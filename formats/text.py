@@ -44,7 +44,7 @@ SAVE_SECONDS = 10  # between notes of how far tokenizing has come
 # `cut` tries every place with the tokenizer itself before it uses it.
 LETTER = r"[^\W\d_]"
 SAFE = re.compile(rf"(?<={LETTER})(?=[ \n]{LETTER})|(?<=\S\n)(?={LETTER})")
-PIECE = 2**17  # characters; the next safe place behind as many is a cut
+PIECE = 2**16  # characters; the next safe place behind as many is a cut
 
 
 class Piece(NamedTuple):
