@@ -1,4 +1,4 @@
-"""sample.py: which tokens are drawn, and from what context. (Its command is tested in test_train and test_checkpoint.)"""
+"""sample.py: which tokens are drawn, and from what context. The command: test_train.py and test_checkpoint.py."""
 
 from types import SimpleNamespace
 
