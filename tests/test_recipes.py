@@ -78,6 +78,17 @@ def test_the_fast_config_fits_and_is_fast(ranks, monkeypatch, h100):
     assert not (default.flash4 or default.fp8.keep_casts or default.optim.fp8_moments)
 
 
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_the_chat_recipe_takes_an_8b_model_on_1_to_8_gpus(ranks, monkeypatch, h100):
+    config = load("chat_fp8", ranks, monkeypatch)
+    assert config.data.format == "chat" and config.data.packed_sequence_size == config.model.block_size == 4096
+    passes, rest = divmod(config.global_batch_size, config.micro_batch_size * ranks)
+    assert rest == 0 and 28 <= config.global_batch_size <= 32
+    assert config.fp8.enabled and config.fp8.enable_fsdp_float8_all_gather and not config.fp8.emulate
+    config = replace(config, model=models.llama3_1_8b(block_size=4096))
+    assert estimate.memory(config, ranks if ranks > 1 else 0, passes) < 0.95 * 79.2
+
+
 def test_recipes_do_not_share_what_they_change(monkeypatch):
     first = load("llama3_1_8b_hellaswag_fp8", 8, monkeypatch)
     load("phi_4_hellaswag_fp8", 8, monkeypatch)

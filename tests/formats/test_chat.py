@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import build, main_here, train_here
+from conftest import REPO, build, main_here, train_here
 
 import attention
 import data
@@ -474,3 +475,16 @@ def test_a_run_on_conversations_learns_and_data_py_shows_them(folder, rows_file,
     assert status == 0 and "<|im_start|>assistant\n{+It is" in out
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(found) == 114 and all(len(row["ids"]) == len(row["loss"]) for row in found)
+
+
+def test_the_recipe_fine_tunes_a_model_folder_with_two_keys(folder, rows_file, tmp_path, capsys):
+    """As on a CPU without a compiler; a model this small has fewer positions than the recipe's rows."""
+    shutil.copytree(folder, tmp_path / "model")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=352, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256)).save_pretrained(tmp_path / "model")
+    train_here(REPO / "config/chat_fp8.py", f"--init_from={tmp_path / 'model'}", f'--data.train=["{rows_file}"]',
+               "--model.block_size=256", "--data.packed_sequence_size=256", "--compile.enabled=False", "--max_steps=2",
+               "--device=cpu", "--global_batch_size=8", "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}")
+    out = capsys.readouterr().out
+    assert "data: chat, 114 conversations in" in out and "fp8: verified" in out and "done: 2 steps" in out
