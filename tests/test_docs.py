@@ -48,7 +48,7 @@ def test_keys_flags_and_tests_that_are_named_exist(page):
         assert re.search(rf"def test_\w*{words}", tests), f"{page} runs tests named {words}"
     if page == RECORD:
         return
-    for section, name in set(re.findall(rf"\b({'|'.join(SECTIONS)})\.(?!py\b)(\w+)", text)):
+    for section, name in set(re.findall(rf"\b({'|'.join(SECTIONS)})\.(?!py\b|md\b)(\w+)", text)):
         place = getattr(Config(), section) if section == "compile" else importlib.import_module(section)
         assert f"{section}.{name}" in keys or hasattr(place, name), f"{page} names {section}.{name}"
     for name in set(re.findall(r"--([\w.-]+)=", text)) - FOREIGN - PLACEHOLDERS - set(keys):
