@@ -13,6 +13,7 @@ shows what a run would train on: its samples as text, targets marked, and what w
 import hashlib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 import attention
-from formats import chat, hellaswag, text, tokens
+from formats import chat, files, hellaswag, text, tokens
 from model import IGNORE, check_ids
 from plumbing import entry
 from plumbing.errors import UserError
@@ -54,8 +55,8 @@ class DataConfig:
                 f"data.packed_sequence_size packs samples, and data.format={self.format} has no padding to save: set "
                 "data.format=chat or hellaswag, or model.block_size for the length of rows")
         if self.format in ("chat", "tokens") and not self.train:
-            files = ".bin or .npy files" if self.format == "tokens" else "files or folders with rows of conversations"
-            yield {"data.format", "data.train"}, f"data.format={self.format} needs data.train: name {files}"
+            what = ".bin or .npy files" if self.format == "tokens" else "files or folders with rows of conversations"
+            yield {"data.format", "data.train"}, f"data.format={self.format} needs data.train: name {what}"
         if self.eos_id is not None and self.format != "tokens":
             yield {"data.eos_id", "data.format"}, f"data.eos_id is for data.format=tokens, not {self.format}: leave it"
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
@@ -106,6 +107,10 @@ def prepare(cfg, block_size, seed):
     """
     if not cfg.weights:
         return FORMATS[cfg.format](cfg, block_size, seed)
+    kinds = set(files.KINDS.values())
+    named = Counter(path.resolve() for entry in cfg.train for path in files.find_files([entry], kinds)[0])
+    if twice := [str(path) for path, n in named.items() if n > 1]:
+        raise UserError(f"data.weights: {twice[0]} is in several entries of data.train: name each file in one entry")
     prepared = [FORMATS[cfg.format](replace(cfg, train=[entry], weights=[]), block_size, seed) for entry in cfg.train]
     train, val, tokenizers = zip(*prepared, strict=True)
     return Mixture(train, cfg.train, cfg.weights), val[0] if cfg.val else Mixture(val, cfg.train), tokenizers[0]

@@ -23,6 +23,7 @@ from data import DataConfig, Loader, eval_batches
 from formats.tokenizer import END, Tokenizer, get_tokenizer
 from formats.tokens import Tokens
 from model import IGNORE
+from plumbing.errors import UserError
 
 BYTES = get_tokenizer("bytes")
 
@@ -642,6 +643,11 @@ def test_entries_of_data_train_become_parts_with_validation_of_their_own(tmp_pat
     assert prepare(config(tmp_path, *files, weights=[1.0, 2.0]))[0].digest != train.digest
     samples = [train.sample(i)[0].tolist() for i in range(train.n_samples)]
     assert samples == [rows.sample(i)[0].tolist() for rows, _, _ in alone for i in range(rows.n_samples)]
+
+
+def test_a_file_in_two_entries_of_a_mixture_is_an_error(tmp_path, corpus):
+    with pytest.raises(UserError, match="00.py is in several entries of data.train"):
+        prepare(config(tmp_path, corpus, corpus / "00.py", weights=[1.0, 1.0]))
 
 
 def test_shorter_rows_of_a_mixture_are_padded(tmp_path):
