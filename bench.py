@@ -26,13 +26,13 @@ import torch
 import configurator
 from checks import gemms
 from formats import files
+from fp8 import RECIPES
 from plumbing import entry, logs
 from plumbing.errors import RunStopped, UserError
 from plumbing.ranks import is_main_process
 
 REPO = Path(__file__).parent
 TRAIN = (REPO / "train.py",)  # the program that trains a variant
-RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 FIXED = {"max_steps", "log_interval", "eval_interval", "checkpoint_interval", "resume"}  # set by this script
 NOT_PER_VARIANT = FIXED | {"seed", "out_dir"}
 WINDOW = 5  # steps per timing: to synchronize with the GPU after every step would slow each of them
@@ -44,7 +44,7 @@ COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_
 class BenchConfig:
     """Keys of bench.py."""
 
-    variants: str = "bf16,tensorwise,rowwise,rowwise_with_gw_hp"  # what to compare; speedup is relative to the first
+    variants: str = ",".join(["bf16", *RECIPES])  # what to compare; speedup is relative to the first
     steps: int = 40  # timed steps of each variant
     warmup: int = 10  # steps before they are timed
     gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 make faster
@@ -121,9 +121,11 @@ def flags(variant):
     """The arguments of train.py for a variant."""
     base, *more = variant.split(":")
     keys = ["--fp8.enabled=False"] if base == "bf16" else ["--fp8.enabled=True", f"--fp8.recipe_name={base}"]
-    if base.startswith("rowwise"):  # what these cannot do, and would stop at
-        keys += [f"--fp8.{key}=False" for key in ("enable_fsdp_float8_all_gather", "keep_casts",
-                                                  "precompute_float8_dynamic_scale_for_fsdp")]
+    recipe = RECIPES.get(base)
+    if recipe and not recipe.all_gather:
+        keys += ["--fp8.enable_fsdp_float8_all_gather=False", "--fp8.precompute_float8_dynamic_scale_for_fsdp=False"]
+    if recipe and not recipe.keep_casts:
+        keys += ["--fp8.keep_casts=False"]
     return keys + [f"--{key}" for key in more]
 
 

@@ -23,9 +23,10 @@ from typing import Literal
 
 import fp8
 from data import DataConfig
-from fp8 import CompileConfig, FP8Config
+from fp8 import FP8Config
 from model import ModelConfig
 from optim import OptimConfig
+from plumbing.compiling import CompileConfig
 from plumbing.errors import UserError
 from plumbing.schema import closest, comments, fits, flat, parse, sections, suggest, to_python, type_name
 

@@ -8,6 +8,7 @@ H query heads, K key/value heads, D head_dim, F ffn_dim, V vocabulary.
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import attend, document_bounds, document_mask
+from attention import SAVED_OPS, attend, document_bounds, document_mask
 from plumbing.errors import UserError
 from plumbing.sharding import plain_local, shard_rows
 
-IGNORE = -100  # a target with this value is no part of the loss
+IGNORE = -100  # targets with this value do not count in the loss
 
 
 @dataclass(kw_only=True)
@@ -53,7 +54,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # lm_head uses the embedding matrix
 
     def __post_init__(self):
-        self.rope_scaling = copy.copy(self.rope_scaling)  # nobody else's: models made below would share one
+        self.rope_scaling = copy.copy(self.rope_scaling)  # copy: the presets below share one instance
 
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
@@ -166,10 +167,26 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# names of layers
+
+
+def layer_kind(fqn):
+    """The name of a module without its layer number, the same in every block: mlp.down for layers.3.mlp.down."""
+    return re.sub(r"^layers\.\d+\.", "", fqn)
+
+
+def calls_per_pass(fqn, loss_chunks):
+    """How often linear layer `fqn` runs in a forward pass, each time on an equal part of the tokens."""
+    return loss_chunks if fqn == "lm_head" else 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # the model
 
 
 class Transformer(nn.Module):
+    saved_ops = SAVED_OPS  # what selective recompute keeps beside matmuls (plumbing/compiling.py)
+
     def __init__(self, cfg, flash4=False):
         super().__init__()
         self.cfg = cfg
@@ -178,14 +195,17 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie_weights()
-        # not in checkpoints, rebuilt from the config by init_buffers
+        # not in checkpoints: init_buffers rebuilds them from the config
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
 
     def tie_weights(self):
-        """Make lm_head use the embedding matrix if the config says so; again after to_empty, which unties them."""
+        """Make lm_head use the embedding matrix if the config says so. Call it again after to_empty, which unties."""
         if self.cfg.tie_embeddings:
             self.lm_head.weight = self.embed.weight
+
+    def init_buffers(self):
+        self.cos, self.sin = rope_tables(self.cfg, self.cos.device)
 
     def forward(self, tokens, targets=None, loss_chunks=1, positions=None, bounds=None):
         """Logits of `tokens`, or with `targets` the summed cross-entropy.
@@ -193,15 +213,15 @@ class Transformer(nn.Module):
         tokens, targets: (B, T) int64; targets equal to IGNORE do not count. Returns (B, T, V) logits, or the sum over
         all counted targets in nats, a float32 scalar: a sum, because ranks with unequal numbers of targets have to
         divide by the global count. loss_chunks > 1 computes the loss in that many pieces (see ChunkedLoss).
-        positions: (B, T) int64, of each token within its own document, where rows hold several: attention stays
-        within them. bounds: document_bounds(positions), which spares a GPU the wait for it.
+        positions: (B, T) int64, each token's position in its own document, for packed rows: attention stays within
+        documents. bounds: document_bounds(positions), computed before positions went to the GPU.
         """
         T = tokens.shape[1]
         x = self.embed(tokens)  # (B, T, C)
         cos, sin = (table[:T] if positions is None else table[positions] for table in (self.cos, self.sin))
         mask = self.attention_mask(x, positions, bounds)
-        # All tokens in one dimension, as torchao's backward has them: the compiler then sees that a linear layer's
-        # input has the amax that it had in forward, and does not compute it twice.
+        # All tokens in one dimension, as in torchao's backward: the compiler then sees that a linear layer's input has
+        # the same amax as in forward, and does not compute it twice.
         x = x.flatten(0, 1)  # (B*T, C)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
@@ -216,7 +236,7 @@ class Transformer(nn.Module):
         return ChunkedLoss.apply(x, targets, loss_chunks, self.head_loss, self.norm.weight, self.lm_head.weight)
 
     def attention_mask(self, x, positions, bounds):
-        """What attention needs beyond being causal: nothing (None), document bounds for a GPU, or else a mask."""
+        """`mask` of attention.attend: None for plain causal rows, document bounds on a GPU, else a mask tensor."""
         (B, T, _), window = x.shape, self.cfg.sliding_window
         if positions is None and (window or T) >= T:
             return None
@@ -233,11 +253,11 @@ class Transformer(nn.Module):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The loss and its gradients piece by piece, all in forward, so that only one piece's logits exist at a time.
+    """The loss and its gradients in pieces, all in forward, so that only one piece's logits exist at a time.
 
-    8192 tokens x 128256 entries are 2 GiB of bf16 logits and as much again for their gradient. Recomputing the head
-    in backward would save the same memory but cost a third more head matmuls; this costs none. The pieces' gradients of
-    norm and head add up in the weights' dtype, as gradient accumulation does.
+    8192 tokens x 128256 entries are 2 GiB of bf16 logits, and their gradient is 2 GiB more. Recomputing the head in
+    backward would save the same memory for a third more head matmuls; this adds none. Gradients of norm and head are
+    summed over the pieces in the weights' dtype, as gradient accumulation does.
     Source: the idea of Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989).
     """
 
@@ -263,41 +283,74 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # in place: nothing else holds them, and the head's gradient alone is 1 GiB at 8B
+        # in place: nothing else refers to them, and the head's gradient alone is 1 GiB at 8B
         grad_x, *grads = (g.mul_(grad) for g in ctx.saved_tensors)
         return grad_x, None, None, None, *grads
 
 
 def check_ids(cfg, largest):
-    """UserError if the embedding has no row for the largest token id of what the model is to read."""
+    """UserError if a token id of the data, `largest`, is beyond the embedding."""
     if largest >= cfg.vocab_size:
-        raise UserError(f"the text has token id {largest}, and model.vocab_size={cfg.vocab_size} no row for it: set "
-                         f"{64 * (largest // 64 + 1)} or a larger multiple of 64 for a new model, or take the "
-                         "tokenizer that this one was made with")
+        raise UserError(f"the text has token id {largest}, beyond model.vocab_size={cfg.vocab_size}: set "
+                        f"{64 * (largest // 64 + 1)} or a larger multiple of 64 for a new model, or use the tokenizer "
+                        "that this model was made with")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# initial values
+
+
+RESIDUAL = ("attn.out", "mlp.down")  # projections into the residual stream: initial weights scaled by depth
 
 
 @torch.no_grad()
 def init_weights(model, seed):
-    """Fill every parameter and buffer: normal(0, 0.02), projections into the residual stream scaled by depth.
+    """Fill every parameter and buffer, by the kind of module that has it.
 
-    The values depend on the seed and on how many parameters come before, never on the number of ranks: each rank draws
+    Weights of linear layers and embeddings: normal(0, 0.02), RESIDUAL ones divided by sqrt(2 * n_layer); of norms: 1;
+    biases: 0. Another module with parameters of its own fills them in a method `init_parameters(self)`; UserError if it
+    has none. The values depend on the seed and on the parameter's index, never on the number of ranks: each rank draws
     the whole tensor (one at a time) and keeps its rows.
     Source of the scaling: GPT-2 (Radford et al. 2019, section 2.3).
     """
     init_buffers(model)
-    cfg, device = model.cfg, model.cos.device
+    device = model.cos.device
+    for module in model.modules():
+        if hasattr(module, "init_parameters"):
+            module.init_parameters()
     for i, (name, p) in enumerate(model.named_parameters()):
-        if name.endswith(("norm.weight", "bias")):
-            plain_local(p).fill_(0.0 if name.endswith("bias") else 1.0)
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if hasattr(module, "init_parameters"):
             continue
-        residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
-        std = 0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
-        full = torch.empty(p.shape, device=device, dtype=torch.float32).normal_(std=std, generator=generator)
-        plain_local(p).copy_(shard_rows(full, p))
+        if isinstance(module, nn.Linear | nn.Embedding) and leaf == "weight":
+            std = 0.02
+            if layer_kind(module_name) in RESIDUAL:
+                std /= math.sqrt(2 * model.cfg.n_layer)
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
+            full = torch.empty(p.shape, device=device, dtype=torch.float32).normal_(std=std, generator=generator)
+            plain_local(p).copy_(shard_rows(full, p))
+        elif isinstance(module, nn.Linear | nn.RMSNorm | nn.LayerNorm) and leaf in ("weight", "bias"):
+            plain_local(p).fill_(1.0 if leaf == "weight" else 0.0)
+        else:
+            raise UserError(f"no initial value for {name}: give {type(module).__name__} a method "
+                            "init_parameters(self) that fills its parameters")
 
 
+@torch.no_grad()
 def init_buffers(model):
-    """After to_empty: what is no parameter, or shares one. Enough where a file holds the parameters."""
+    """Tie weights and rebuild buffers after to_empty. Enough where a checkpoint has the parameters.
+
+    A module with buffers rebuilds them in a method `init_buffers(self)`. UserError if it has none, or fills only some.
+    """
     model.tie_weights()
-    model.cos, model.sin = rope_tables(model.cfg, model.cos.device)
+    for b in model.buffers():
+        if b.is_floating_point():
+            b.fill_(math.nan)
+    for name, module in model.named_modules():
+        if hasattr(module, "init_buffers"):
+            module.init_buffers()
+        for leaf, b in module.named_buffers(recurse=False):
+            if not hasattr(module, "init_buffers") or b.is_floating_point() and b.isnan().any():
+                raise UserError(f"nothing fills buffer {f'{name}.{leaf}'.lstrip('.')}: give {type(module).__name__} a "
+                                "method init_buffers(self) that computes its buffers")

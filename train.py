@@ -19,7 +19,6 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-import attention
 import checkpoint
 import configurator
 import data
@@ -29,7 +28,8 @@ from checks import estimate, gemms, nonfinite, proof, telemetry
 from eval import Evaluation
 from formats import hf
 from optim import AdamW, get_lr
-from plumbing import cudagraph, entry, logs
+from plumbing import cudagraph, entry, flash4, logs
+from plumbing.compiling import compile_and_checkpoint
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
 from plumbing.ranks import device_mesh, find_ranks, join_process_group
@@ -80,13 +80,13 @@ def main():
     previous_run = checkpoint.read_run(resume_from, config, **identity) if resume_from else None
     start_step, start_seconds = (previous_run["step"], previous_run["time_s"]) if previous_run else (0, 0.0)
     with torch.device("meta"):  # shapes and names, without memory
-        model = models.Transformer(config.model).to(dtype)
-    attention.check_flash4(config, device)
+        model = models.Transformer(config.model, config.flash4).to(dtype)
+    flash4.check(config, device)
     cudagraph.check(config, n_shards, device)
     check_fp8 = functools.partial(fp8.check, config.fp8, model, device=device, compiled=config.compile.enabled,
                                   shards=n_shards, loss_chunks=config.loss_chunks)
     if config.fp8.enabled:
-        check_fp8(tokens=0)  # how many tokens a pass has, the data decides: checked below
+        check_fp8()  # how many tokens a pass has, the data decides: checked below
     if start_step >= config.max_steps:
         if ranks.is_main and logs.plots_are_stale(out_dir):
             logs.plot_losses(out_dir)
@@ -134,16 +134,16 @@ def main():
             if auto_filtered is None:
                 auto_filtered = gemms.choose(step_config, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
-            config.fp8.filter_fqns += [fqn for fqn in auto_filtered if fqn not in config.fp8.filter_fqns]
+            config.fp8.auto_filtered = auto_filtered
         check_fp8(tokens=tokens_per_pass)
         if config.fp8.self_check:
             say(proof.self_check(config, micro_batches(1)[0], device))
         fp8.convert(model, config.fp8, shards=n_shards)
-        fp8_flops = proof.covered_flops(model, config.fp8) / flops_per_token
+        fp8_flops = proof.covered_flops(model) / flops_per_token
         say(proof.table(model, config.fp8, fp8_flops, shards=n_shards))
         converted = list(fp8.float8_linears(model))
     gib = estimate.check_memory(step_config, n_shards, accumulation, device)
-    fp8.compile_and_checkpoint(model, config.fp8, config.compile, config.activation_checkpoint)
+    compile_and_checkpoint(model, config.compile, config.activation_checkpoint, config.fp8.copies)
     if n_shards:
         mesh = device_mesh(ranks, config.replicas)
         policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, config.reduce_dtype))

@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
-from attention import attend, check_flash4, document_bounds, document_mask
+from attention import attend, document_bounds, document_mask
 from checks import gemms
-from plumbing import entry, logs
+from plumbing import entry, flash4, logs
 
 COLUMNS = {"case": "", "kernel": "", "forward_ms": ".3f", "backward_ms": ".3f", "difference": ".1e"}
 
@@ -65,7 +65,7 @@ def main():
         t.requires_grad_()
     kernels = {"PyTorch's": False, "flash4": True}
     try:
-        check_flash4(replace(config, flash4=True), device)
+        flash4.check(replace(config, flash4=True), device)
     except ValueError as error:
         print(error)
         del kernels["flash4"]
@@ -77,8 +77,8 @@ def main():
             mask = cu_seqlens.cuda(), max_seqlen
         elif case != "rows":
             mask = document_mask(positions, m.block_size, window, device)
-        for kernel, flash4 in kernels.items():
-            run = functools.partial(attend, mask=mask, window=window and window - 1, flash4=flash4)
+        for kernel, use_flash4 in kernels.items():
+            run = functools.partial(attend, mask=mask, window=window and window - 1, flash4=use_flash4)
             forward, backward, results = measure(run, q, k, v, grad, device)
             row = {"case": case, "kernel": kernel, "forward_ms": forward, "backward_ms": backward, "difference": None}
             if reference:

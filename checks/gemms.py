@@ -1,14 +1,14 @@
 """Which linear layers FP8 pays for: each kind timed alone, in bf16 and in FP8 with its casts.
 
-FP8 halves a matmul's time and adds casts whose cost grows with the operands, not with the matmul: small layers lose.
-`bench.py --gemms` prints these timings; `fp8.auto_filter` leaves out what does not pay. In the whole model the casts
-fuse with their neighbours and cost somewhat less than here. What Python takes to start kernels is not in these times:
-where the GPU waits for it, as with small models and without cuda_graph, FP8 with its many kernels costs more than here.
+FP8 halves the time of a matmul and adds casts, whose cost grows with the operands and not with the matmul: small layers
+lose. `bench.py --gemms` prints these timings; `fp8.auto_filter` leaves layers that do not pay in bf16. In the whole
+model the casts fuse with their neighbours and cost somewhat less than here. The time that Python takes to launch
+kernels is not included: where the GPU waits for it (small models without cuda_graph), FP8 costs more than here, because
+it launches more kernels.
 """
 
 import itertools
 import json
-import re
 import statistics
 import time
 from collections import Counter
@@ -23,19 +23,20 @@ import model as models
 
 
 def time_linears(config, device, passes):
-    """Every kind of linear layer of a configurator.Config's model, timed alone on `device`: a list of dicts.
+    """Time every kind of linear layer of a configurator.Config's model alone on `device`: a list of dicts.
 
-    passes: forward and backward passes per step. `layer` is a name that fp8.filter_fqns takes, `calls` how often it
-    runs in a step; `bf16` (the config's dtype, in truth) and `fp8` are medians of (forward, backward) in ms. `fp8` is
-    None where FP8 cannot take the shape.
+    passes: forward and backward passes per step. `layer` is an entry for fp8.filter_fqns, `calls` how often it runs in
+    a step; `bf16` (config.dtype, more precisely) and `fp8` are medians of (forward, backward) in ms. `fp8` is None if
+    FP8 cannot take the shape.
     """
     with torch.device("meta"):
         model = models.Transformer(config.model)
-    kinds = Counter((re.sub(r"^layers\.\d+\.", "", fqn), m.out_features, m.in_features, m.bias is not None)
+    kinds = Counter((models.layer_kind(fqn), m.out_features, m.in_features, m.bias is not None)
                     for fqn, m in model.named_modules() if isinstance(m, nn.Linear))
     rows, dtype = [], getattr(torch, config.dtype)
+    unfiltered = replace(config.fp8, enabled=True, filter_fqns=[])
     for (name, n_out, n_in, bias), count in kinds.items():
-        pieces = config.loss_chunks if name == "lm_head" else 1
+        pieces = models.calls_per_pass(name, config.loss_chunks)
         tokens = config.micro_batch_size * config.model.block_size // pieces
         row = {"layer": name, "shape": [n_out, n_in], "tokens": tokens, "calls": count * pieces * passes, "fp8": None}
         x = torch.randn(tokens, n_in, device=device, dtype=dtype, requires_grad=True)
@@ -43,10 +44,11 @@ def time_linears(config, device, passes):
         for precision in ("bf16", "fp8"):
             holder = nn.ModuleDict({"linear": nn.Linear(n_in, n_out, bias=bias, device=device, dtype=dtype)})
             if precision == "fp8":
-                if any(n % 16 for n in (n_out, n_in, tokens)):
+                multiple = fp8.RECIPES[fp8.recipe_of(name, unfiltered)].multiple
+                if any(n % multiple for n in (n_out, n_in, tokens)):
                     continue
-                fp8.convert(holder, replace(config.fp8, filter_fqns=[]), shards=0)
-            torch._dynamo.reset()  # else the shapes of the other kinds count against the limit of recompiles
+                fp8.convert(holder, unfiltered, shards=0)
+            torch._dynamo.reset()  # otherwise shapes of the other kinds count against the recompile limit
             linear = torch.compile(holder["linear"]) if config.compile.enabled else holder["linear"]
             inputs = x, *linear.parameters()
             forward = milliseconds(device, linear, x)
@@ -57,7 +59,7 @@ def time_linears(config, device, passes):
 
 
 def milliseconds(device, run, *args, calls=20):
-    """Median time of run(*args) in ms, after a few calls that compile and warm up. Of a GPU, its own time alone."""
+    """Median time of run(*args) in ms, after 5 calls that compile and warm up. On a GPU, the GPU's time alone."""
     seconds = []
     for _ in range(5 + calls):
         clock = time.perf_counter()
@@ -66,7 +68,7 @@ def milliseconds(device, run, *args, calls=20):
     if device.type != "cuda":
         return 1000 * statistics.median(seconds[5:])
     torch.cuda.synchronize()
-    # cycles of nothing, at up to 2 GHz, for twice as long as Python took: no call then has to wait for Python
+    # Idle cycles, at up to 2 GHz, for twice the time that Python took: no timed call then waits for Python.
     torch.cuda._sleep(int(2e9 * 2 * sum(seconds[5:])))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     events[0].record()
@@ -78,27 +80,28 @@ def milliseconds(device, run, *args, calls=20):
 
 
 def gain(row):
-    """ms of a step that FP8 saves on the layers of a row (negative: costs); 0 where it cannot take them."""
+    """ms per step that FP8 saves on the layers of a row (negative: costs); 0 if it cannot take their shape."""
     return row["calls"] * (sum(row["bf16"]) - sum(row["fp8"])) if row["fp8"] else 0.0
 
 
 def not_paying(rows):
-    """The names of the layers that FP8 makes no faster, for fp8.filter_fqns."""
+    """The layers that FP8 does not speed up, as entries for fp8.filter_fqns."""
     return [row["layer"] for row in rows if gain(row) <= 0]
 
 
 def choose(config, device, passes):
-    """fp8.auto_filter: the layers to add to the config's filter_fqns, as rank 0 times them, the same on every rank."""
+    """fp8.auto_filter: the layers to leave out beside filter_fqns, timed by rank 0 and the same on every rank."""
     chosen = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        chosen = [[n for n in not_paying(time_linears(config, device, passes)) if n not in config.fp8.filter_fqns]]
+        slow = not_paying(time_linears(config, device, passes))
+        chosen = [[name for name in slow if name not in config.fp8.filter_fqns]]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen)
     return chosen[0]
 
 
 def table(rows, step_ms):
-    """time_linears' rows as text, and the step that they predict from a bf16 step of step_ms."""
+    """The rows of time_linears as text, with the FP8 step time that they predict from a bf16 step of step_ms."""
     lines = [f"{'layer':<14} {'shape':<16} {'calls':>5}  {'bf16: fwd + bwd ms':>18} {'fp8: fwd + bwd ms':>18}  "
              "saves per step"]
     for row in rows:
@@ -106,7 +109,8 @@ def table(rows, step_ms):
         pays = "no" if row["layer"] in not_paying(rows) else "pays"
         lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<16} {row['calls']:>5}  {bf16:>18} {fp8_ms:>18}  "
                      f"{gain(row):+8.2f} ms  {pays}")
-    every, best = (step_ms - sum(gains) for gains in (map(gain, rows), (max(0, gain(row)) for row in rows)))
+    gains = [gain(row) for row in rows]
+    every, best = step_ms - sum(gains), step_ms - sum(g for g in gains if g > 0)
     lines += ["", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with FP8 wherever it can: {every:.1f} ms "
               f"({step_ms / every:.2f}x), where it pays: {best:.1f} ms ({step_ms / best:.2f}x)"]
     if len(not_paying(rows)) == len(rows):

@@ -1,15 +1,15 @@
-"""FP8 health of every layer: what each cast loses, inside of a training pass.
+"""FP8 health of every layer: what each cast loses, measured inside a training pass.
 
-A cast loses in three ways, and `health` counts each, for every FP8 layer and every operand of its three matmuls:
+A cast loses in three ways, and `health` measures each for every FP8 layer and every operand of its three matmuls:
 
     rounding     sqnr_db, signal to quantization noise: 10 log10(|x|^2 / |x - cast(x)|^2). 3 mantissa bits (e4m3) keep
-                 about 32 dB of anything well scaled, 2 bits (e5m2) about 26: `ALLOWED`
-    underflow    the share of values that become zero: too far below the largest value for its scale
-    saturated    the share that is cut off at the format's largest value: the scale is of other values
+                 about 32 dB of any well-scaled tensor, 2 bits (e5m2) about 26: `ALLOWED`
+    underflow    the share of values that become zero: too small for the scale that the largest value sets
+    saturated    the share that is clipped to the format's largest value: the scale does not fit the tensor
 
-While it measures, each Float8Linear is a subclass of itself whose backward also reports what its casts lose. That is
-compiled, recomputed and sharded as the layer always is, on the same weights, batch and scales. Afterwards the layers
-are what they were: the training is the same bit for bit with and without, and a run that never asks never sees this.
+While `health` runs, `__class__` of each Float8Linear is swapped for a subclass whose backward also reports what its
+casts lose, compiled, recomputed and sharded as the layer always is, on the same weights, batch and scales. Training is
+bit for bit the same with and without it, and a run that never calls it has none of its code in its graphs.
 """
 
 import functools
@@ -18,34 +18,42 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import fp8
 from plumbing import logs
+from plumbing.sharding import local_shard
 
-# The casts of a layer: operand, the tensor, torchao's setting for it, the dimension that shares a scale in a row-wise
-# recipe. The last three are the second matmul that reads the tensor; tensorwise they are the same cast again.
-CASTS = (("input", "x", "cast_config_input", -1),
-         ("weight", "w_t", "cast_config_weight", 0),
-         ("grad_output", "g", "cast_config_grad_output", -1),
-         ("input_for_grad_weight", "x", "cast_config_input_for_grad_weight", 0),
-         ("weight_for_grad_input", "w_t", "cast_config_weight_for_grad_input", -1),
-         ("grad_output_for_grad_weight", "g", "cast_config_grad_output_for_grad_weight", 0))
+# The casts of a layer: name of the operand, its tensor in backward, where the recipe has it (matmul, operand), and the
+# dimension along which a row-wise cast shares a scale (of w_t, the transposed weight, for weights).
+CASTS = (("input", "x", "output", 0, -1),
+         ("weight", "w_t", "output", 1, 0),
+         ("grad_output", "g", "grad_input", 0, -1),
+         ("input_for_grad_weight", "x", "grad_weight", 1, 0),
+         ("weight_for_grad_input", "w_t", "grad_input", 1, -1),
+         ("grad_output_for_grad_weight", "g", "grad_weight", 0, 0))
 SUMS, PEAKS = ("signal", "noise", "underflow", "saturated", "values"), ("amax", "minus_scale")
-# dB of a format with m mantissa bits: a value x in [1, 2) is off by at most 2^-(m+1), uniformly, so noise is 4^-m / 12
-# against a mean x^2 of 7/3: 28 * 4^m. Normal data has 1 dB less, what underflows costs more.
+FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+# Best SQNR in dB of a format with m mantissa bits: a value x in [1, 2) is off by at most 2^-(m+1), uniformly, so noise
+# is 4^-m / 12 against a mean x^2 of 7/3: 28 * 4^m. Normal data has 1 dB less; underflow costs more.
 ALLOWED = {"e4m3": 32.5, "e5m2": 26.5}
+
+
+def cast_of(recipe, matmul, operand):
+    """The fp8.Cast of an operand (0: left, 1: right) of a recipe's matmul, None in high precision."""
+    casts = getattr(fp8.RECIPES[recipe], matmul)
+    return casts[operand] if casts else None
 
 
 def cast_stats(x, data, scale):
     """float64 SUMS and PEAKS of a cast from x to `data` = FP8 of x * scale.
 
-    Sums add up over calls and ranks, of peaks the larger counts: the amax (inf where any value is inf or nan), and
-    minus the scale of the row that has it. Squares are taken in units of that scale, where float32 cannot overflow.
+    Over calls and ranks SUMS are added and PEAKS are maxima: amax (inf if any value is inf or nan), and minus the
+    smallest scale, which is that of the row with the amax. Squares are in units of that scale, so that float32 does not
+    overflow.
     """
     scaled, cast, unit = x.float() * scale, data.float(), scale.min().double()
-    # Up to half a step above the largest value, which is 1.75 * 2^n, a step there being eps * 2^n, it is the nearest
-    # one and nothing is cut off: a fused kernel takes the amax of x before x is rounded to bf16, up to 0.4% too small.
+    # Saturated is what lies more than half a step above the largest value (1.75 * 2^n with steps of eps * 2^n): below
+    # that it rounds to the largest value. A fused kernel takes the amax before x is rounded to bf16, up to 0.4% lower.
     limit = torch.finfo(data.dtype).max * (1 + torch.finfo(data.dtype).eps / 3.5)
     in_units = (unit / scale).float()
     squares = [(scaled * in_units).square().sum(), ((scaled - cast) * in_units).square().sum()]
@@ -55,8 +63,8 @@ def cast_stats(x, data, scale):
                        + [unit.new_full((), x.numel()), amax, -unit])
 
 
-# An operator of its own, so that the graph of a training pass stays what it is. On a GPU one compiled kernel or two for
-# all operands; eager, it would pass over each of them a dozen times.
+# An operator of its own, so that the graph of a training pass does not change. Compiled on a GPU, where an eager one
+# would pass over each operand a dozen times.
 compiled_cast_stats = torch.compile(cast_stats, dynamic=True)
 library = torch.library.Library("nanofp8", "DEF")
 library.define("cast_stats(Tensor x, Tensor data, Tensor scale) -> Tensor")
@@ -66,8 +74,8 @@ torch.library.register_fake("nanofp8::cast_stats", lib=library)(
     lambda x, *_: x.new_empty(len(SUMS) + len(PEAKS), dtype=torch.float64))
 
 
-def add_up(seen, new):
-    """Stats of both: sums added, peaks the larger."""
+def merge(seen, new):
+    """Statistics of two sets of casts together: SUMS added, PEAKS the maximum."""
     n = len(SUMS)
     return torch.cat([seen[:n] + new[:n], torch.maximum(seen[n:], new[n:])])
 
@@ -75,74 +83,77 @@ def add_up(seen, new):
 @functools.cache
 def watched_linear():
     """Float8Linear whose backward adds what its casts lose to self.seen (built on first use)."""
-    from torchao.float8.config import ScalingGranularity, ScalingType
+    from torchao.float8.config import ScalingGranularity
     from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
     from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
     from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 
+    granularities = {"tensor": ScalingGranularity.TENSORWISE, "row": ScalingGranularity.AXISWISE}
+
     @torch._dynamo.allow_in_graph
     class WatchedMatmuls(matmul_with_hp_or_float8_args):
         @staticmethod
-        def forward(ctx, x, w_t, mm_config, config, seen):
-            ctx.seen = seen
+        def forward(ctx, x, w_t, mm_config, config, recipe, seen):
+            ctx.recipe, ctx.seen = recipe, seen
             return matmul_with_hp_or_float8_args.forward(ctx, x, w_t, mm_config, config)
 
         @staticmethod
         def backward(ctx, g):
-            x, w_t = ctx.saved_tensors  # recompute hands them out once
+            # Selective recompute allows one read of ctx.saved_tensors: torchao's backward gets a stand-in for ctx.
+            x, w_t = ctx.saved_tensors
             config, mm_config = ctx.config, ctx.linear_mm_config
-            theirs = SimpleNamespace(saved_tensors=(x, w_t), config=config, linear_mm_config=mm_config)
-            grads = matmul_with_hp_or_float8_args.backward(theirs, g)
+            stand_in = SimpleNamespace(saved_tensors=(x, w_t), config=config, linear_mm_config=mm_config)
+            grads = matmul_with_hp_or_float8_args.backward(stand_in, g)
             # reshaped as torchao does, or the compiler sees two casts instead of one
             tensors, done = {"x": x.reshape(-1, x.shape[-1]), "w_t": w_t, "g": g.reshape(-1, g.shape[-1])}, set()
-            for i, (_, name, setting, dim) in enumerate(CASTS):
-                t, cast = tensors[name], getattr(config, setting)
-                granularity = cast.scaling_granularity
-                if (cast.scaling_type is ScalingType.DISABLED or tensor_already_casted_to_fp8(t)
-                        or granularity is ScalingGranularity.TENSORWISE and (name, granularity) in done):
+            for i, (_, name, matmul, operand, dim) in enumerate(CASTS):
+                t, cast = tensors[name], cast_of(ctx.recipe, matmul, operand)
+                if cast is None or tensor_already_casted_to_fp8(t) or (name, cast) in done:
                     continue
-                done.add((name, granularity))
-                q = hp_tensor_to_float8_dynamic(  # compiled, it is one with the cast that the matmul reads
-                    t, cast.target_dtype, mm_config, scaling_granularity=granularity,
+                if cast.scaling == "tensor":  # a second matmul reads the same cast
+                    done.add((name, cast))
+                granularity = granularities[cast.scaling]
+                q = hp_tensor_to_float8_dynamic(  # in a compiled graph, the very cast that the matmul reads
+                    t, cast.dtype, mm_config, scaling_granularity=granularity,
                     axiswise_dim=get_maybe_axiswise_dim(dim, granularity),
                     round_scales_to_power_of_2=config.round_scales_to_power_of_2)
                 parts = t, q._data, q._scale
                 if name == "w_t":
-                    parts = [part.t() for part in parts]  # as they lie in memory
-                ctx.seen[i].copy_(add_up(ctx.seen[i], torch.ops.nanofp8.cast_stats(*parts)))
-            return *grads, None
+                    parts = [part.t() for part in parts]  # contiguous
+                ctx.seen[i].copy_(merge(ctx.seen[i], torch.ops.nanofp8.cast_stats(*parts)))
+            return *grads, None, None
 
     class WatchedLinear(Float8Linear):
         def forward(self, x):
-            y = WatchedMatmuls.apply(x, self.weight.t(), self.linear_mm_config, self.config, self.seen)
+            y = WatchedMatmuls.apply(x, self.weight.t(), self.linear_mm_config, self.config, self.recipe, self.seen)
             return y if self.bias is None else y + self.bias
 
     return WatchedLinear
 
 
 def health(model, run, step):
-    """What every FP8 cast loses in `run`, a forward and backward pass: a row of metrics.jsonl for each FP8 layer.
+    """What every FP8 cast loses in `run`, a forward and backward pass: one row of metrics.jsonl per FP8 layer.
 
-    Called on every rank; the rows are of all ranks together. {"step", "fp8_layer": name, operand: {"format",
-    "sqnr_db", "underflow", "saturated", "amax", "scale"}, ...}; None stands for what is not a finite number. Row-wise,
-    `scale` is that of the row with the amax.
+    Call it on every rank; rows cover all ranks. {"step", "fp8_layer": name, operand: {"format", "sqnr_db", "underflow",
+    "saturated", "amax", "scale"}, ...}; None stands for inf and nan. Row-wise, `scale` is that of the row with the
+    amax.
     """
     linears, device = fp8.float8_linears(model), next(model.parameters()).device
     nothing = torch.tensor([0.0] * len(SUMS) + [-math.inf] * len(PEAKS), dtype=torch.float64, device=device)
-    before = {m: type(m) for m in linears.values()}
-    for m in before:
+    classes = {m: type(m) for m in linears.values()}
+    for m in classes:
         m.seen, m.__class__ = nothing.repeat(len(CASTS), 1), watched_linear()
     try:
         run()
-        for m in before:
-            if isinstance(m.weight, DTensor) and isinstance(m.weight._local_tensor, fp8.gather_in_fp8()):
-                # cast before the all-gather: each rank measures its own rows of what it sends
-                shard, mesh = m.weight._local_tensor, m.weight.device_mesh
+        for m in classes:
+            shard = local_shard(m.weight)
+            if isinstance(shard, fp8.gather_in_fp8()):  # cast before the all-gather: each rank measures its own rows
+                mesh = m.weight.device_mesh
                 (data,), (scale,) = shard.fsdp_pre_all_gather(mesh[mesh.mesh_dim_names[-1]])
                 m.seen[1] = torch.ops.nanofp8.cast_stats(shard._tensor, data, scale)
-        seen = torch.stack([m.seen for m in before])
+        seen = torch.stack([m.seen for m in classes])
     finally:
-        for m, kind in before.items():
+        for m, kind in classes.items():
             m.__class__ = kind
             del m.seen
     if dist.is_initialized():
@@ -152,19 +163,26 @@ def health(model, run, step):
         seen = torch.cat((sums, peaks), -1)
     rows = []
     for (fqn, m), layer in zip(linears.items(), seen.tolist(), strict=True):
-        rows.append({"step": step, "fp8_layer": fqn})
-        for (operand, _, setting, _), numbers in zip(CASTS, layer, strict=True):
-            s = dict(zip(SUMS + PEAKS, numbers, strict=True))
-            if s["values"] > 0:
-                shown = {"sqnr_db": decibels(s["signal"], s["noise"]), "underflow": s["underflow"] / s["values"],
-                         "saturated": s["saturated"] / s["values"], "amax": s["amax"], "scale": -s["minus_scale"]}
-                rows[-1][operand] = {"format": str(getattr(m.config, setting).target_dtype)[13:17],
-                                     **{k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in shown.items()}}
+        row = {"step": step, "fp8_layer": fqn}
+        for (name, _, matmul, operand, _), numbers in zip(CASTS, layer, strict=True):
+            stats = dict(zip(SUMS + PEAKS, numbers, strict=True))
+            if stats["values"] > 0:
+                row[name] = {"format": FORMATS[cast_of(m.recipe, matmul, operand).dtype], **summary(stats)}
+        rows.append(row)
     return rows
 
 
+def summary(stats):
+    """The reported numbers of an operand from its SUMS and PEAKS, to 6 digits; None for inf and nan."""
+    numbers = {"sqnr_db": decibels(stats["signal"], stats["noise"]),
+               "underflow": stats["underflow"] / stats["values"],
+               "saturated": stats["saturated"] / stats["values"],
+               "amax": stats["amax"], "scale": -stats["minus_scale"]}
+    return {key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in numbers.items()}
+
+
 def decibels(signal, noise):
-    """10 log10(signal / noise), 200 at the most (all values are exact); nan where there is no signal or a nan."""
+    """10 log10(signal / noise), at most 200 (all values exact); nan if there is no signal, or inf or nan in it."""
     if not 0 < signal < math.inf or not noise < math.inf:
         return math.nan
     return 10 * math.log10(signal / max(noise, 1e-20 * signal))
@@ -177,12 +195,12 @@ def operands(rows):
 
 
 def shortfall(stats):
-    """dB that an operand's SQNR lies below what its format allows; an operand of zeros lacks nothing."""
+    """dB by which an operand's SQNR is below what its format allows; 0 for an operand of zeros."""
     return 0.0 if stats["sqnr_db"] is None else ALLOWED[stats["format"]] - stats["sqnr_db"]
 
 
 def worst(rows, n=3):
-    """One line that names the n operands which lose most, for the screen: 1% of underflow counts as much as 1 dB."""
+    """One line for the screen with the n operands that lose most; 1% of underflow counts as much as 1 dB."""
     lost = sorted(operands(rows), key=lambda row: -max(0, shortfall(row[2])) - 100 * row[2]["underflow"])[:n]
     return f"fp8 health, worst of {len(rows)} layers: " + "; ".join(
         f"{layer} {operand} {s['sqnr_db'] or 0:.1f} of {ALLOWED[s['format']]} dB in {s['format']}, "
@@ -190,16 +208,16 @@ def worst(rows, n=3):
 
 
 def broken(rows):
-    """The operands that hold inf or nan, in the order in which a pass computes them: the first is where to look."""
+    """The operands with inf or nan, in the order in which a pass computes them: the first one is where to look."""
     found = [(layer, name) for layer, name, stats in operands(rows) if stats["amax"] is None]
     forward = [f"{layer} {name}" for layer, name in found if name in ("input", "weight")]
     return forward + [f"{layer} {name}" for layer, name in found[::-1] if name == "grad_output"]
 
 
 def plot_health(out_dir):
-    """out_dir/fp8_health.png from out_dir/metrics.jsonl: what rounding and underflow cost, layers against steps.
+    """Write out_dir/fp8_health.png from out_dir/metrics.jsonl: SQNR lost and underflow, layers against steps.
 
-    Row-wise, the worse of the two casts of a tensor. Returns the path, or None where no row tells of FP8.
+    Row-wise, the worse of the two casts of a tensor. Returns the path, or None if there are no rows of FP8 health.
     """
     plt = logs.pyplot()
     rows = [row for row in logs.read_metrics(out_dir) if "fp8_layer" in row]

@@ -11,9 +11,10 @@ from conftest import run, train_here
 from test_model import SELECTIVE, SWITCHES, assert_same, gradients, loud, packed
 
 import attention
-import fp8
 import model as models
 from configurator import Config, ModelConfig
+from plumbing import flash4
+from plumbing.compiling import CompileConfig, compile_and_checkpoint, recompute
 
 
 def visible(q, k, cu_seqlens, window):
@@ -86,7 +87,7 @@ def test_flash4_gives_what_masks_give_and_is_not_recomputed(switches, compiled, 
     model = loud(**switches)
     for block in model.layers:
         block.attn.flash4 = True
-        block.forward = fp8.recompute(block.forward, SELECTIVE)
+        block.forward = recompute(block.forward, SELECTIVE)
         if compiled:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
     bounds = attention.document_bounds(positions)
@@ -137,16 +138,23 @@ def test_flash4_that_cannot_run_is_told(keys, generation, told, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     device = GPU if generation else torch.device("cpu")
     with pytest.raises(ValueError, match=told):
-        attention.check_flash4(Config(flash4=True, **keys), device)
-    attention.check_flash4(Config(**keys), device)
+        flash4.check(Config(flash4=True, **keys), device)
+    flash4.check(Config(**keys), device)
     if generation == 9:
         installed = "4.0.0"
-        attention.check_flash4(Config(flash4=True), GPU)
+        flash4.check(Config(flash4=True), GPU)
 
 
 def test_train_says_so(tiny_run, capsys):
     with pytest.raises(ValueError, match="flash4=True: it has kernels for Hopper"):
         train_here(*tiny_run, "--flash4=True")
+
+
+def test_a_run_with_flash4_computes_attention_with_it(tiny_run, tmp_path, planted, monkeypatch):
+    monkeypatch.setattr(flash4, "check", lambda config, device: None)
+    train_here(*tiny_run, "--flash4=True", "--max_steps=1", "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}")
+    assert planted.backwards == 2 * (2 + 1)  # layers x micro-batches, and the first pass
+    assert planted.forwards > planted.backwards  # evaluation
 
 
 def test_the_kernels_are_timed_for_rows_documents_and_windows(tmp_path):
@@ -167,16 +175,16 @@ def test_flash4_on_a_gpu_agrees_with_the_other_kernels(documents):
     more = dict(positions=positions, bounds=attention.document_bounds(positions.cpu())) if documents else {}
     switches = {"sliding_window": 7} if documents else {}
     found = []
-    for flash4 in (False, True):
+    for use_flash4 in (False, True):
         model = loud("cuda", torch.bfloat16, head_dim=64, **switches)
         for block in model.layers:
-            block.attn.flash4 = flash4
-        fp8.compile_and_checkpoint(model, fp8.FP8Config(), fp8.CompileConfig(enabled=True), "selective")
+            block.attn.flash4 = use_flash4
+        compile_and_checkpoint(model, CompileConfig(enabled=True), "selective")
         gradients(model, model(x, y, **more))  # compiling calls the operator too
         with torch.profiler.profile() as profile:
             found.append(gradients(model, model(x, y, **more)))
         ran = sum(e.name == "nanofp8::flash4" for e in profile.events())
-        assert ran == (len(model.layers) if flash4 else 0)
+        assert ran == (len(model.layers) if use_flash4 else 0)
     # bf16 keeps 8 bits, and sums are of other order
     assert (found[0][0] - found[1][0]).abs() < 0.005 * found[0][0]
     assert all((found[1][1][n].float() - g.float()).norm() < 0.05 * g.float().norm() for n, g in found[0][1].items())

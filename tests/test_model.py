@@ -11,8 +11,9 @@ import attention
 import fp8
 import model as models
 from checks import estimate
+from plumbing.compiling import CompileConfig, compile_and_checkpoint, recompute, save_or_not
 
-SELECTIVE = functools.partial(fp8.save_or_not, True, False)
+SELECTIVE = functools.partial(save_or_not, "selective", None, attention.SAVED_OPS)
 
 
 @pytest.mark.parametrize("name, count", [
@@ -136,7 +137,7 @@ def test_packed_documents_compiled_and_recomputed_give_the_same():
     alone = one_by_one(loud(sliding_window=7), x, y)
     model = loud(sliding_window=7)
     for block in model.layers:  # not the loss, which compiles for as long and knows nothing of documents
-        block.forward = torch.compile(fp8.recompute(block.forward, SELECTIVE), dynamic=False)
+        block.forward = torch.compile(recompute(block.forward, SELECTIVE), dynamic=False)
     assert_same(gradients(model, model(x, y, positions=positions)), alone)
 
 
@@ -161,7 +162,7 @@ def test_what_the_gpu_kernel_is_given_means_the_same_as_the_mask(switches, monke
     monkeypatch.setattr(models.Transformer, "attention_mask", lambda self, x, positions, bounds: bounds)
     model = loud(**switches)
     for block in model.layers:  # a tuple goes through recompute and a full graph
-        block.forward = torch.compile(fp8.recompute(block.forward, SELECTIVE), fullgraph=True, dynamic=False,
+        block.forward = torch.compile(recompute(block.forward, SELECTIVE), fullgraph=True, dynamic=False,
                                       backend="aot_eager")
     bounds = attention.document_bounds(positions)
     assert_same(gradients(model, model(x, y, positions=positions, bounds=bounds)), reference)
@@ -307,7 +308,7 @@ def test_packed_documents_on_a_gpu_run_varlen_and_agree_with_the_mask(switches, 
     exact = gradients(reference := loud("cuda", **switches), reference(x, y, positions=positions))  # float32: the mask
     model = loud("cuda", torch.bfloat16, **switches)
     mode = "selective" if compiled else "none"
-    fp8.compile_and_checkpoint(model, fp8.FP8Config(), fp8.CompileConfig(enabled=compiled), mode)
+    compile_and_checkpoint(model, CompileConfig(enabled=compiled), mode)
     bounds = attention.document_bounds(positions.cpu())
     with torch.profiler.profile() as profile:
         loss, grads = gradients(model, model(x, y, positions=positions, bounds=bounds))

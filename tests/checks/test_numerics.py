@@ -17,9 +17,10 @@ import fp8
 import model as models
 from checks import proof, telemetry
 from configurator import Config
-from fp8 import CompileConfig, FP8Config
+from fp8 import FP8Config
 from optim import AdamW, OptimConfig
 from plumbing import logs
+from plumbing.compiling import CompileConfig, compile_and_checkpoint
 from plumbing.sharding import plain_local
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -131,7 +132,7 @@ def gradients(model, x, y, **keys):
 def test_health_sees_the_same_under_recompute_and_leaves_the_model_as_it_was(activation_checkpoint, chunks):
     cfg, (x, y) = emulated(), batch()
     model, plain = build(cfg), build(cfg)
-    fp8.compile_and_checkpoint(model, cfg, CompileConfig(), activation_checkpoint)
+    compile_and_checkpoint(model, CompileConfig(), activation_checkpoint, cfg.copies)
     before = gradients(model, x, y, loss_chunks=chunks)
     rows = telemetry.health(model, lambda: model(x, y, loss_chunks=chunks).backward(), 1)
     watched = {name: p.grad for name, p in model.named_parameters()}
@@ -246,7 +247,7 @@ def test_telemetry_every_100_steps_costs_less_than_2_percent():
     sizes = dict(n_layer=2, n_head=32, n_kv_head=8, n_embd=4096, head_dim=128, ffn_dim=14336, block_size=4096)
     model = build(cfg, "cuda", torch.bfloat16, **sizes)
     torch._dynamo.config.recompile_limit = 64  # as AdamW sets it
-    fp8.compile_and_checkpoint(model, cfg, CompileConfig(enabled=True), "none")
+    compile_and_checkpoint(model, CompileConfig(enabled=True), "none", cfg.copies)
     x = torch.randint(0, 256, (2, 4096), device="cuda")
 
     def one_pass():
@@ -434,7 +435,7 @@ def test_self_check_refuses_a_matmul_that_is_wrong(monkeypatch, broken):
             linear.forward = lambda x: x @ linear.weight
 
     monkeypatch.setattr(fp8, "convert", wrong)
-    with pytest.raises(RuntimeError, match="fp8 does not compute here what it should.*from bf16"):
+    with pytest.raises(RuntimeError, match="fp8 computes wrong results here.*from bf16"):
         proof.self_check(small_config("tensorwise"), (x, y, ()), torch.device("cpu"))
 
 
@@ -641,7 +642,7 @@ def test_forced_recompute_holds_no_fp8_weights_in_gpu_memory(recipe):
                         filter_fqns=["lm_head"])
         model = build(cfg, "cuda", torch.bfloat16, n_layer=8, n_embd=1024, n_head=16, n_kv_head=4, head_dim=64,
                       ffn_dim=4096)
-        fp8.compile_and_checkpoint(model, cfg, CompileConfig(enabled=True), "none")
+        compile_and_checkpoint(model, CompileConfig(enabled=True), "none", cfg.copies)
         x = torch.randint(0, 256, (2, 16), device="cuda")
         for _ in range(3):
             before = torch.cuda.memory_allocated()

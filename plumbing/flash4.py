@@ -1,0 +1,87 @@
+"""FlashAttention 4 (https://github.com/Dao-AILab/flash-attention) as an operator that torch.compile can trace.
+
+torch.nn.attention.activate_flash_attention_impl would do the same, but torch 2.11 to 2.13 unpack two outputs where
+flash-attn-4 has returned more since 4.0.0b20. Delete this file when a torch release fits.
+"""
+
+import importlib.metadata
+
+import torch
+from torch.torch_version import TorchVersion
+
+from plumbing.errors import UserError
+
+MIN_VERSION = "4.0.0b36"  # the version that was tested; earlier ones take other arguments
+INSTALL = "pip install --pre flash-attn-4 'nvidia-cutlass-dsl[cu13]'"
+
+
+def check(config, device):
+    """UserError if a configurator.Config asks for flash4 and this machine or model cannot use it."""
+    if not config.flash4:
+        return
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    widest = {9: 256, 10: 128}.get(generation)  # Hopper, Blackwell
+    width, why = config.model.head_dim, None
+    if widest is None:
+        why = "it has kernels for Hopper and Blackwell GPUs only"
+    elif config.dtype != "bfloat16":
+        why = f"it needs dtype=bfloat16, not {config.dtype}"
+    elif width % 8 or width > widest:
+        why = f"it needs heads whose width divides by 8, up to {widest} on this GPU, not model.head_dim={width}"
+    else:
+        try:
+            installed = importlib.metadata.version("flash-attn-4")
+            if TorchVersion(installed) < MIN_VERSION:
+                why = f"flash-attn-4 {installed} is too old: {INSTALL}"
+        except importlib.metadata.PackageNotFoundError:
+            why = f"it is not installed: {INSTALL} (cu12 for a torch with CUDA 12)"
+    if why:
+        raise UserError(f"flash4=True: {why}; or set flash4=False")
+
+
+@torch.library.custom_op("nanofp8::flash4", mutates_args=())
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None,
+            max_seqlen: int | None, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of attention.attend(), and the logsumexp of each query's scores (float32) for backward."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    return _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+                           max_seqlen_k=max_seqlen, causal=True, window_size_left=window, return_lse=True)[:2]
+
+
+@forward.register_fake
+def _(q, k, v, cu_seqlens, max_seqlen, window):
+    *batch, T, H, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(*batch, H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("nanofp8::flash4_backward", mutates_args=())
+def backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+             lse: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int | None,
+             window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    _flash_attn_bwd(q, k, v, out, grad, lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+                    max_seqlen_k=max_seqlen, causal=True, window_size_left=window, dq=grads[0], dk=grads[1],
+                    dv=grads[2], deterministic=torch.are_deterministic_algorithms_enabled())
+    return tuple(grads)
+
+
+@backward.register_fake
+def _(grad, q, k, v, *others):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def save(ctx, inputs, output):
+    *qkv, cu_seqlens, ctx.max_seqlen, ctx.window = inputs
+    ctx.save_for_backward(*qkv, *output, cu_seqlens)
+
+
+def gradients(ctx, grad, grad_lse):
+    *tensors, cu_seqlens = ctx.saved_tensors
+    return *backward(grad, *tensors, cu_seqlens, ctx.max_seqlen, ctx.window), None, None, None
+
+
+forward.register_autograd(gradients, setup_context=save)
