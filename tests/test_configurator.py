@@ -500,7 +500,7 @@ def test_to_python_reads_back_as_the_same_config(config, tmp_path):
 def test_to_python_imports_what_it_needs_and_nothing_else():
     assert "RopeScaling" not in to_python(Config()).partition("config = ")[0]
     names = re.findall(r"\b([A-Z]\w+)\(", to_python(CUSTOM))
-    imported = re.findall(r"^from \w+ import (.*)$", to_python(CUSTOM), re.MULTILINE)
+    imported = re.findall(r"^from [\w.]+ import (.*)$", to_python(CUSTOM), re.MULTILINE)
     assert sorted(names) == sorted(name for line in imported for name in line.split(", "))
     assert "from model import ModelConfig, RopeScaling" in to_python(CUSTOM)
 
