@@ -76,7 +76,7 @@ def memory(config, shards, accumulation):
     recorded = held * size if config.cuda_graph and accumulation > 1 else 0
 
     activations = size * tokens * sum(saved_values(config, linears).values())
-    if fp8_cfg.enabled and config.fp8.keep_casts:  # one byte per input value, and per weight unless it is gathered in FP8
+    if fp8_cfg.enabled and config.fp8.keep_casts:  # a byte per input value, and per weight unless it is gathered in FP8
         activations += sum(tokens * layer.in_features + (0 if gathers_fp8 else layer.weight.numel())
                            for layer in fp8_linears.values())
     if (gathers_fp8 and config.compile.enabled and config.activation_checkpoint == "none"
