@@ -131,9 +131,9 @@ def share_of_block(weights):
 
 
 class Mixture:
-    """Several Rows as one. weights: how often Shuffled is to draw from each; without them, the rows one after another.
+    """Several Rows as one, one after the other. weights: how often Drawn draws from each, for training.
 
-    Shorter rows are padded to the longest part's.
+    Rows are padded to the length of the longest part's.
     """
 
     def __init__(self, parts, names, weights=()):

@@ -26,7 +26,8 @@ KINDS |= {".bin": "tokens", ".npy": "tokens"}  # for data.format=tokens only
 ROWS = {"json", "parquet", "arrow"}
 TEXT = {"text", *ROWS}
 
-ABOUT = {"readme", "license", "licence", "notice", "dataset_info", "dataset_infos", "dataset_dict", "state"}
+ABOUT = {"readme", "license", "licence", "notice"}  # names of files about the others, whatever their suffix
+DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # as `datasets` leaves
 CHAT_FIELDS = {"messages", "conversations", "instruction", "prompt"}
 VAL_EVERY = 20  # every 20th document is for validation where data.val names none
 PIECE = 2**20  # characters or bytes read at once
@@ -137,23 +138,18 @@ def suffixes(kinds):
 
 def is_data(path, kinds):
     """Whether a file found in a folder is data: not a README, a license or a data set's description."""
-    kind = kind_of(path)
-    if kind not in kinds or not path.is_file() or path.name.split(".")[0].lower() in ABOUT:
+    if kind_of(path) not in kinds or not path.is_file():
         return False
-    return path.suffix.lower() != ".json" or not is_single_object(path)
+    if path.stem.lower() in ABOUT or path.name in DESCRIPTIONS:
+        return False
+    return path.suffix.lower() != ".json" or not is_settings(path)
 
 
-def is_single_object(path):
+def is_settings(path):
     """Whether a .json file is one object over several lines: settings, not rows."""
     with path.open("rb") as file:
-        line = file.readline(PIECE).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not line.startswith(b"{") or len(line) >= PIECE:
-        return False
-    try:
-        json.loads(line)
-    except ValueError:
-        return True
-    return False
+        line = file.readline(PIECE).removeprefix(codecs.BOM_UTF8).strip()
+    return line.startswith(b"{") and line.endswith((b"{", b"[", b","))
 
 
 def check_named_file(path, kinds):

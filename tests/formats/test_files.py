@@ -119,12 +119,12 @@ def test_a_hub_snapshot_and_a_saved_dataset_train_on_their_data(tmp_path):
 
 
 def test_what_a_folder_holds_besides_is_named(tmp_path):
-    make(tmp_path, "mixed/a.txt", "mixed/c.csv", "mixed/d.bin", "mixed/e")
+    make(tmp_path, "mixed/a.txt", "mixed/c.csv", "mixed/d.bin", "mixed/e", "mixed/state.of.the.art.txt")
     make(tmp_path, "mixed/b.json", content=LINES)
     make(tmp_path, "mixed/package.json", content=b'{\n  "name": "settings"\n}\n')
     os.symlink("nowhere", tmp_path / "mixed" / "broken.txt")
     used, unused = found(tmp_path, "mixed")
-    assert used == ["mixed/a.txt", "mixed/b.json"]
+    assert used == ["mixed/a.txt", "mixed/b.json", "mixed/state.of.the.art.txt"]
     assert unused == ["mixed/broken.txt", "mixed/c.csv", "mixed/d.bin", "mixed/e", "mixed/package.json"]
     assert found(tmp_path, "mixed", kinds=files.ROWS)[0] == ["mixed/b.json"]
     assert found(tmp_path, "mixed/*")[0] == used
