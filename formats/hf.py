@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json and safetensors, in and out.
 
 config.json decides the architecture. Each rank reads only the rows that it holds, so nobody ever has the whole model.
-No pickle is loaded. Whatever is wrong with a folder is told at once, before anything slow.
+No pickle is loaded. Everything wrong with a folder is reported together, before any slow step.
 
 A new architecture whose block is ours is one entry in ARCHITECTURES; a new part of the block is also a switch of
 model.ModelConfig, read in model_config() and written in config_json().
