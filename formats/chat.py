@@ -7,7 +7,9 @@ of messages), or `instruction`, `input` and `output`; beside them `tools`, and `
 own. A conversation longer than a row loses its end; one without a target is left out. Both are counted on the screen.
 """
 
+import hashlib
 import json
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from formats.files import VAL_EVERY, type_of
 from formats.packing import make_rows, sample_limit
 from formats.template import Template
 from formats.tokenizer import get_tokenizer
+from plumbing import disk
 from plumbing.errors import UserError
 
 FORMS = [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]
@@ -109,70 +112,89 @@ def read_conversation(row):
 # samples
 
 
-class Reader:
-    """Turns files of conversations into samples, and counts what is left out on the way."""
+def tokenize(paths, template, train_on, limit):
+    """(list of (ids, loss), counts) of files of conversations. counts: what was cut, dropped and not used."""
+    samples, cut, dropped, left_out, fields = [], 0, 0, 0, {}
+    for path, number, row in tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None):
+        try:
+            messages, tools, used = read_conversation(row)
+            if tools and not template.takes_tools:
+                raise UserError(f"it has `tools`, which {template.name} does not take")
+            ids, loss, n_left_out = template.encode(messages, tools, train_on)
+        except UserError as error:
+            raise UserError(f"{files.place(path, number)}: {error}") from error
+        left_out += n_left_out
+        fields |= dict.fromkeys(name for name in row if name not in used)
+        if len(ids) > limit + 1:
+            cut += 1
+            ids, loss = ids[: limit + 1], loss[: limit + 1]
+        loss[:1] = False  # nothing comes before it
+        if loss.any():
+            samples.append((ids.astype(np.int32), loss))
+        else:
+            dropped += 1
+    return samples, {"cut": cut, "dropped": dropped, "left out": left_out, "fields": list(fields),
+                     "date": f"{date.today():%d %b %Y}" if "strftime_now" in "".join(template.sources) else None}
 
-    def __init__(self, template, train_on, limit):
-        self.template, self.train_on, self.limit = template, train_on, limit
-        self.n_cut, self.n_without_target, self.n_left_out, self.unused_fields = 0, 0, 0, {}
 
-    def samples(self, paths):
-        """(ids, loss) of each conversation of which something is a target."""
-        samples = []
-        for path, number, row in tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None):
-            try:
-                messages, tools, used = read_conversation(row)
-                if tools and not self.template.takes_tools:
-                    raise UserError(f"it has `tools`, which {self.template.name} does not take")
-                ids, loss, n_left_out = self.template.encode(messages, tools, self.train_on)
-            except UserError as error:
-                raise UserError(f"{files.place(path, number)}: {error}") from error
-            self.n_left_out += n_left_out
-            self.unused_fields |= dict.fromkeys(name for name in row if name not in used)
-            if len(ids) > self.limit + 1:
-                self.n_cut += 1
-                ids, loss = ids[: self.limit + 1], loss[: self.limit + 1]
-            loss[:1] = False  # nothing comes before it
-            if loss.any():
-                samples.append((ids.astype(np.int32), loss))
-            else:
-                self.n_without_target += 1
-        return samples
+def stored(paths, template, cfg, limit):
+    """tokenize(), from cfg.cache_dir if it was done there before: ranks share the work, and a resumed run its dates."""
+    identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths], cfg.train_on, limit,
+                template.tokenizer.fingerprint, template.sources, template.variables]
+    key = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
+    folder = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}")
+    if not folder.is_dir():
+        samples, counts = tokenize(paths, template, cfg.train_on, limit)
+        with disk.replacing(folder) as made:
+            made.mkdir()
+            np.save(made / "sizes.npy", np.array([len(ids) for ids, _ in samples], np.int64))
+            np.save(made / "ids.npy", np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in samples)]))
+            np.save(made / "loss.npy", np.concatenate([np.empty(0, bool), *(loss for _, loss in samples)]))
+            (made / "counts.json").write_text(json.dumps(counts))
+    sizes = np.load(folder / "sizes.npy")
+    if not len(sizes):  # an empty file cannot be mapped
+        return [], json.loads((folder / "counts.json").read_text())
+    ids, loss = (np.asarray(np.load(folder / name, mmap_mode="r")) for name in ("ids.npy", "loss.npy"))
+    ends = np.cumsum(sizes)
+    samples = [(ids[end - size : end], loss[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+    return samples, json.loads((folder / "counts.json").read_text())
 
-    def remarks(self):
-        """What was cut, dropped and not used, as text for the screen."""
-        found = [(self.n_cut, f"conversations lost their end, being longer than {self.limit} tokens"),
-                 (self.n_without_target, "were dropped, having no target"),
-                 (self.n_left_out, f"messages are not in the text of {self.template.name}")]
-        text = "".join(f"; {n:,} {what}" for n, what in found if n)
-        return text + (f"; fields not used: {', '.join(self.unused_fields)}" if self.unused_fields else "")
+
+def remarks(counts, template, limit):
+    """What was cut, dropped and not used, as text for the screen."""
+    found = [("cut", f"conversations lost their end, being longer than {limit} tokens"),
+             ("dropped", "were dropped, having no target"),
+             ("left out", f"messages are not in the text of {template.name}")]
+    text = "".join(f"; {counts[key]:,} {what}" for key, what in found if counts[key])
+    text += f"; fields not used: {', '.join(counts['fields'])}" if counts["fields"] else ""
+    return text + (f"; the template's date is {counts['date']}" if counts["date"] else "")
 
 
 def prepare(cfg, block_size, seed):
     """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
-    tokenizer, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
-    source = ""
+    tokenizer, limit, source = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size), ""
     if cfg.chat_template:
         try:
             source = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template={cfg.chat_template}: {error}") from error
     template, found = Template(tokenizer, source, cfg.chat_template), files.resolve(cfg, files.ROWS)
-    reader = Reader(template, cfg.train_on, limit)
-    train = reader.samples(found.train)
+    train, counts = stored(found.train, template, cfg, limit)
     if found.val:
-        val = reader.samples(found.val)
+        val, val_counts = stored(found.val, template, cfg, limit)
+        counts = {key: value or val_counts[key] if key in ("fields", "date") else value + val_counts[key]
+                  for key, value in counts.items()}
     else:
         train, val = [s for i, s in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]
     if not train or not val:
         raise UserError(f"data: {len(train)} conversations for training and {len(val)} for validation are too few "
-                        f"(without data.val, one of {VAL_EVERY} is for validation){reader.remarks()}")
+                        f"(without data.val, one of {VAL_EVERY} is for validation)" + remarks(counts, template, limit))
     train, val = make_rows(cfg, block_size, seed, train, val)
     train.description = (
         f"chat, {train.n_samples:,} conversations in {train.n_rows:,} rows of {train.block_size} tokens, "
-        f"{train.padding:.1%} of them padding, {train.loss.mean():.0%} of the text is trained on, "
-        f"{val.n_samples:,} for validation in {val.n_rows:,} rows, tokenizer {tokenizer.name}, {template.name}"
-        + found.note + reader.remarks())
-    train.counts |= {"cut at the end": reader.n_cut, "dropped, having no target": reader.n_without_target,
-                     "messages that the template leaves out": reader.n_left_out, "files not used": len(found.unused)}
+        f"{train.padding:.1%} of them padding, {train.counts['targets'] / train.counts['tokens']:.0%} of the text is "
+        f"trained on, {val.n_samples:,} for validation in {val.n_rows:,} rows, tokenizer {tokenizer.name}, "
+        f"{template.name}" + found.note + remarks(counts, template, limit))
+    train.counts |= {"cut at the end": counts["cut"], "dropped, having no target": counts["dropped"],
+                     "messages that the template leaves out": counts["left out"], "files not used": len(found.unused)}
     return train, val, tokenizer

@@ -6,6 +6,7 @@ end here; data.Loader draws the rows.
 
 import bisect
 import hashlib
+import itertools
 
 import numpy as np
 
@@ -64,11 +65,8 @@ class Samples:
     """
 
     def __init__(self, samples, block_size, *, packed, seed):
-        self.block_size, self.packed, self.n_samples = block_size, packed, len(samples)
-        self.ids = np.concatenate([ids for ids, _ in samples]).astype(np.int32)
-        self.loss = np.concatenate([loss for _, loss in samples])
+        self.samples, self.block_size, self.packed, self.n_samples = samples, block_size, packed, len(samples)
         sizes = np.array([len(ids) for ids, _ in samples])
-        self.ends = np.cumsum(sizes)
         self.counts = {"documents": len(samples), "tokens": int(sizes.sum()),
                        "targets": sum(int(loss[1:].sum()) for _, loss in samples)}
         lengths = sizes - 1  # a sample's last id is a target only
@@ -81,16 +79,15 @@ class Samples:
         self.longest = int(lengths.max())
         left = [block_size - int(lengths[row].sum()) for row in self.rows]
         self.most_documents = max(len(row) - (-n // self.longest) for row, n in zip(self.rows, left, strict=True))
-        self.largest = int(self.ids.max())
+        self.largest = max(int(ids.max()) for ids, _ in samples)
         h = hashlib.blake2b(repr((block_size, packed, seed if packed else 0)).encode(), digest_size=16)
-        for array in (self.ids, self.loss, self.ends, *self.rows):
+        for array in itertools.chain(*samples, [sizes], self.rows):
             h.update(np.ascontiguousarray(array))
         self.digest = h.hexdigest()
 
     def sample(self, i):
         """(ids, loss) of sample i, in the order of the files."""
-        part = slice(self.ends[i - 1] if i else 0, self.ends[i])
-        return self.ids[part], self.loss[part]
+        return self.samples[i]
 
     def row(self, i):
         """(x, y, positions) of row i, int64 (block_size,): y is IGNORE but for targets, positions 0 at each sample.

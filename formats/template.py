@@ -101,11 +101,11 @@ class Template:
         if not source:
             raise UserError(f"tokenizer {tokenizer.name} has no chat template, and no <|im_start|> and <|im_end|> for "
                             "ChatML: name a file with a Jinja template, data.chat_template=FILE")
-        self.source, env = source, environment()
-        with_tools = {t["name"]: t["template"] for t in named}.get("tool_use") if isinstance(named, list) else None
+        tool_use = {t["name"]: t["template"] for t in named}.get("tool_use") if isinstance(named, list) else None
+        self.sources, env = (source, tool_use or source), environment()
         try:
-            self.main, self.tool_use = (env.from_string(s) for s in (source, with_tools or source))
-            names = jinja2.meta.find_undeclared_variables(env.parse(with_tools or source))
+            self.main, self.tool_use = map(env.from_string, self.sources)
+            names = jinja2.meta.find_undeclared_variables(env.parse(self.sources[1]))
         except jinja2.TemplateError as error:
             raise UserError(f"{self.name} is not valid Jinja: {error}") from error
         self.takes_tools = "tools" in names

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+from dataclasses import replace
+from datetime import date, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,7 +298,7 @@ def test_special_tokens_that_somebody_writes_stay_text(name, tokenizer, referenc
     ids, loss, _ = template.encode(angry)
     specials, own = set(tokenizer.specials[text] for text in SPECIALS), template.encode(clean)[0]
     assert [i for i in ids.tolist() if i in specials] == [i for i in own.tolist() if i in specials]
-    unsafe = reference.apply_chat_template(angry, chat_template=template.source, tokenize=False)
+    unsafe = reference.apply_chat_template(angry, chat_template=template.sources[0], tokenize=False)
     assert tokenizer.decode(ids) == unsafe and len(ids) > len(reference.encode(unsafe, add_special_tokens=False))
     shown = written(ids, loss, tokenizer)
     assert "<|eot|> ends a turn, see <|head|><|end|>\U00108001" in shown.split("«")[1].split("»")[0]
@@ -346,7 +349,8 @@ def write(path, *rows):
 
 
 def config(folder, *files, **keys):
-    return DataConfig(format="chat", train=[str(f) for f in files], tokenizer=str(folder), **keys)
+    return DataConfig(format="chat", train=[str(f) for f in files], tokenizer=str(folder),
+                      cache_dir=str(Path(files[0]).parent / "cache"), **keys)
 
 
 PAIR = [user("add: 1 2"), assistant("3")]
@@ -435,6 +439,48 @@ def test_messages_that_the_template_leaves_out_are_counted(folder, tmp_path, tok
         data.prepare(config(folder, path, chat_template="nowhere.jinja"), 128, 1)
 
 
+def test_conversations_are_tokenized_once_and_again_when_anything_changes(folder, tmp_path, monkeypatch):
+    path, n_read = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40), 0
+    read_conversation = chat.read_conversation
+
+    def counting(row):
+        nonlocal n_read
+        n_read += 1
+        return read_conversation(row)
+
+    monkeypatch.setattr(chat, "read_conversation", counting)
+    cfg = config(folder, path, packed_sequence_size=128)
+    first, again = (data.prepare(cfg, 128, 1)[0] for _ in range(2))
+    assert n_read == 40 and first.digest == again.digest and first.description == again.description
+    assert all((a == b).all() for a, b in zip(first.row(0), again.row(0), strict=True))
+    data.prepare(replace(cfg, train_on="all"), 128, 1)
+    data.prepare(cfg, 256, 1)
+    assert n_read == 80  # what fits into a row decides what is cut; the model's longest row does not
+    write(path, *[{"messages": PAIR}] * 41)
+    data.prepare(cfg, 128, 1)
+    assert n_read == 121 and not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_the_date_that_a_template_inserts_is_shown_and_stays(folder, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40)
+    (tmp_path / "template.jinja").write_text(
+        "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    cfg = config(folder, path, chat_template=str(tmp_path / "template.jinja"))
+    first = data.prepare(cfg, 128, 1)[0]
+    assert f"the template's date is {date.today():%d %b %Y}" in first.description
+
+    class Later(datetime):
+        @classmethod
+        def now(cls):
+            return cls(2099, 1, 1)
+
+    monkeypatch.setattr("formats.template.datetime", Later)
+    again, _, tokenizer = data.prepare(cfg, 128, 1)  # a run that is resumed another day reads the same ids
+    assert first.digest == again.digest and tokenizer.decode(again.sample(0)[0]).startswith(f"{date.today():%Y}")
+    shutil.rmtree(tmp_path / "cache")
+    assert tokenizer.decode(data.prepare(cfg, 128, 1)[0].sample(0)[0]).startswith("2099")
+
+
 def test_chat_needs_files():
     problems = list(DataConfig(format="chat").problems())
     assert problems == [({"data.format", "data.train"}, "data.format=chat needs data.train: name files or folders with "
@@ -485,6 +531,7 @@ def test_the_recipe_fine_tunes_a_model_folder_with_two_keys(folder, rows_file, t
         num_key_value_heads=1, max_position_embeddings=256)).save_pretrained(tmp_path / "model")
     train_here(REPO / "config/chat_fp8.py", f"--init_from={tmp_path / 'model'}", f'--data.train=["{rows_file}"]',
                "--model.block_size=256", "--data.packed_sequence_size=256", "--compile.enabled=False", "--max_steps=2",
-               "--device=cpu", "--global_batch_size=8", "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}")
+               "--device=cpu", f"--data.cache_dir={tmp_path / 'cache'}", "--global_batch_size=8", "--checkpoint_interval=0",
+               f"--out_dir={tmp_path / 'out'}")
     out = capsys.readouterr().out
     assert "data: chat, 114 conversations in" in out and "fp8: verified" in out and "done: 2 steps" in out
