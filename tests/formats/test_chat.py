@@ -531,7 +531,7 @@ def test_the_recipe_fine_tunes_a_model_folder_with_two_keys(folder, rows_file, t
         num_key_value_heads=1, max_position_embeddings=256)).save_pretrained(tmp_path / "model")
     train_here(REPO / "config/chat_fp8.py", f"--init_from={tmp_path / 'model'}", f'--data.train=["{rows_file}"]',
                "--model.block_size=256", "--data.packed_sequence_size=256", "--compile.enabled=False", "--max_steps=2",
-               "--device=cpu", f"--data.cache_dir={tmp_path / 'cache'}", "--global_batch_size=8", "--checkpoint_interval=0",
-               f"--out_dir={tmp_path / 'out'}")
+               "--device=cpu", f"--data.cache_dir={tmp_path / 'cache'}", "--global_batch_size=8",
+               "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}")
     out = capsys.readouterr().out
     assert "data: chat, 114 conversations in" in out and "fp8: verified" in out and "done: 2 steps" in out
