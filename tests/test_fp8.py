@@ -211,6 +211,30 @@ def test_verify_sharded_sees_weights_that_would_not_be_gathered_in_fp8():
 # conversion
 
 
+@pytest.mark.parametrize("name", fp8.RECIPES)
+def test_the_table_of_recipes_is_what_torchao_does(name):
+    from torchao.float8 import Float8LinearConfig
+
+    config, recipe = Float8LinearConfig.from_recipe_name(name), fp8.RECIPES[name]
+    operands = {"output": ("input", "weight"), "grad_input": ("grad_output", "weight_for_grad_input"),
+                "grad_weight": ("grad_output_for_grad_weight", "input_for_grad_weight")}
+    for matmul, names in operands.items():
+        casts = [getattr(config, f"cast_config_{operand}") for operand in names]
+        expected = tuple(({"tensorwise": "tensor", "axiswise": "row"}[c.scaling_granularity.value], c.target_dtype)
+                         for c in casts if c.scaling_type.value == "dynamic")
+        assert (getattr(recipe, matmul) or ()) == expected, matmul
+
+
+@pytest.mark.parametrize("recipe, flops_per_weight", [("tensorwise", 6), ("rowwise", 6), ("rowwise_with_gw_hp", 4)])
+def test_covered_flops_are_those_of_the_fp8_matmuls_that_run(recipe, flops_per_weight):
+    model, x = build(emulated(recipe_name=recipe)), torch.randint(0, 256, (1, 64))
+    with proof.CountFloat8Matmuls() as counter:
+        model(x, x).backward()
+    ran = sum(2 * n * a[0] * a[1] * b[1] for (a, b), n in counter.seen.items())
+    weights = sum(m.weight.numel() for m in fp8.float8_linears(model).values())
+    assert proof.covered_flops(model) == flops_per_weight * weights == ran / 64
+
+
 def test_both_spellings_set_the_same_field():
     cfg = FP8Config(enable_fsdp_fp8_all_gather=True, precompute_fp8_dynamic_scale_for_fsdp=True)
     assert cfg.enable_fsdp_float8_all_gather and cfg.precompute_float8_dynamic_scale_for_fsdp

@@ -243,6 +243,34 @@ def test_weights_depend_on_the_seed_and_fill_everything():
         assert name.endswith(("norm.weight", "bias")) or not torch.equal(p, r), name
 
 
+class Gated(models.MLP):
+    """A fork's layer with a parameter and a buffer of its own."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.gate = torch.nn.Parameter(torch.ones(cfg.n_embd))
+        self.register_buffer("decay", torch.arange(3.0), persistent=False)
+
+    def forward(self, x):
+        return self.gate * super().forward(x)
+
+
+def test_a_parameter_or_buffer_that_nothing_fills_is_an_error(monkeypatch):
+    monkeypatch.setattr(models, "MLP", Gated)
+    with pytest.raises(ValueError, match="nothing fills buffer layers.0.mlp.decay: give Gated a method init_buffers"):
+        build()
+    monkeypatch.setattr(Gated, "init_buffers", lambda self: None, raising=False)
+    with pytest.raises(ValueError, match="nothing fills buffer layers.0.mlp.decay"):
+        build()
+    monkeypatch.setattr(Gated, "init_buffers", lambda self: self.decay.copy_(torch.arange(3.0)))
+    with pytest.raises(ValueError, match="no initial value for layers.0.mlp.gate: give Gated a method init_param"):
+        build()
+    monkeypatch.setattr(Gated, "init_parameters", lambda self: self.gate.fill_(1.0), raising=False)
+    mlp = build().layers[1].mlp
+    assert mlp.gate.tolist() == [1.0] * 64 and mlp.decay.tolist() == [0.0, 1.0, 2.0]
+    assert 0.005 < mlp.gate_up.weight.std() < 0.03  # its linear layers are filled as always
+
+
 @pytest.mark.parametrize("window, document", [(None, None), (7, None), (None, 20), (7, 5)])
 def test_attention_flops_count_what_the_mask_shows(window, document):
     model = build(sliding_window=window)

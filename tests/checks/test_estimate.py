@@ -36,6 +36,30 @@ def test_flops_per_token_are_those_of_a_block_that_somebody_changed():
     assert before - after == 6 * len(model.layers) * 64 * 128
 
 
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+    ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
+    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA RTX 6000 Ada Generation", 364), ("CPU with 2 threads", None)])
+def test_peak_of_full_device_names(name, tflops):
+    assert estimate.bf16_peak(name) == (tflops and tflops * 1e12)
+
+
+def test_memory_counts_a_block_that_somebody_made_leaner(monkeypatch):
+    config = llama_8b(fp8=FP8Config())
+    whole = estimate.memory(config, 0, 1)
+
+    class NoGate(models.MLP):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.gate_up = torch.nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
+
+    monkeypatch.setattr(models, "MLP", NoGate)
+    m, tokens = config.model, config.model.block_size
+    weights, outputs = m.n_layer * m.n_embd * m.ffn_dim, m.n_layer * tokens * m.ffn_dim
+    lean = estimate.memory(config, 0, 1)
+    assert (whole - lean) * 2**30 == pytest.approx(6 * weights + 2 * outputs)  # weight, moments; saved for backward
+
+
 def llama_8b(**changes):
     """What config/llama_fp8.py is on one 80 GB card."""
     return Config(**{**dict(model=models.llama3_1_8b(), micro_batch_size=1, global_batch_size=1, loss_chunks=4,

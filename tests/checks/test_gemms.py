@@ -82,6 +82,8 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
     done, _, again = run(script, *keys, ranks=ranks).stdout.partition("done: 3 steps")
     assert "no faster: attn.out" in done and "fp8: 6 of 9 linear layers converted" in done
     assert "no faster: attn.out" in again and "fp8: 6 of 9" in again
+    resuming = next(line for line in again.splitlines() if line.startswith("resuming from"))
+    assert "max_steps=6 instead of 3" in resuming and "filter_fqns" not in resuming
     assert list(metrics(tmp_path / "out").train) == [1, 2, 3, 4, 5, 6]
 
 

@@ -128,6 +128,22 @@ def gradients(model, x, y, **keys):
     return grads
 
 
+def test_health_of_a_model_with_biases_leaves_them_in():
+    cfg, (x, y) = emulated(), batch()
+    model = build(cfg, qkv_bias=True)
+    with torch.no_grad():
+        model.layers[0].attn.qkv.bias.normal_(generator=torch.Generator().manual_seed(1))
+    expected = model(x, y)
+    losses = []
+
+    def run():
+        losses.append(model(x, y))
+        losses[0].backward()
+
+    telemetry.health(model, run, 1)
+    assert torch.equal(losses[0], expected) and model.layers[0].attn.qkv.bias.grad.any()
+
+
 @pytest.mark.parametrize("activation_checkpoint, chunks", [("none", 4), ("selective", 1), ("full", 4)])
 def test_health_sees_the_same_under_recompute_and_leaves_the_model_as_it_was(activation_checkpoint, chunks):
     cfg, (x, y) = emulated(), batch()
