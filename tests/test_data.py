@@ -1,6 +1,7 @@
 """data.py: what is stored is what was written, and the loader shows each token once an epoch on any number of ranks."""
 
 import base64
+import errno
 import json
 import os
 import time
@@ -483,6 +484,22 @@ def test_what_killed_runs_left_of_other_text_is_deleted_but_not_what_another_run
     assert sorted(p.name for p in cache.glob("*.tmp")) == ["a-bytes-4567.held.tmp", "b-bytes-0123.dead.tmp"]
 
 
+def test_a_file_system_without_locks_works_and_old_leftovers_go(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text " * 100)
+
+    def flock(*args):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(text_format.fcntl, "flock", flock)
+    left = tmp_path / "cache" / "a-bytes-0123.dead.tmp"
+    for age, stays in ((3600, True), (2 * 24 * 3600, False)):  # a run may be busy in a young one
+        left.mkdir(parents=True, exist_ok=True)
+        os.utime(left, (time.time() - age,) * 2)
+        (tmp_path / "a.txt").write_text(f"text {age} " * 100)
+        assert len(prepare(config(tmp_path, tmp_path / "a.txt"))[0])
+        assert left.exists() == stays
+
+
 def test_two_runs_that_tokenize_the_same_do_not_meet(tmp_path, corpus, monkeypatch):
     in_order, inner = text_format.in_order, []
 
@@ -697,6 +714,19 @@ def test_a_look_at_hellaswag_shows_the_right_ending_as_target(tmp_path):
     right = [f" ending {i} {i % 4}" for i in range(40) if (i + 1) % 20]
     assert [BYTES.decode([t for t, n in zip(*row.values(), strict=True) if n]) for row in written] == right
     assert f"{'targets':<28} {sum(map(len, right)):>16,}\n" in out
+
+
+def test_a_look_at_tokens_shows_ids_that_the_tokenizer_lacks(tmp_path):
+    np.array([104, 105, 300, 33] * 30, "<u2").tofile(tmp_path / "a.bin")
+    status, out, err = look(tmp_path, f'--data.train=["{tmp_path / "a.bin"}"]', "--data.format=tokens", "--show=1",
+                            "--model.vocab_size=320", "--data.eos_id=300")
+    assert status == 0, err
+    assert "\nh{+i<300>!hi<300>!h+}\n" in out and "sample 2" not in out
+
+
+def test_targets_are_green_on_a_terminal():
+    ids, loss = np.frombuffer(b"a question, an answer.", np.uint8), np.arange(22) >= 12
+    assert data.marked(ids, loss, BYTES, colour=True) == "a question, \033[32man answer.\033[0m"
 
 
 @pytest.mark.parametrize("argv, told", [

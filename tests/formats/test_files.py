@@ -70,6 +70,15 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         read(tmp_path / name)
 
 
+def test_an_element_that_never_ends_is_an_error_before_memory_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 10)
+    (tmp_path / "a.json").write_text('[{"n": 1},\n{"text": "' + "x" * 1000 + '"}]')
+    assert len(read(tmp_path / "a.json")) == 2
+    monkeypatch.setattr(files, "LONGEST_ELEMENT", 200)
+    with pytest.raises(UserError, match="a.json, line 2 is not JSON: Unterminated string"):
+        read(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("name, package", [
     ("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.txt.zst", "zstandard")])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):

@@ -1,5 +1,7 @@
 """formats/tokens.py: token files of nanoGPT, llm.c and numpy are read as their writers mean them, and not copied."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -95,7 +97,8 @@ def test_ids_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files.Tokens, "measure_documents", read_again)
     again = prepare(tmp_path, "a.bin", eos_id=99)[0]
     assert (again.digest, again.document, again.largest) == (first.digest, first.document, first.largest)
-    (tmp_path / "a.bin").write_bytes(IDS[:-2].astype("<u2").tobytes())
+    time.sleep(0.02)  # the same size: the time of change is what tells
+    (tmp_path / "a.bin").write_bytes(IDS[::-1].astype("<u2").tobytes())
     with pytest.raises(RuntimeError):
         prepare(tmp_path, "a.bin", eos_id=99)
 
