@@ -468,24 +468,25 @@ def to_bytes(text):
 def ranks_of(vocab, merges, ignore_merges):
     """{bytes: id} of a tokenizer.json's vocabulary, or None if joining by ids is not the same as joining by merges.
 
-    It is the same if ids follow the order of the merges and the merges make each token of its own bytes: then what lies
-    inside of a token's borders is joined alike in every text. A token that merges do not make is only of use with
-    ignore_merges, which looks up whole pieces first, as tiktoken always does.
+    It is the same if ids follow the order of the merges, and each token that has a rank is what the merges make of its
+    own bytes. For take the first step where they differ: ids join two parts that no merge joins. What lies between two
+    borders that no merge crosses is joined alike in every text, so the merges leave the token's own bytes as these two
+    parts, too. A token that merges do not make gets a rank only with ignore_merges, which looks up whole pieces first,
+    as tiktoken always does.
     """
     from tokenizers.models import BPE
 
-    pairs, last = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges], -1
+    pairs, last = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges], 0
     for left, right in pairs:
-        made = vocab.get(left + right, -1)
-        if not max(last, vocab.get(left, made), vocab.get(right, made)) <= made or made in (vocab.get(left), -1):
+        if vocab.get(left + right, -1) < last:
             return None
-        last = made
+        last = vocab[left + right]
     bpe, ranks = BPE(vocab, pairs), {}
     for text, i in vocab.items():
-        n_parts = len(bpe.tokenize(text))
-        if n_parts == 2 and ignore_merges:
+        parts = [part.id for part in bpe.tokenize(text)]
+        if len(parts) == 2 and ignore_merges:
             return None  # by ids, these two would be joined
-        if n_parts == 1 or ignore_merges:
+        if parts == [i] or ignore_merges:
             ranks[to_bytes(text)] = i
     return ranks
 

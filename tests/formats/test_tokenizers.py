@@ -332,6 +332,27 @@ def test_a_file_that_tiktoken_cannot_follow_goes_through_the_tokenizers_library(
         assert tokenizer.encode(text).tolist() == reference.encode(text, add_special_tokens=False).ids, repr(text)
 
 
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_joining_by_ids_is_chosen_only_where_it_is_joining_by_merges(ignore_merges):
+    rng, chosen = random.Random(0), 0
+    for _ in range(400):
+        tokens, merges = list("abc"), []
+        for _ in range(rng.randrange(1, 7)):
+            pair = rng.choice(tokens), rng.choice(tokens)
+            merges.append(pair)
+            tokens += [] if "".join(pair) in tokens else ["".join(pair)]
+        vocab = {token: i for i, token in enumerate(dict.fromkeys([*tokens, rng.choice(["abcabc", "cab", "bb"])]))}
+        model = models.BPE(vocab, merges, ignore_merges=ignore_merges)
+        ranks = tokenizer_module.ranks_of(vocab, merges, ignore_merges)
+        if ranks is None:
+            continue
+        chosen += 1
+        by_id = tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
+        for text in ("".join(rng.choices("abc", k=rng.randrange(1, 12))) for _ in range(40)):
+            assert by_id.encode(text) == [part.id for part in model.tokenize(text)], (merges, text)
+    assert chosen > 100
+
+
 def test_a_package_that_is_missing_is_named(tmp_path, small, monkeypatch):
     changed(small, tmp_path / "tokenizer.json")
     (tmp_path / "x.model").write_bytes(b"\n")
