@@ -37,7 +37,7 @@ def main():
     best = {"encode_ordinary_batch": float("inf"), "shards": float("inf")}
     for _ in range(7):
         start = time.perf_counter()
-        tokenizer.encoding.encode_ordinary_batch(documents, num_threads=args.threads)
+        tokenizer.ranks.encode_ordinary_batch(documents, num_threads=args.threads)
         best["encode_ordinary_batch"] = min(best["encode_ordinary_batch"], time.perf_counter() - start)
         with tempfile.TemporaryDirectory() as folder:
             config = data.DataConfig(train=args.data, tokenizer=args.tokenizer, cache_dir=folder, workers=args.threads)
