@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -284,7 +285,8 @@ def build(folder, train, val, cfg, tokenizer):
     workers = cfg.workers or os.cpu_count()
     counts = dict.fromkeys(("train documents", "val documents", "empty documents", "forced cuts"), 0)
     total = sum(path.stat().st_size for path in (*train, *val))
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)  # None: only on a terminal
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds: in a log file a line a minute
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every)
     with work_folder(folder) as aside, ThreadPoolExecutor(workers) as pool, bar:
         done, saved = 0, time.monotonic()  # pieces
         writers = {split: ShardWriter(aside, split, tokenizer) for split in ("train", "val")}
