@@ -193,7 +193,7 @@ def prepare(cfg, block_size, seed):
     train.description = (
         f"chat, {train.n_samples:,} conversations in {train.n_rows:,} rows of {train.block_size} tokens, "
         f"{train.padding:.1%} of them padding, {train.counts['targets'] / train.counts['tokens']:.0%} of the text is "
-        f"trained on, {val.n_samples:,} for validation in {val.n_rows:,} rows, tokenizer {tokenizer.name}, "
+        f"trained on, {val.n_samples:,} for validation in {val.n_rows:,} rows, tokenizer {tokenizer.described}, "
         f"{template.name}" + found.note + remarks(counts, template, limit))
     train.counts |= {"cut at the end": counts["cut"], "dropped, having no target": counts["dropped"],
                      "messages that the template leaves out": counts["left out"], "files not used": len(found.unused)}

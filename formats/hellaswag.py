@@ -137,7 +137,7 @@ def prepare(cfg, block_size, seed):
     train.description = (
         f"HellaSwag, {train.n_samples:,} training samples in {train.n_rows:,} rows of {train.block_size} tokens, "
         f"{train.padding:.1%} of them padding, {val.n_samples:,} validation samples in {val.n_rows:,} rows, "
-        f"tokenizer {encoding.name}")
+        f"tokenizer {encoding.described}")
     unused = files.resolve(cfg, files.ROWS).unused if cfg.train else []
     train.description += files.describe_unused(unused)
     train.counts |= {"cut at the beginning": n_cut, "files not used": len(unused)}

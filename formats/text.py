@@ -262,7 +262,7 @@ def prepare(cfg, block_size, seed):
                     "empty documents dropped": counts["empty documents"],
                     "forced cuts": counts["forced cuts"], "files not used": len(found.unused)}
     train.description = (f"{source}{found.note}, {len(train):,} training and {len(val):,} validation tokens in "
-                         f"{folder}, tokenizer {tokenizer.name}")
+                         f"{folder}, tokenizer {tokenizer.described}")
     if n := counts["empty documents"]:
         train.description += f", {n:,} empty documents dropped"
     if n := counts["forced cuts"]:

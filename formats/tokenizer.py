@@ -3,11 +3,11 @@
     rank files, tekken.json, tiktoken's names, "bytes"  -> tiktoken
     Hugging Face folders, SentencePiece models          -> tokenizers, set up as transformers 5 does it
 
-tiktoken is several times faster (bench/tokenizers.py), so it also encodes what it can of a Hugging Face folder. Both
-libraries cut text into pieces with a regular expression and join the bytes of a piece pair by pair. tiktoken joins the
-pair whose union has the lowest id, a tokenizer.json lists the pairs (merges) in order: `ranks_of` finds out whether
-that is the same. A file where it is not, and text with anything unusual in it (an added word, characters that NFC
-changes, bytes without a token), go through `tokenizers`.
+tiktoken is several times faster (bench/tokenizer_libraries.py), so it also encodes what it can of a Hugging Face
+folder. Both libraries cut text into pieces with a regular expression and join the bytes of a piece pair by pair.
+tiktoken joins the pair whose union has the lowest id, a tokenizer.json lists the pairs (merges) in order: `ranks_of`
+finds out whether that is the same. A file where it is not, and text with anything unusual in it (an added word,
+characters that NFC changes, bytes without a token), go through `tokenizers`.
 """
 
 import base64
@@ -65,7 +65,7 @@ class Tokenizer:
     document, or None; largest: the largest id; specials: {text: id} of special and added tokens; config:
     tokenizer_config.json as a dict; chat_template: Jinja source, or None; fingerprint: changes whenever ids could;
     remark: how the folder was read where it could be read in two ways, or ""; blank_cuts: how often `encode` cut a run
-    of white space.
+    of white space; described: name and both of these, for the screen.
 
     ranks: a tiktoken.Encoding, or None. full: a tokenizers.Tokenizer, or None; with both, `full` encodes text that
     `ranks` cannot. nfc: Unicode is normalized first.
@@ -87,30 +87,30 @@ class Tokenizer:
             words += [unicodedata.normalize("NFC", word) for word in words]
             self.words = re.compile("|".join(map(re.escape, words))) if words else None
             self.byte_level = '"ByteLevel"' in (meaning := full.to_str())
-            spaced = '"prepend_scheme":"first"' in meaning
-            inside = meaning.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
-            self.inside = type(full).from_str(inside) if spaced else full
-            self.inside.encode_special_tokens = full.encode_special_tokens = True  # as text
+            full.encode_special_tokens = True  # as text
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
         # tiktoken panics at a byte without a token (SmolLM2 lacks 21); some bytes no UTF-8 holds
         in_utf8 = {*range(0xC0), *range(0xC2, 0xF5)}
         self.missing = bytes(b for b in in_utf8 if bytes([b]) not in ranks._mergeable_ranks) if ranks else b""
         self.prefix = self.decode(self.encode("a")) == " a"  # the first token's space is not the text's
 
-    def encode(self, text, first=True):
+    @property
+    def described(self):
+        cuts = f"{self.blank_cuts:,} cuts inside of long runs of white space" if self.blank_cuts else ""
+        remarks = "; ".join(filter(None, (self.remark, cuts)))
+        return f"{self.name} ({remarks})" if remarks else self.name
+
+    def encode(self, text):
         """Ids of ordinary text, 1-d uint32: no BOS, no EOS. Half of a character (a lone surrogate) counts as U+FFFD.
 
-        first=False: the text goes on behind other ids, so that a tokenizer that puts a space before a whole text (as
-        SentencePiece) puts none. A run of white space around 65,536 or more blank characters is cut in the middle,
-        where its ids may differ.
+        A run of white space around 65,536 or more blank characters is cut in the middle, where its ids may differ.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.full is not None and (self.ranks is None or self.unusual(text)):
-            full = self.full if first else self.inside
-            return np.array(full.encode(text, add_special_tokens=False).ids, np.uint32)
+            return np.array(self.full.encode(text, add_special_tokens=False).ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         blank = [i + BLANKS // 2 for i in range(0, len(text) - BLANKS + 1, BLANKS) if text[i : i + BLANKS].isspace()]
         if not blank:
@@ -197,8 +197,8 @@ def read_folder(folder):
     tokenizer = read_file(folder / found[0], folder.resolve().name, config, folder)
     tokenizer.config, tokenizer.chat_template = config, read_chat_template(folder, config)
     if found[1:]:
-        tokenizer.remark = "; ".join(filter(None, [tokenizer.remark, f"{found[0]} is read, {' and '.join(found[1:])} "
-                                                                     "beside it not"]))
+        not_read = f"{found[0]} is read, {' and '.join(found[1:])} beside it not"
+        tokenizer.remark = f"{not_read}; {tokenizer.remark}" if tokenizer.remark else not_read
     return tokenizer
 
 
