@@ -122,8 +122,7 @@ class Template:
         self.special, self.held = re.compile(pattern), re.compile(f"{pattern}|{PRIVATE.pattern}")
         self.code = {text: chr(SPECIAL + k) for k, text in enumerate(self.specials)}
         self.coded, self.sizes = None, np.full(tokenizer.largest + 1, -1)  # bytes of each id; -1: not yet asked for
-        self.nfc = getattr(tokenizer, "nfc", False)
-        if getattr(tokenizer, "full", None) is not None:
+        if tokenizer.full is not None:
             self.coded, self.real = self.coded_tokenizer(tokenizer.full)
         self.begins, self.ends = {}, {}  # text around a turn: where the turn begins, where it ends
 
@@ -298,13 +297,13 @@ class Template:
 
     def put_back(self, text, spans, original):
         """(text with special tokens' text in messages again, spans in it). original: what each character stands for."""
-        if not original and not self.nfc:
+        if not original and not self.tokenizer.nfc:
             return text, spans
         borders = sorted({0, len(text), *(border for span in spans for border in span)})
         parts, moved = [], {0: 0}
         for begin, end in itertools.pairwise(borders):
             part = PRIVATE.sub(lambda match: original.get(match[0], match[0]), text[begin:end])
-            parts.append(unicodedata.normalize("NFC", part) if self.nfc else part)
+            parts.append(unicodedata.normalize("NFC", part) if self.tokenizer.nfc else part)
             moved[end] = moved[begin] + len(parts[-1])
         return "".join(parts), [(moved[begin], moved[end]) for begin, end in spans]
 

@@ -289,6 +289,27 @@ def test_a_reply_is_what_is_said_and_the_token_that_ends_it(tokenizer):
         "<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n")
 
 
+@pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}], ids=["plain", "rstrip", "lstrip"])
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_spaces_around_special_tokens_are_treated_as_transformers_does(scheme, flags, tmp_path):
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    alphabet = sorted({*"\u2581\n", *(c for m in CONVERSATIONS.values() for x in m for c in x["content"])})
+    tok.train_from_iterator(["hi there hello again"], tokenizers.trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<unk>"], initial_alphabet=alphabet))
+    tok.add_special_tokens([tokenizers.AddedToken(text, normalized=False, **flags) for text in SPECIALS])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+                                         ).save_pretrained(tmp_path)
+    reference, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path), get_tokenizer(str(tmp_path))
+    for name in ("mistral: no headers, alternates", "phi 3: something else ends the conversation"):
+        template = Template(tokenizer, strip_tags(TEMPLATES[name]), name)
+        for label in ("turns in white space", "an empty reply"):
+            expected = reference.apply_chat_template(CONVERSATIONS[label], chat_template=TEMPLATES[name],
+                                                     return_dict=True, return_assistant_tokens_mask=True)
+            ids, loss, _ = template.encode(CONVERSATIONS[label])
+            assert ids.tolist() == expected["input_ids"] and loss.tolist() == expected["assistant_masks"]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_special_tokens_that_somebody_writes_stay_text(name, tokenizer, reference):
     """The one difference to transformers, which makes them special tokens unless sanitize_control_tokens is set."""
