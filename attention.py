@@ -1,4 +1,4 @@
-"""Attention: which tokens a query sees, and the kernel that computes it.
+"""Attention: which tokens a query sees, the kernel that computes it, and rotary positions.
 
 A query sees itself and earlier tokens: only those of its own document in packed rows, only the nearest ones with a
 sliding window. GPUs have kernels for all three (cuDNN for whole rows, variable-length flash attention for documents and
@@ -9,6 +9,9 @@ A new kernel: call it in `attend`, and add its operator to `SAVED_OPS` so that s
 """
 
 import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +71,18 @@ def document_mask(positions, T, window, device):
     return mask[:, None]
 
 
+def attention_mask(x, cfg, positions, bounds):
+    """`mask` of attend() for x (B, T, C): None for plain causal rows, document bounds on a GPU, else a mask tensor."""
+    (B, T, _), window = x.shape, cfg.sliding_window
+    if positions is None and (window or T) >= T:
+        return None
+    if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and cfg.head_dim % 8 == 0):
+        return document_mask(positions, T, window, x.device)
+    if bounds is None:
+        bounds = document_bounds(torch.arange(T).expand(B, T) if positions is None else positions)
+    return bounds[0].to(x.device, non_blocking=True), bounds[1]
+
+
 def attend(q, k, v, mask=None, window=None, flash4=False):
     """Causal attention of q (B, T, H, D) to k and v (B, T, K, D): (B, T, H, D), or (B * T, H, D) with bounds.
 
@@ -93,3 +108,90 @@ def attend(q, k, v, mask=None, window=None, flash4=False):
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                       SDPBackend.MATH], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# rotary positions
+
+
+@dataclass(kw_only=True)
+class RopeScaling:
+    """How rotary frequencies change for a context longer than the one a model was first trained on."""
+
+    kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"  # the formula
+    factor: float = 8.0  # how many times longer the context gets
+    original_max_position: int = 8192  # context length of the first training (linear ignores it)
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original / low_freq_factor are stretched in full
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original / high_freq_factor stay
+    beta_fast: float = 32.0  # yarn: frequencies with more turns than this in the original context stay
+    beta_slow: float = 1.0  # yarn: frequencies with fewer turns are stretched in full
+    short_factors: list[float] = field(default_factory=list)  # longrope: divisor of each frequency
+    long_factors: list[float] = field(default_factory=list)  # longrope: the same beyond the original context
+    attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; None: as in the papers
+
+    def problem(self, pairs):
+        """What is wrong with these values in heads with `pairs` rotated pairs, or None."""
+        lengths = {len(self.short_factors), len(self.long_factors)}
+        if self.kind == "longrope" and lengths != {pairs}:
+            return f"model.rope_scaling of kind longrope needs {pairs} short_factors and as many long_factors"
+        if self.factor <= 0 or self.original_max_position < 2:
+            return (f"model.rope_scaling.factor={self.factor} must be above 0 and "
+                    f"model.rope_scaling.original_max_position={self.original_max_position} at least 2")
+        return None
+
+
+def rope_tables(cfg, device):
+    """cos and sin of each position's rotary angles: two (block_size, turned dims / 2) float32 tensors.
+
+    longrope has (2 * block_size, ...): after the rows for short documents, those for documents beyond the original
+    context.
+    Sources: arXiv 2309.00071 (yarn), 2402.13753 (longrope), Llama 3.1's reference code (apply_scaling).
+    """
+    dims, s = int(cfg.head_dim * cfg.rope_fraction), cfg.rope_scaling
+    freqs = cfg.rope_theta ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    sets, magnitude = [freqs], 1.0
+    if s and s.kind == "longrope":
+        sets = [freqs / torch.tensor(factors, device=device) for factors in (s.short_factors, s.long_factors)]
+        magnitude = math.sqrt(1 + math.log(max(s.factor, 1)) / math.log(s.original_max_position))
+    elif s:
+        keep = torch.zeros_like(freqs)  # linear: every frequency is stretched
+        if s.kind == "llama3":  # between the two wavelength bounds the stretch fades in linearly
+            turns = s.original_max_position * freqs / (2 * math.pi)  # full turns within the original context
+            keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        if s.kind == "yarn":  # it fades in linearly between the two pairs that make beta_fast and beta_slow turns
+            pair = [dims * math.log(s.original_max_position / (2 * math.pi * beta)) / (2 * math.log(cfg.rope_theta))
+                    for beta in (s.beta_fast, s.beta_slow)]
+            fast, slow = max(math.floor(pair[0]), 0), min(math.ceil(pair[1]), dims - 1)
+            keep = 1 - ((torch.arange(len(freqs), device=device) - fast) / max(slow - fast, 1e-3)).clamp(0, 1)
+            magnitude = 0.1 * math.log(max(s.factor, 1)) + 1
+        sets = [keep * freqs + (1 - keep) * freqs / s.factor]
+    if s and s.attention_factor is not None:
+        magnitude = s.attention_factor
+    if cfg.attention_multiplier is not None:  # scores are q @ k, so each of the two takes the root of it
+        magnitude *= math.sqrt(cfg.attention_multiplier * math.sqrt(cfg.head_dim))
+    positions = torch.arange(cfg.block_size, device=device, dtype=torch.float32)
+    angles = torch.cat([torch.outer(positions, freqs) for freqs in sets])
+    return magnitude * angles.cos(), magnitude * angles.sin()
+
+
+def rope_rows(cfg, T, positions):
+    """The rows of rope_tables for T tokens: a slice, or with positions (B, T) int64.
+
+    In longrope each document's own length decides which frequencies it gets.
+    """
+    scaling = cfg.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        return slice(T) if positions is None else positions
+    if positions is None:
+        first = cfg.block_size if T > scaling.original_max_position else 0
+        return slice(first, first + T)
+    document = document_starts(positions).cumsum(1) - 1
+    last = torch.zeros_like(positions).scatter_reduce(1, document, positions, "amax").gather(1, document)
+    return positions + cfg.block_size * (last >= scaling.original_max_position)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + n]) of x (B, T, heads, D) by position, n = cos.shape[-1]; Hugging Face pairs so."""
+    x1, x2, *rest = x.float().split(cos.shape[-1], dim=-1)  # rest: what a rope_fraction below 1 leaves out
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, n) or (B, T, 1, n): the same for every head
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, *rest), dim=-1).to(x.dtype)

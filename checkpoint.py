@@ -1,6 +1,6 @@
 """Save, resume, export. A checkpoint is complete or it is not there.
 
-    python checkpoint.py export OUT_DIR HF_DIR     # a run's newest checkpoint as a folder for transformers
+    python checkpoint.py export OUT_DIR HF_DIR [--fp8]     # a run's newest checkpoint as a folder for transformers
 
 `out_dir/checkpoints/step_00000200/` holds a torch.distributed.checkpoint of plain tensors (weights and optimizer state)
 without FP8 wrappers, so that FP8 and bf16 runs can read each other's on any number of ranks; and `run.json` with the
@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import configurator
+import fp8
 import optim
-from formats import hf
+from formats import families, hf, quantized
 from plumbing import entry
 from plumbing.disk import replacing
 from plumbing.errors import UserError
@@ -192,11 +193,13 @@ def load(folder, model, optimizer=None):
 # export
 
 
-def export(out_dir, folder):
+def export(out_dir, folder, in_fp8=False):
     """Write the newest checkpoint of a run as a Hugging Face model folder, in the layout of the run's init_from.
 
-    Runs in one process, however many ranks the run had, and needs the memory of one exported file. Raises UserError if
-    there is no checkpoint, if `folder` is not empty, or if the folder of init_from, which has the tokenizer, is gone.
+    in_fp8: store the layers that the run trained in FP8 as e4m3 with a scale for each 128 x 128 block, for inference
+    engines; lm_head, which they want in high precision, stays as it is. Runs in one process, however many ranks the run
+    had, and needs the memory of one exported file. Raises UserError if there is no checkpoint, if `folder` is not
+    empty, if the folder of init_from, which has the tokenizer, is gone, or if no layer was in FP8.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
@@ -206,17 +209,26 @@ def export(out_dir, folder):
         saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
     dtype = saved["model.embed.weight"].properties.dtype
     if config.init_from == "scratch":
-        scaling = config.model.rope_scaling
-        longest = round(scaling.original_max_position * scaling.factor) if scaling else config.model.block_size
-        source = {"max_position_embeddings": longest, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        written = hf.config_json(config.model, dtype)
+        source = {"max_position_embeddings": families.longest(config.model), "bos_token_id": None, "eos_token_id": None,
+                  "pad_token_id": None}
+        written = families.config_json(config.model, dtype)
     else:
         source, architecture = hf.read_config(config.init_from)
-        written = hf.config_json(config.model, dtype, architecture)
+        source.pop("quantization_config", None)  # the weights are plain now
+        written = families.config_json(config.model, dtype, architecture)
     layout = hf.layout(config.model, written["architectures"][0])
+    linears = {name: source_name.removesuffix(".weight") for name, (source_name, _, shape) in layout.items()
+               if len(shape) == 2 and source_name != "embed.weight"}
+    fp8_weights = {name for name, module in linears.items()
+                   if in_fp8 and module != "lm_head" and fp8.recipe_of(module, config.fp8)}
+    if in_fp8 and not fp8_weights:
+        raise UserError(f"{out_dir} trained no layer in FP8: export it without --fp8")
+    if in_fp8:
+        written["quantization_config"] = quantized.config_entry(
+            [name.removesuffix(".weight") for name in linears if name not in fp8_weights])
     files, room = [[]], SHARD_BYTES
     for name, (_, _, shape) in layout.items():
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * (1 if name in fp8_weights else dtype.itemsize)
         if size > room and files[-1]:
             files.append([])
             room = SHARD_BYTES
@@ -224,7 +236,7 @@ def export(out_dir, folder):
         room -= size
     with replacing(folder) as temporary, writing(folder.parent):
         temporary.mkdir()
-        file_of, parameter = {}, {}  # {tensor in the folder: its file}; {our name: tensor}, one at a time
+        file_of, parameter, total = {}, {}, 0  # {tensor in the folder: its file}; {our name: tensor}, one at a time
         for i, names in enumerate(files, 1):
             file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
             pieces = {}
@@ -235,10 +247,13 @@ def export(out_dir, folder):
                     with reading(newest):
                         dcp.load({f"model.{source_name}": parameter[source_name]}, checkpoint_id=newest, no_dist=True)
                 rows = parameter[source_name][first_row : first_row + shape[0]]
-                pieces[name] = rows.clone()  # safetensors wants a storage for each tensor
+                if name in fp8_weights:
+                    pieces[name], pieces[f"{name}_scale_inv"] = quantized.quantize(rows)
+                else:
+                    pieces[name] = rows.clone()  # safetensors wants a storage for each tensor
             save_file(pieces, temporary / file, metadata={"format": "pt"})
-            file_of |= dict.fromkeys(names, file)
-        total = sum(math.prod(shape) for _, _, shape in layout.values()) * dtype.itemsize
+            file_of |= dict.fromkeys(pieces, file)
+            total += sum(piece.nbytes for piece in pieces.values())
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
             temporary.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -249,6 +264,11 @@ def export(out_dir, folder):
             for path in {p for pattern in CARRIED for p in Path(config.init_from).glob(pattern) if p.is_file()}:
                 shutil.copy(path, temporary)
     print(f"{newest} as {written['architectures'][0]} in {folder}: {len(file_of)} tensors, {total / 1e9:.2f} GB")
+    if in_fp8:
+        print(f"{len(fp8_weights)} weights in FP8 with a scale for each 128 x 128 block")
+    if uneven := [name for name in fp8_weights if any(n % quantized.BLOCK for n in layout[name][2])]:
+        print(f"{len(uneven)} of them, such as {min(uneven)}, have sizes that 128 does not divide: their last blocks "
+              "are smaller, which eval.py and sample.py read, but not every engine")
     if config.init_from == "scratch":
         print(f"it holds no tokenizer: sample.py --from={folder} --tokenizer={config.data.tokenizer}")
 
@@ -258,8 +278,9 @@ def main():
     parser.add_argument("command", choices=["export"])
     parser.add_argument("out_dir", type=os.path.expanduser, help="out_dir of a run of train.py")
     parser.add_argument("hf_dir", type=os.path.expanduser, help="new folder to write")
+    parser.add_argument("--fp8", action="store_true", help="store the layers that were trained in FP8 in FP8")
     args = parser.parse_args()
-    export(args.out_dir, args.hf_dir)
+    export(args.out_dir, args.hf_dir, args.fp8)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The decoder: one `Transformer` whose sizes and switches make it Llama, Mistral, Qwen 2.5, Phi-4, or your own.
+"""The decoder: one `Transformer` whose sizes and switches make it Llama, Mistral, Qwen, Phi-4, or your own.
 
 Pre-norm blocks of attention (rotary positions, grouped queries) and SwiGLU, without dropout.
 Query, key and value are one matrix (`qkv`), gate and up are one matrix (`gate_up`): fewer and larger matmuls, and
@@ -11,26 +11,17 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import SAVED_OPS, attend, document_bounds, document_mask
+from attention import SAVED_OPS, RopeScaling, apply_rope, attend, attention_mask, rope_rows, rope_tables
 from plumbing.errors import UserError
 from plumbing.sharding import plain_local, shard_rows
 
 IGNORE = -100  # targets with this value do not count in the loss
-
-
-@dataclass(kw_only=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the rotary frequencies to a longer context."""
-
-    factor: float = 8.0  # by how much the low frequencies slow down
-    low_freq_factor: float = 1.0  # wavelengths above original / low_freq_factor are stretched in full
-    high_freq_factor: float = 4.0  # wavelengths below original / high_freq_factor stay
-    original_max_position: int = 8192  # context length that the model was first trained on
 
 
 @dataclass(kw_only=True)
@@ -46,15 +37,24 @@ class ModelConfig:
     head_dim: int = 32  # width of one head (n_head * head_dim need not equal n_embd)
     ffn_dim: int = 512  # hidden width of the SwiGLU MLP
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: RopeScaling | None = None  # Llama 3.1's long-context frequencies
+    rope_scaling: RopeScaling | None = None  # long-context frequencies
     rope_fraction: float = 1.0  # part of each head that rotary positions turn; the rest stays as it is
+    no_rope_interval: int = 0  # every n-th layer has no rotary positions (SmolLM3: 4); 0: every layer has them
     sliding_window: int | None = None  # tokens that attention sees, the token itself included; None: all before it
+    qk_norm: Literal["head", "all"] | None = None  # RMSNorm of q and k: each head (Qwen 3), or all at once (OLMo 2)
     qkv_bias: bool = False  # queries, keys and values have a bias
+    out_bias: bool = False  # attention's output projection has a bias
+    mlp_bias: bool = False  # the MLP's projections have a bias
+    norm_after: bool = False  # RMSNorm after attention and MLP instead of before (OLMo 2)
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     tie_embeddings: bool = False  # lm_head uses the embedding matrix
+    embedding_multiplier: float = 1.0  # Granite's multipliers: of the embedding,
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream,
+    attention_multiplier: float | None = None  # of attention's scores (None: 1 / sqrt(head_dim)),
+    logit_divisor: float = 1.0  # and the divisor of the logits
 
     def __post_init__(self):
-        self.rope_scaling = copy.copy(self.rope_scaling)  # copy: the presets below share one instance
+        self.rope_scaling = copy.deepcopy(self.rope_scaling)  # copy: the presets below share one instance
 
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
@@ -75,6 +75,11 @@ class ModelConfig:
         if self.rope_theta <= 0 or self.norm_eps < 0:
             yield {"model.rope_theta", "model.norm_eps"}, (
                 f"model.rope_theta={self.rope_theta} must be above 0, model.norm_eps={self.norm_eps} not negative")
+        if self.rope_scaling and (message := self.rope_scaling.problem(turned // 2)):
+            yield {"model.rope_scaling", "model.rope_fraction", "model.head_dim"}, message
+        if self.attention_multiplier is not None and (self.rope_fraction != 1 or self.no_rope_interval):
+            yield {"model.attention_multiplier", "model.rope_fraction", "model.no_rope_interval"}, (
+                "model.attention_multiplier needs rotary positions in every layer and over the whole head")
         if self.sliding_window is not None and self.sliding_window < 1:
             yield {"model.sliding_window"}, f"model.sliding_window={self.sliding_window} must be at least 1, or None"
 
@@ -94,6 +99,8 @@ qwen2_5_7b = partial(ModelConfig, vocab_size=152064, block_size=8192, n_layer=28
                      head_dim=128, ffn_dim=18944, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)  # 7,615,616,512
 phi_4 = partial(ModelConfig, vocab_size=100352, block_size=8192, n_layer=40, n_head=40, n_kv_head=10, n_embd=5120,
                 head_dim=128, ffn_dim=17920, rope_theta=250000.0)  # 14,659,507,200
+qwen3_8b = partial(ModelConfig, vocab_size=151936, block_size=8192, n_layer=36, n_head=32, n_kv_head=8, n_embd=4096,
+                   head_dim=128, ffn_dim=12288, rope_theta=1e6, norm_eps=1e-6, qk_norm="head")  # 8,190,735,360
 smollm2_135m = partial(ModelConfig, vocab_size=49152, block_size=2048, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
                        head_dim=64, ffn_dim=1536, rope_theta=1e5, tie_embeddings=True)  # 134,515,008
 llama_100m = partial(ModelConfig, vocab_size=512, block_size=1024, n_layer=12, n_head=12, n_kv_head=4, n_embd=768,
@@ -105,48 +112,38 @@ llama_tiny = partial(ModelConfig)  # 1.9M: learns to write bytes that look like 
 # layers
 
 
-def rope_tables(cfg, device):
-    """cos and sin of each position's rotary angles: two (block_size, turned dims / 2) float32 tensors."""
-    dims = int(cfg.head_dim * cfg.rope_fraction)
-    freqs = cfg.rope_theta ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    if (s := cfg.rope_scaling) is not None:
-        # between the two wavelength bounds the stretch fades in linearly (Llama 3.1 reference code, apply_scaling)
-        turns = s.original_max_position * freqs / (2 * math.pi)  # full turns within the original context
-        keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-        freqs = keep * freqs + (1 - keep) * freqs / s.factor
-    angles = torch.outer(torch.arange(cfg.block_size, device=device, dtype=torch.float32), freqs)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + n]) of x (B, T, heads, D) by position, n = cos.shape[-1]; Hugging Face pairs so."""
-    x1, x2, *rest = x.float().split(cos.shape[-1], dim=-1)  # rest: what a rope_fraction below 1 leaves out
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, n) or (B, T, 1, n): the same for every head
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, *rest), dim=-1).to(x.dtype)
-
-
 class Attention(nn.Module):
-    def __init__(self, cfg, flash4=False):
+    def __init__(self, cfg, layer=0, flash4=False):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
         self.window = cfg.sliding_window and cfg.sliding_window - 1  # tokens before itself that one sees; None: all
+        self.rotary = not cfg.no_rope_interval or (layer + 1) % cfg.no_rope_interval != 0
         self.flash4 = flash4  # which kernel
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.qkv_bias)
-        self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.out_bias)
+        self.q_norm = self.k_norm = None
+        if cfg.qk_norm:
+            sizes = (1, 1) if cfg.qk_norm == "head" else (cfg.n_head, cfg.n_kv_head)  # heads normed together
+            self.q_norm, self.k_norm = (nn.RMSNorm(n * cfg.head_dim, eps=cfg.norm_eps) for n in sizes)
 
     def forward(self, x, cos, sin, mask=None):  # x: (B*T, C)
         T = cos.shape[-2]
         qkv = self.qkv(x).view(-1, T, self.n_head + 2 * self.n_kv_head, self.head_dim)  # (B, T, heads, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-        y = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask, self.window, self.flash4)
+        if self.q_norm is not None:
+            q = self.q_norm(q.reshape(-1, *self.q_norm.normalized_shape)).view(q.shape)
+            k = self.k_norm(k.reshape(-1, *self.k_norm.normalized_shape)).view(k.shape)
+        if self.rotary:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        y = attend(q, k, v, mask, self.window, self.flash4)
         return self.out(y.reshape(x.shape[0], -1))
 
 
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.gate_up = nn.Linear(cfg.n_embd, 2 * cfg.ffn_dim, bias=False)
-        self.down = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
+        self.gate_up = nn.Linear(cfg.n_embd, 2 * cfg.ffn_dim, bias=cfg.mlp_bias)
+        self.down = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=cfg.mlp_bias)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B*T, F) each
@@ -154,20 +151,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg, flash4=False):
+    def __init__(self, cfg, layer=0, flash4=False):
         super().__init__()
+        self.norm_after, self.residual_multiplier = cfg.norm_after, cfg.residual_multiplier
         self.attn_norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
-        self.attn = Attention(cfg, flash4)
+        self.attn = Attention(cfg, layer, flash4)
         self.mlp_norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
     def forward(self, x, cos, sin, mask=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, mask)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# names of layers
+        if self.norm_after:
+            x = x + self.attn_norm(self.attn(x, cos, sin, mask))
+            return x + self.mlp_norm(self.mlp(x))
+        x = x.add(self.attn(self.attn_norm(x), cos, sin, mask), alpha=self.residual_multiplier)
+        return x.add(self.mlp(self.mlp_norm(x)), alpha=self.residual_multiplier)
 
 
 def layer_kind(fqn):
@@ -191,7 +188,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, flash4) for _ in range(cfg.n_layer))
+        self.layers = nn.ModuleList(Block(cfg, i, flash4) for i in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie_weights()
@@ -218,15 +215,18 @@ class Transformer(nn.Module):
         """
         T = tokens.shape[1]
         x = self.embed(tokens)  # (B, T, C)
-        cos, sin = (table[:T] if positions is None else table[positions] for table in (self.cos, self.sin))
-        mask = self.attention_mask(x, positions, bounds)
+        if self.cfg.embedding_multiplier != 1:
+            x = x * self.cfg.embedding_multiplier
+        rows = rope_rows(self.cfg, T, positions)
+        cos, sin = self.cos[rows], self.sin[rows]
+        mask = attention_mask(x, self.cfg, positions, bounds)
         # All tokens in one dimension, as in torchao's backward: the compiler then sees that a linear layer's input has
         # the same amax as in forward, and does not compute it twice.
         x = x.flatten(0, 1)  # (B*T, C)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         if targets is None:
-            return self.lm_head(self.norm(x)).unflatten(0, tokens.shape)
+            return self.logits(x).unflatten(0, tokens.shape)
         targets = targets.flatten()
         if loss_chunks == 1:
             return self.head_loss(x, targets)
@@ -235,21 +235,14 @@ class Transformer(nn.Module):
             return sum(self.head_loss(*chunk) for chunk in chunks)
         return ChunkedLoss.apply(x, targets, loss_chunks, self.head_loss, self.norm.weight, self.lm_head.weight)
 
-    def attention_mask(self, x, positions, bounds):
-        """`mask` of attention.attend: None for plain causal rows, document bounds on a GPU, else a mask tensor."""
-        (B, T, _), window = x.shape, self.cfg.sliding_window
-        if positions is None and (window or T) >= T:
-            return None
-        if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self.cfg.head_dim % 8 == 0):
-            return document_mask(positions, T, window, x.device)
-        if bounds is None:
-            bounds = document_bounds(torch.arange(T).expand(B, T) if positions is None else positions)
-        return bounds[0].to(x.device, non_blocking=True), bounds[1]
+    def logits(self, x):
+        """(N, V) from what the last block gives, (N, C)."""
+        logits = self.lm_head(self.norm(x))
+        return logits if self.cfg.logit_divisor == 1 else logits / self.cfg.logit_divisor
 
     def head_loss(self, x, targets):
         """Summed cross-entropy in nats of x (N, C) against targets (N,). Compiled: no float32 logits in memory."""
-        logits = self.lm_head(self.norm(x))  # (N, V)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(self.logits(x).float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -55,11 +55,9 @@ def load_model(folder, device, tokenizer=None):
     """
     is_model_folder = Path(folder, "config.json").is_file()
     if is_model_folder:
-        source, _ = hf.read_config(folder)
-        in_bf16 = "bfloat16" in (source.get("dtype"), source.get("torch_dtype"))
         config = configurator.Config(
             init_from=str(folder), model=hf.model_config(folder), data=data.DataConfig(tokenizer=str(folder)),
-            dtype="bfloat16" if in_bf16 else "float32")
+            dtype=hf.stored_dtype(folder))  # float16 too, which training has not
     else:
         newest, config = checkpoint.open_run(folder)
     with torch.device("meta"):

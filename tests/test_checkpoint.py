@@ -20,7 +20,7 @@ import configurator
 import model as models
 import sample
 import train
-from formats import hf
+from formats import families, hf
 from formats.tokenizer import get_tokenizer
 from optim import AdamW, OptimConfig
 from plumbing.sharding import plain_local
@@ -154,23 +154,29 @@ def test_sizes_by_name_are_those_of_a_published_config(tmp_path):
 
 
 @pytest.mark.parametrize("family, change, told", [
-    ("llama_3_1", {"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not supported, only LlamaFor"),
-    ("llama_3_1", {"architectures": None}, "architecture None"),
+    ("llama_3_1", {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
+     "'GemmaForCausalLM' is not supported, only LlamaFor"),
+    ("llama_3_1", {"architectures": ["GemmaForCausalLM"]}, "but model_type 'llama' is LlamaForCausalLM: correct the"),
+    ("llama_3_1", {"architectures": None, "model_type": None}, "architecture None"),
     ("llama_3_1", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
-    ("llama_3_1", {"attention_bias": True}, "attention_bias=True"),
-    ("llama_3_1", {"mlp_bias": True}, "mlp_bias=True"),
-    ("llama_3_1", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
-    ("llama_3_1", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported for Llama"),
+    ("llama_3_1", {"attention_bias": True}, "q_proj.bias (64,) is missing"),
+    ("qwen_2_5", {"attention_bias": True}, "attention_bias=True is not supported for Qwen2ForCausalLM"),
+    ("mistral", {"mlp_bias": True}, "mlp_bias=True is not supported for MistralForCausalLM"),
+    ("llama_3_1", {"quantization_config": {"quant_method": "gptq"}}, "quantization 'gptq' is not supported"),
+    ("llama_3_1", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported for Ll"),
     ("llama_3_1", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'llama3', but no low_freq_factor"),
     ("llama_3_1", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported for Llama"),
     ("llama_3_1", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "that differ by layer"),
     ("llama_3_1", {"hidden_size": None}, "config.json has no hidden_size"),
     ("llama_3_1", {"hidden_size": "64"}, "hidden_size='64' in config.json: expected int"),
     ("llama_3_1", {"num_attention_heads": 3}, "model.n_head=3 must be a multiple of model.n_kv_head=2"),
-    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-    ("qwen_2_5", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=False of"),
+    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "new": 1}}, "new of rope_type='yarn' is not"),
+    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor='4' in config.json: expected fl"),
+    ("qwen_2_5", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+     "layer_types with full_attention are not"),
     ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types with full_attention are not"),
-    ("phi_4", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope' is not supported for Phi3ForCausalLM"),
+    ("phi_4", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope', but no short_factor"),
     ("phi_4", {"rope_scaling": LLAMA3_ROPE}, "rope_type='llama3' is not supported for Phi3ForCausalLM"),
 ])
 def test_an_unsupported_feature_is_named(copy, family, change, told):
@@ -328,8 +334,8 @@ def test_mistakes_of_an_export_are_told(folders, copy, tmp_path, monkeypatch):
     out = save_run(tmp_path / "strange", build(qkv_bias=True, rope_fraction=0.5))
     with pytest.raises(ValueError, match="can have qkv_bias, rope_fraction together"):
         checkpoint.export(out, tmp_path / "new")
-    names = {k: v for k, v in hf.SPLIT.items() if k != "layers.*.mlp.gate_up"}  # as if the block were another
-    monkeypatch.setattr(hf, "ARCHITECTURES", {"LlamaForCausalLM": ("llama", names, {"rope_scaling"})})
+    names = {k: v for k, v in families.SPLIT.items() if k != "layers.*.mlp.gate_up"}  # as if the block were another
+    monkeypatch.setitem(families.ARCHITECTURES, "LlamaForCausalLM", families.Family("llama", names))
     with pytest.raises(ValueError, match="LlamaForCausalLM has no place for layers.*gate_up"):
         checkpoint.export(save_run(tmp_path / "fork", build()), tmp_path / "new")
     monkeypatch.undo()

@@ -502,7 +502,7 @@ def test_to_python_imports_what_it_needs_and_nothing_else():
     names = re.findall(r"\b([A-Z]\w+)\(", to_python(CUSTOM))
     imported = re.findall(r"^from [\w.]+ import (.*)$", to_python(CUSTOM), re.MULTILINE)
     assert sorted(names) == sorted(name for line in imported for name in line.split(", "))
-    assert "from model import ModelConfig, RopeScaling" in to_python(CUSTOM)
+    assert "from attention import RopeScaling\n" in to_python(CUSTOM)
 
 
 def test_print_config_shows_what_would_run(file, tmp_path, capsys):

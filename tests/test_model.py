@@ -159,7 +159,7 @@ def test_what_the_gpu_kernel_is_given_means_the_same_as_the_mask(switches, monke
     x, y, positions = packed()
     reference = gradients(model := loud(**switches), model(x, y, positions=positions))
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn_on_cpu)
-    monkeypatch.setattr(models.Transformer, "attention_mask", lambda self, x, positions, bounds: bounds)
+    monkeypatch.setattr(models, "attention_mask", lambda x, cfg, positions, bounds: bounds)
     model = loud(**switches)
     for block in model.layers:  # a tuple goes through recompute and a full graph
         block.forward = torch.compile(recompute(block.forward, SELECTIVE), fullgraph=True, dynamic=False,
@@ -183,9 +183,9 @@ def test_document_bounds_are_padded_to_few_shapes():
 
 def test_plain_rows_take_the_plain_path():
     x = torch.zeros(2, 64, 64)
-    assert build().attention_mask(x, None, None) is None
-    assert build(sliding_window=64).attention_mask(x, None, None) is None
-    mask = build(sliding_window=63).attention_mask(x, None, None)
+    assert models.attention_mask(x, build().cfg, None, None) is None
+    assert models.attention_mask(x, build(sliding_window=64).cfg, None, None) is None
+    mask = models.attention_mask(x, build(sliding_window=63).cfg, None, None)
     assert mask.shape == (1, 1, 64, 64) and not mask[0, 0, 63, 0] and mask[0, 0, 63, 1] and mask[0, 0, 62, 0]
 
 

@@ -17,6 +17,7 @@ RECIPES = {  # published number of parameters, packed length, global batch, does
     "mistral_7b_hellaswag_fp8": (7_241_732_096, 8192, 8, True),
     "mistral_nemo_2407_hellaswag_fp8": (12_247_782_400, 8192, 8, False),
     "qwen2_5_7b_hellaswag_fp8": (7_615_616_512, 8192, 8, True),
+    "qwen3_8b_hellaswag_fp8": (8_190_735_360, 8192, 8, True),
     "phi_4_hellaswag_fp8": (14_659_507_200, 4096, 8, False),
     "smollm2_hellaswag_fp8": (134_515_008, 2048, 16, True),
 }

@@ -31,7 +31,7 @@ import bench
 import data
 import model as models
 from checks import estimate
-from formats import hf
+from formats import families
 from plumbing.ranks import device_mesh, find_ranks, join_process_group
 
 WORDS = {"best", "all", "gather"}
@@ -50,7 +50,7 @@ def build(args, sizes, words, recipe, ranks):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **{theirs: getattr(sizes, ours) for ours, theirs in hf.SIZES.items()},
+        **{theirs: getattr(sizes, ours) for ours, theirs in families.SIZES.items()},
         max_position_embeddings=args.tokens, use_cache=False, attn_implementation="sdpa")
     with torch.device(ranks.device):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
