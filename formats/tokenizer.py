@@ -110,7 +110,8 @@ class Tokenizer:
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.full is not None and (self.ranks is None or self.unusual(text)):
-            return np.array(self.full.encode(text, add_special_tokens=False).ids, np.uint32)
+            # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
+            return np.array(self.full.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         blank = [i + BLANKS // 2 for i in range(0, len(text) - BLANKS + 1, BLANKS) if text[i : i + BLANKS].isspace()]
         if not blank:
