@@ -313,8 +313,11 @@ def build(folder, train, val, cfg, tokenizer):
                 raise UserError(f"data.{split}: no text in {', '.join(map(str, paths[:3]))}")
         replace_text(aside / "index.json", json.dumps({"shards": names, "counts": counts}))
         progress.unlink(missing_ok=True)
-        if not folder.is_dir():  # else another process was quicker, with the same result
+        try:
             aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was quicker, with the same result
+                raise
 
 
 @contextlib.contextmanager
