@@ -248,6 +248,7 @@ def prepare(cfg, block_size, seed):
     opened = {split: [open_shard(folder / name, tokenizer) for name in listed["shards"] if name.startswith(split)]
               for split in ("train", "val")}
     train, counts = stream(opened["train"]), listed["counts"]
+    tokenizer.blank_cuts = counts["blank cuts"]  # for the screen
     if opened["val"]:
         val = stream(opened["val"])
     else:  # too few documents to set some aside
@@ -260,7 +261,8 @@ def prepare(cfg, block_size, seed):
                                             " of Python's standard library")
     train.counts = {"documents": counts["train documents"], "tokens": len(train), "targets": len(train) - 1,
                     "empty documents dropped": counts["empty documents"],
-                    "forced cuts": counts["forced cuts"], "files not used": len(found.unused)}
+                    "forced cuts": counts["forced cuts"], "cuts inside of blanks": counts["blank cuts"],
+                    "files not used": len(found.unused)}
     train.description = (f"{source}{found.note}, {len(train):,} training and {len(val):,} validation tokens in "
                          f"{folder}, tokenizer {tokenizer.described}")
     if n := counts["empty documents"]:
@@ -284,6 +286,7 @@ def build(folder, train, val, cfg, tokenizer):
 
     workers = cfg.workers or os.cpu_count()
     counts = dict.fromkeys(("train documents", "val documents", "empty documents", "forced cuts"), 0)
+    tokenizer.blank_cuts = 0
     total = sum(path.stat().st_size for path in (*train, *val))
     every = 0.1 if sys.stderr.isatty() else 60  # seconds: in a log file a line a minute
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every)
@@ -292,7 +295,7 @@ def build(folder, train, val, cfg, tokenizer):
         writers = {split: ShardWriter(aside, split, tokenizer) for split in ("train", "val")}
         if (progress := aside / "progress.json").is_file():
             state = json.loads(progress.read_text())
-            done = state["pieces"]
+            done, tokenizer.blank_cuts = state["pieces"], state["blank cuts"]
             writers = {split: ShardWriter(aside, split, tokenizer, **state[split]) for split in writers}
         stream = pieces(train, val, cfg, tokenizer, counts, bar)
         for _ in zip(range(done), stream, strict=False):  # what an earlier run has done
@@ -303,7 +306,7 @@ def build(folder, train, val, cfg, tokenizer):
             done += len(batch)
             if time.monotonic() - saved > SAVE_SECONDS:
                 state = {split: writer.progress() for split, writer in writers.items()}
-                replace_text(progress, json.dumps({"pieces": done, **state}))
+                replace_text(progress, json.dumps({"pieces": done, "blank cuts": tokenizer.blank_cuts, **state}))
                 saved = time.monotonic()
         for writer in writers.values():
             writer.close()
@@ -311,6 +314,7 @@ def build(folder, train, val, cfg, tokenizer):
         for split, paths in (("train", train), ("val", val)):
             if paths and not writers[split].n_shards:
                 raise UserError(f"data.{split}: no text in {', '.join(map(str, paths[:3]))}")
+        counts["blank cuts"] = tokenizer.blank_cuts
         replace_text(aside / "index.json", json.dumps({"shards": names, "counts": counts}))
         progress.unlink(missing_ok=True)
         try:

@@ -218,6 +218,18 @@ def test_text_without_a_place_to_cut_is_cut_and_counted(tmp_path, monkeypatch):
     assert train.counts["forced cuts"] == 4 and "4 forced cuts" in train.description
 
 
+def test_a_million_blanks_are_cut_and_counted_at_every_start(tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "a" + " " * 10**6 + "b")))
+    (tmp_path / "o.tiktoken").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    cfg = config(tmp_path, tmp_path / "d.jsonl")
+    cfg.tokenizer = str(tmp_path / "o.tiktoken")
+    for _ in range(2):
+        train, val, tokenizer = prepare(cfg)
+        assert len(train) + len(val) == 3 + 10**6 + 2 + 2 * (1 + (tokenizer.bos is not None))
+        assert train.counts["cuts inside of blanks"] > 0 and train.counts["forced cuts"] > 0
+        assert "cuts inside of long runs of white space" in train.description
+
+
 def test_memory_does_not_grow_with_the_text(monkeypatch):
     monkeypatch.setattr(text_format, "PIECE", 1000)
     read, n_ahead = [0], 3
