@@ -41,7 +41,6 @@ import importlib.metadata
 import logging
 import math
 import os
-from collections import Counter
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -63,7 +62,6 @@ ALIASES = {
 for logger in ("torchao", "torch.utils._pytree", "torch._higher_order_ops.wrap"):
     logging.getLogger(logger).setLevel(logging.ERROR)
 MIN_TORCHAO = "0.18"  # patches a Triton miscompile that gave NaN (https://github.com/pytorch/ao/issues/4652)
-
 
 
 class Cast(NamedTuple):
@@ -151,25 +149,20 @@ class FP8Config:
             yield {"fp8.precompute_float8_dynamic_scale_for_fsdp", "fp8.enable_fsdp_float8_all_gather"}, (
                 "fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                 "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
-        if self.keep_casts and self.force_recompute_fp8_weight_in_bwd:
-            yield {"fp8.keep_casts", "fp8.force_recompute_fp8_weight_in_bwd"}, (
-                "fp8.keep_casts=True keeps FP8 copies for backward, fp8.force_recompute_fp8_weight_in_bwd=True "
-                "keeps none: turn one of the two off")
-        if self.grad_fast_accum and self.emulate:
-            yield {"fp8.grad_fast_accum", "fp8.emulate"}, (
-                "fp8.grad_fast_accum=True sets how tensor cores accumulate, and emulated FP8 accumulates in float32: "
-                "turn one of the two off")
-        if self.auto_filter and self.emulate:
-            yield {"fp8.auto_filter", "fp8.emulate"}, (
-                "fp8.auto_filter=True looks for layers that FP8 makes faster, and emulated FP8 makes none faster: "
-                "turn one of the two off")
+        for key, other, reason in (
+                ("keep_casts", "force_recompute_fp8_weight_in_bwd", "one keeps FP8 copies for backward, one none"),
+                ("grad_fast_accum", "emulate", "emulated FP8 accumulates in float32, not in tensor cores"),
+                ("auto_filter", "emulate", "emulated FP8 makes no layer faster")):
+            if getattr(self, key) and getattr(self, other):
+                yield {f"fp8.{key}", f"fp8.{other}"}, (
+                    f"fp8.{key}=True contradicts fp8.{other}=True ({reason}): turn one of the two off")
 
     @property
     def copies(self):
-        """What becomes of FP8 copies between forward and backward, a fp8_copies of plumbing/compiling.py."""
-        if not self.enabled:
-            return None
-        return "keep" if self.keep_casts else "drop" if self.force_recompute_fp8_weight_in_bwd else None
+        """What backward does with forward's FP8 copies: fp8_copies of plumbing/compiling.py."""
+        if self.enabled and self.keep_casts:
+            return "keep"
+        return "drop" if self.enabled and self.force_recompute_fp8_weight_in_bwd else None
 
 
 def recipe_of(fqn, cfg):
@@ -195,13 +188,13 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     FSDP2 is off. tokens: of a forward pass on a rank, None: not known yet; lm_head takes them in loss_chunks pieces.
     """
     errors = [message for _, message in cfg.problems()]
+    install = f"pip install 'torchao>={MIN_TORCHAO}'"
     try:
         installed = importlib.metadata.version("torchao")
         if TorchVersion(installed) < MIN_TORCHAO:
-            errors.append(f"fp8 needs torchao {MIN_TORCHAO} or newer, {installed} is installed: "
-                          f"pip install 'torchao>={MIN_TORCHAO}'")
+            errors.append(f"fp8 needs torchao {MIN_TORCHAO} or newer, {installed} is installed: {install}")
     except importlib.metadata.PackageNotFoundError:
-        errors.append(f"fp8 needs torchao, which is not installed: pip install 'torchao>={MIN_TORCHAO}'")
+        errors.append(f"fp8 needs torchao, which is not installed: {install}")
     if not cfg.emulate:
         if device.type != "cuda":
             errors.append(f"fp8 needs a GPU of compute capability 8.9 or newer, this run is on the {device.type}: "
@@ -212,9 +205,9 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
         elif not compiled and not cfg.allow_eager:
             errors.append("fp8 without compile is slower than bf16: set compile.enabled=True, or fp8.allow_eager=True "
                           "to train like that all the same")
-    disabled = [v for v in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(v) == "1"]
-    if compiled and disabled:
-        errors.append(f"compile.enabled=True compiles nothing while {disabled[0]}=1 is in the environment: unset it")
+    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if compiled and os.environ.get(variable) == "1":
+            errors.append(f"compile.enabled=True compiles nothing while {variable}=1 is in the environment: unset it")
 
     linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
     for entry in cfg.filter_fqns:
@@ -227,32 +220,28 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
                       "remove an entry, or set fp8.enabled=False")
 
     def refuse(reason, layers):
-        """Add an error that names each kind of layer once."""
         if layers:
-            kinds = dict.fromkeys(map(models.layer_kind, layers))
+            kinds = dict.fromkeys(map(models.layer_kind, layers))  # each kind of layer once
             errors.append(f"{reason}, or add these to fp8.filter_fqns: {', '.join(kinds)}")
 
     refuse("fp8 would replace the forward of subclasses of nn.Linear: use nn.Linear itself",
            [fqn for fqn in recipes if type(linears[fqn]) is not nn.Linear])
-    odd_tokens = {}
     for multiple in sorted({recipe.multiple for recipe in recipes.values()}):
         layers = {fqn: linears[fqn].weight.shape for fqn, recipe in recipes.items() if recipe.multiple == multiple}
         refuse(f"fp8 matmuls need sizes divisible by {multiple}",
                [f"{fqn} {tuple(shape)}" for fqn, shape in layers.items() if any(n % multiple for n in shape)])
         if tokens is not None:
             pieces = {tokens // models.calls_per_pass(fqn, loss_chunks) for fqn in layers}
-            odd_tokens |= {n: multiple for n in pieces if n % multiple}
-    for n, multiple in odd_tokens.items():
-        errors.append(f"fp8 matmuls need the tokens per forward pass and loss chunk to be divisible by {multiple}, not "
-                      f"{n}: set model.block_size or data.packed_sequence_size, micro_batch_size or loss_chunks")
+            errors += [f"fp8 matmuls need the tokens per forward pass and loss chunk to be divisible by {multiple}, "
+                       f"not {n}: set model.block_size or data.packed_sequence_size, micro_batch_size or loss_chunks"
+                       for n in pieces if n % multiple]
     if cfg.enable_fsdp_float8_all_gather and shards:
-        others = Counter(id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False))
+        others = {id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False)}
         refuse("fp8 all-gather would untie weights that are shared with another module: turn it off",
                [fqn for fqn in recipes if id(linears[fqn].weight) in others])
-        rows = {fqn: linears[fqn].weight.shape[0] for fqn in recipes}
         # https://github.com/pytorch/ao/issues/3982
         refuse(f"fp8 all-gather needs rows that divide evenly over {shards} shards",
-               [f"{fqn} ({n} rows)" for fqn, n in rows.items() if n % shards])
+               [f"{fqn} ({linears[fqn].out_features} rows)" for fqn in recipes if linears[fqn].out_features % shards])
     if errors:
         raise UserError("\n".join(errors))
 
@@ -281,8 +270,7 @@ def convert(model, cfg, *, shards):
                          gemm_config_grad_input=accumulation, gemm_config_grad_weight=accumulation)
         convert_to_float8_training(model, config=config, module_filter_fn=lambda _, fqn: fqn in layers)  # noqa: B023
     converted = float8_linears(model)
-    expected = [fqn for fqn in recipes if recipes[fqn]]
-    assert list(converted) == expected, f"torchao converted {len(converted)} layers, expected {len(expected)}"
+    assert list(converted) == [fqn for fqn in recipes if recipes[fqn]], f"torchao converted {list(converted)}"
     for fqn, linear in converted.items():
         linear.recipe = recipes[fqn]
         if cfg.enable_fsdp_float8_all_gather and shards:
@@ -317,8 +305,7 @@ def gather_in_fp8():
     class GatherInFP8(WeightWithDynamicFloat8CastTensor):
         """A weight shard that is cast to FP8 just before each all-gather: torchao's class with three changes.
 
-        The cast is compiled on a GPU, the amax is one pass (torchao's: abs, then max), and the precomputed scale
-        survives __tensor_unflatten__ (torchao's reads it from a dict with getattr, and loses it).
+        A compiled cast, an amax in one pass instead of two, and a precomputed scale that __tensor_unflatten__ keeps.
         """
 
         @classmethod
