@@ -41,65 +41,55 @@ def matmul_flops_per_token(model, document=None):
 def memory(config, shards, accumulation):
     """Peak GiB per rank of a training step of a configurator.Config, within 5% of what bench.py measured (tests).
 
-    shards: ranks that each weight is sharded over, 0: FSDP2 is off. accumulation: passes per step. Everything is
-    derived from the modules of model.Transformer, so a block of one's own is counted as it is.
-
-    The peak is where backward begins or where it ends, in bytes:
-
-        term          what                                                            begins    ends
-        state         weights, masters and moments of this rank's shard               yes       yes
-        recorded      gradients that a CUDA graph holds for itself                    yes       yes
-        gathered      whole weights that FSDP2 holds                                  yes       2 blocks
-        activations   what blocks save for backward                                   yes       no
-        head          logits of a loss chunk and their gradient                       larger    no
-        working       temporaries of the one block whose backward runs                of both   larger
-        reducing      gradients of embedding and lm_head, and their copy to reduce    no        of both
-        gradients     all of this rank's                                              from earlier passes    yes
+    shards: ranks that each weight is sharded over, 0: FSDP2 is off. accumulation: passes per step. The peak is where
+    backward begins, with all activations, or where it ends, with all gradients. Sizes are those of the modules of
+    model.Transformer, so a block of one's own is counted as it is.
     """
-    m, fp8_cfg, dtype = config.model, config.fp8, getattr(torch, config.dtype)
-    size = dtype.itemsize
+    m, dtype = config.model, getattr(torch, config.dtype)
+    size, tokens = dtype.itemsize, config.micro_batch_size * m.block_size
     with torch.device("meta"):
         model = models.Transformer(m)
-    tokens = config.micro_batch_size * m.block_size
-    n_params = sum(p.numel() for p in model.parameters())
-    n_root = sum(p.numel() for p in {*model.embed.parameters(), *model.lm_head.parameters()})
-    table = model.embed.weight.numel()
     linears = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     head = linears.pop("lm_head")
-    fp8_linears = {fqn: layer for fqn, layer in linears.items() if fp8.recipe_of(fqn, fp8_cfg)}
-    gathers_fp8 = shards and fp8_cfg.enabled and fp8_cfg.enable_fsdp_float8_all_gather
+    fp8_linears = {fqn: layer for fqn, layer in linears.items() if fp8.recipe_of(fqn, config.fp8)}
+    gathers_fp8 = shards and config.fp8.enabled and config.fp8.enable_fsdp_float8_all_gather
 
-    held = n_params / max(1, shards)
+    held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
-    state = held * (size + optim.bytes_per_parameter(config.optim, dtype))
+    always = held * (size + optim.bytes_per_parameter(config.optim, dtype))  # weights, masters and moments
+    if config.cuda_graph and accumulation > 1:
+        always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
-    recorded = held * size if config.cuda_graph and accumulation > 1 else 0
 
-    activations = size * tokens * sum(saved_values(config, linears).values())
-    if fp8_cfg.enabled and config.fp8.keep_casts:  # a byte per input value, and per weight unless it is gathered in FP8
+    activations = size * tokens * saved_values(config, linears)
+    if config.fp8.enabled and config.fp8.keep_casts:  # a byte per input value, and per weight unless gathered in FP8
         activations += sum(tokens * layer.in_features + (0 if gathers_fp8 else layer.weight.numel())
                            for layer in fp8_linears.values())
     if (gathers_fp8 and config.compile.enabled and config.activation_checkpoint == "none"
-            and not fp8_cfg.force_recompute_fp8_weight_in_bwd):
+            and not config.fp8.force_recompute_fp8_weight_in_bwd):
         # PyTorch's partitioner saves transposed FP8 copies of the MLP's weights
         activations += sum(layer.weight.numel() for fqn, layer in fp8_linears.items()
                            if models.layer_kind(fqn).startswith("mlp."))
+    # logits of a loss chunk and their gradient; ChunkedLoss holds the head's gradient too, and adds each chunk's to it
     loss = 2 * size * head.out_features * tokens / models.calls_per_pass("lm_head", config.loss_chunks)
-    if config.loss_chunks > 1:  # ChunkedLoss holds the head's gradient, and adds each chunk's to it
-        loss += 2 * size * table
+    if config.loss_chunks > 1:
+        loss += 2 * size * head.weight.numel()
+    # temporaries of the one block whose backward runs
     working = 4 * size * tokens * max((layer.in_features for layer in linears.values()), default=0)
+
     gathered = reducing = 0
     if shards:
-        tables = size * n_root
-        if gathers_fp8 and not m.tie_embeddings and fp8.recipe_of("lm_head", fp8_cfg):
-            tables -= (size - 1) * table
+        n_root = sum(p.numel() for p in {model.embed.weight, head.weight})
+        gathered = size * n_root  # whole weights that FSDP2 holds
+        if gathers_fp8 and not m.tie_embeddings and fp8.recipe_of("lm_head", config.fp8):
+            gathered -= (size - 1) * head.weight.numel()
+        # gradients of embedding and lm_head, and their copy to reduce
+        reducing = gathered + n_root * (size + getattr(torch, config.reduce_dtype).itemsize)
         blocks = size * sum(p.numel() for p in model.layers.parameters())
         if gathers_fp8:
             blocks -= (size - 1) * sum(layer.weight.numel() for layer in fp8_linears.values())
-        if config.reshard_after_forward:
-            blocks *= min(1, 2 / m.n_layer)  # this one, and the next one prefetched
-        gathered = tables + blocks
-        reducing = tables + n_root * (size + getattr(torch, config.reduce_dtype).itemsize)
+        # with resharding this block and the next one, prefetched
+        gathered += blocks * min(1, 2 / m.n_layer) if config.reshard_after_forward else blocks
 
     begins = gathered + activations + max(loss, working)
     ends = gradients + max(gathered + working, reducing)
@@ -107,41 +97,32 @@ def memory(config, shards, accumulation):
         begins += gradients
         if sums_in_float32:  # sums of earlier passes, beside this pass's own gradients
             ends += held * size
-    return (state + recorded + max(begins, ends)) / 2**30
+    return (always + max(begins, ends)) / 2**30
 
 
 def saved_values(config, linears):
-    """{what: values per token that all blocks save for backward}. linears: of the blocks, by name.
-
-    A linear layer whose weight gradient is in high precision saves its input. One in FP8 casts it again in backward,
-    from what the op before it saves anyway: PyTorch's partitioner decides so.
-    """
-    m, mode = config.model, config.activation_checkpoint
-    if mode == "full":
-        return {"block inputs": m.n_layer * m.n_embd}
-    # the last layer's output is not saved, but the block's input, which has the same size
-    saved = {"outputs of linear layers": sum(layer.out_features for layer in linears.values()),
-             "outputs of attention": m.n_layer * m.n_head * m.head_dim}
-    if mode == "none":
-        saved["rotated queries and keys"] = m.n_layer * (m.n_head + m.n_kv_head) * m.head_dim
-        saved["inputs of linear layers"] = sum(
-            layer.in_features for fqn, layer in linears.items()
-            if models.layer_kind(fqn) != "attn.out"  # attention's output, already counted
-            and not recasts_input(fqn, config.fp8))
-    return saved
-
-
-def recasts_input(fqn, fp8_cfg):
-    """Whether backward of linear layer `fqn` casts its input again instead of reading it in high precision."""
-    recipe = fp8.recipe_of(fqn, fp8_cfg)
-    return recipe is not None and fp8.RECIPES[recipe].grad_weight is not None
+    """Values per token that all blocks save for backward. linears: those of the blocks, by name."""
+    m = config.model
+    if config.activation_checkpoint == "full":
+        return m.n_layer * m.n_embd  # block inputs
+    # outputs of linear layers (not the last one's, but the block's input, of the same size) and of attention
+    values = sum(layer.out_features for layer in linears.values()) + m.n_layer * m.n_head * m.head_dim
+    if config.activation_checkpoint == "none":
+        values += m.n_layer * (m.n_head + m.n_kv_head) * m.head_dim  # rotated queries and keys
+        for fqn, layer in linears.items():
+            # A layer whose weight gradient is in FP8 casts its input again in backward, from what the op before it
+            # saves anyway: PyTorch's partitioner decides so. The input of attn.out is attention's output.
+            recipe = fp8.RECIPES.get(fp8.recipe_of(fqn, config.fp8))
+            if models.layer_kind(fqn) != "attn.out" and not (recipe and recipe.grad_weight):
+                values += layer.in_features
+    return values
 
 
 def check_memory(config, shards, accumulation, device):
     """The estimated GiB per rank. UserError if `device` is a GPU with less memory, with the keys that lower it."""
     gib = memory(config, shards, accumulation)
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
-    if gib <= 1.05 * capacity:  # the estimate may be 5% off: let the GPU decide close calls
+    if gib <= 1.05 * capacity or not config.check_memory:  # the estimate may be 5% off: the GPU decides close calls
         return gib
     helps = []
     for key, value in (("fp8.keep_casts", False), ("activation_checkpoint", "selective"),
@@ -152,10 +133,9 @@ def check_memory(config, shards, accumulation, device):
         changed = copy.deepcopy(config)
         *section, name = key.split(".")
         setattr(getattr(changed, section[0]) if section else changed, name, value)
-        passes = accumulation * config.micro_batch_size // changed.micro_batch_size
-        less = memory(changed, shards, passes)
+        less = memory(changed, shards, accumulation * config.micro_batch_size // changed.micro_batch_size)
         if less < 0.99 * gib and not list(changed.problems()):
             helps.append(f"{key}={value} ({less:.1f})")
     remedy = f"Lower it: {', '.join(helps)}; use" if helps else "Use"
     raise UserError(f"this run needs about {gib:.1f} GiB per GPU, there are {capacity:.1f}. {remedy} more GPUs, a "
-                    "shorter model.block_size or a smaller model")
+                    "shorter model.block_size or a smaller model; or set check_memory=False if your model takes less")

@@ -218,6 +218,8 @@ def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help(monkeypatch):
     with pytest.raises(ValueError) as error:  # a second pass would keep the gradients of the first beside activations
         estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, gpu)
     assert "needs about 8" in str(error.value) and "there are 79.2" in str(error.value)
+    assert str(error.value).endswith("or set check_memory=False if your model takes less")
+    assert estimate.check_memory(llama_8b(global_batch_size=2, check_memory=False), 0, 2, gpu) > 80
     assert "activation_checkpoint=full" in str(error.value) and "micro_batch_size" not in str(error.value)
     with pytest.raises(ValueError, match=r"optim.weights=stochastic_rounding \(7\d"):
         estimate.check_memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 0, 1, gpu)
