@@ -29,7 +29,7 @@ from formats import files
 from fp8 import RECIPES
 from plumbing import entry, logs
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import is_main_process
+from plumbing.ranks import process_rank
 
 REPO = Path(__file__).parent
 TRAIN = (REPO / "train.py",)  # the program that trains a variant
@@ -95,7 +95,7 @@ def prepare(own, default):
     config = configurator.load(arguments(default), own)
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise UserError("this script works on one machine: start torchrun without --nnodes")
-    if not is_main_process():
+    if process_rank() > 0:
         return None  # rank 0 starts the processes of every variant
     files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))  # report a wrong path once
     config.fp8.emulate |= on_cpu(config)

@@ -28,6 +28,7 @@ from model import ModelConfig
 from optim import OptimConfig
 from plumbing.compiling import CompileConfig
 from plumbing.errors import UserError
+from plumbing.ranks import process_rank
 from plumbing.schema import closest, comments, fits, flat, parse, sections, suggest, to_python, type_name
 
 __all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
@@ -235,7 +236,7 @@ def value_errors(parts, broken):
 
 def print_and_exit(text):
     """Print on rank 0, and end every rank with exit status 0."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if process_rank() == 0:
         print(text)
     sys.exit(0)
 

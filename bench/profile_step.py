@@ -21,7 +21,7 @@ import configurator
 import optim
 import train
 from plumbing import entry, logs
-from plumbing.ranks import is_main_process
+from plumbing.ranks import process_rank
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ def main():
     on_gpu, out_dir = not bench.on_cpu(config), Path(config.out_dir, "profile")
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     profile = torch.profiler.profile(activities=[activity], acc_events=True)  # without, it warns at each stop
-    if is_main_process():
+    if process_rank() == 0:
         bench.report_ignored(bench.FIXED - {"log_interval"})
     keys = [arg for arg in argv if arg.partition("=")[0] not in {f"--{field.name}" for field in fields(own)}]
     keys += [f"--out_dir={out_dir}", f"--max_steps={own.warmup + own.steps}", "--eval_interval=0",
@@ -79,7 +79,7 @@ def main():
         train.main()
     finally:
         sys.argv, optim.AdamW.step = own_argv, step
-    if not is_main_process():
+    if process_rank() > 0:
         return
     rows = kernels(profile, own.steps, on_gpu)
     report = {**logs.provenance(), "hardware": torch.cuda.get_device_name() if on_gpu else "CPU",

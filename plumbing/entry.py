@@ -3,7 +3,6 @@
 import argparse
 import errno
 import gc
-import os
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing.errors import RunStopped, UserError
+from plumbing.ranks import process_rank
 
 FULL = {errno.ENOSPC, errno.EDQUOT}  # these errors name no file
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
@@ -38,6 +38,15 @@ def leave():
         dist.destroy_process_group()
 
 
+def as_expected(error):
+    """The UserError or RunStopped that an exception amounts to, or None for a bug."""
+    error = cause(error)
+    if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED and error.filename):
+        place = error.filename or "the disk"
+        return UserError(f"{place}: {error.strerror}: name another path, or make this one usable")
+    return error if isinstance(error, (UserError, RunStopped)) else None
+
+
 def run(main):
     """Call main(), print an expected error as one message, and set the exit status.
 
@@ -45,8 +54,7 @@ def run(main):
     one. RunStopped: a run that must not go on, exit status 1. Anything else is a bug: it passes through, and Python
     prints its traceback and exits with status 1.
     """
-    rank = int(os.environ.get("RANK", 0))  # set by torchrun
-    interrupted = False
+    rank, interrupted = process_rank(), False
 
     def interrupt(*_):
         nonlocal interrupted
@@ -56,31 +64,22 @@ def run(main):
     signal.signal(signal.SIGINT, interrupt)
     try:
         main()
+    except SystemExit:
+        raise
     except BaseException as error:
         if interrupted:  # libraries turn a KeyboardInterrupt into other exceptions: torch.distributed.checkpoint does
             if rank == 0:
                 print("interrupted", file=sys.stderr)
             sys.exit(130)
-        if rank > 0 and not isinstance(error, (SystemExit, KeyboardInterrupt)):
-            # Usually all ranks fail for the same reason, and only rank 0 should print it. The others wait: torchrun
-            # ends every rank when the first one exits, and would cut rank 0's message off. If this rank is still
-            # alive after 10 s, rank 0 did not fail: the error is this rank's own, so print it.
+        if rank > 0:
+            # Usually all ranks fail for the same reason, and only rank 0 should print it. torchrun ends every rank
+            # when the first one exits, so the others let rank 0 finish. Still alive after 10 s: rank 0 did not fail,
+            # and the error is this rank's own.
             time.sleep(10)
         expected = as_expected(error)
         if expected is None:
             raise
-        script = Path(sys.argv[0]).name
-        print(f"{script}: {f'rank {rank}: ' if rank else ''}{expected}", file=sys.stderr, flush=True)
+        speaker = Path(sys.argv[0]).name + (f": rank {rank}" if rank else "")
+        print(f"{speaker}: {expected}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(expected, UserError) else 1)
     leave()  # not after an error: it would wait for ranks that are stuck in a collective
-
-
-def as_expected(error):
-    """The UserError or RunStopped that an exception amounts to, or None for a bug."""
-    if isinstance(error, (UserError, RunStopped)):
-        return error
-    error = cause(error)
-    if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED and error.filename):
-        place = error.filename or "the disk"
-        return UserError(f"{place}: {error.strerror}: name another path, or make this one usable")
-    return None

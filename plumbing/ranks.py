@@ -56,9 +56,9 @@ class Ranks:
         return time.perf_counter()
 
 
-def is_main_process():
-    """Whether this is rank 0, for programs that need no device."""
-    return int(os.environ.get("RANK", 0)) == 0
+def process_rank():
+    """This process's rank, 0 without torchrun: for what runs before, or without, a Ranks."""
+    return int(os.environ.get("RANK", 0))
 
 
 def find_ranks(device="auto"):
@@ -66,11 +66,11 @@ def find_ranks(device="auto"):
 
     device: "auto" (cuda if there is a GPU), "cuda" or "cpu". Raises UserError if the rank has no GPU.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cpu" or device == "auto" and not torch.cuda.is_available():
-        return Ranks(rank, world_size, torch.device("cpu"))
-    if not torch.cuda.is_available():
+    rank, world_size = process_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return Ranks(rank, world_size, torch.device("cpu"))
     gpu, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if gpu >= n_gpus:
         raise UserError(f"a rank for GPU {gpu}, but there are {n_gpus}: start no more ranks than there are GPUs "
@@ -81,20 +81,19 @@ def find_ranks(device="auto"):
 
 def join_process_group(ranks):
     """Start torch.distributed among the ranks of torchrun, or with this process alone. A running group is kept."""
-    if dist.is_initialized():
-        return
-    alone = dict(init_method="tcp://localhost:0", rank=0, world_size=1)  # port 0: any that is free
-    dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=6),  # ranks wait while rank 0 tokenizes
-                            **({} if "RANK" in os.environ else alone))
+    if not dist.is_initialized():
+        address = "env://" if "RANK" in os.environ else "tcp://localhost:0"  # port 0: any that is free
+        dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", address,
+                                rank=ranks.rank, world_size=ranks.world_size,
+                                timeout=timedelta(hours=6))  # ranks wait while rank 0 tokenizes
 
 
 def device_mesh(ranks, replicas=1):
     """The DeviceMesh for fully_shard: ("shard",), or with replicas > 1 ("replicate", "shard")."""
-    if replicas == 1:
-        return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
-    shape = (replicas, ranks.world_size // replicas)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    shape, names = (ranks.world_size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, ranks.world_size // replicas), ("replicate", "shard")
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
 
 
 def barrier():

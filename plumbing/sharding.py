@@ -32,13 +32,10 @@ def shard_rows(full, p):
     """The rows of `full` that belong to this rank's shard of parameter `p`; all of them if p is not sharded."""
     if not isinstance(p, DTensor):
         return full
-    for dim, placement in enumerate(p.placements):
-        if placement.is_shard():
-            # chunk() splits as FSDP2 does: equal pieces, the last ones shorter or empty
-            pieces = full.chunk(p.device_mesh.size(dim), dim=placement.dim)
-            rank = p.device_mesh.get_local_rank(dim)
-            full = pieces[rank] if rank < len(pieces) else full[:0]
-    return full
+    mesh, last = p.device_mesh, p.device_mesh.ndim - 1  # FSDP2 shards over the last dimension, replicas are the other
+    pieces = full.chunk(mesh.size(last))  # as FSDP2 does: equal pieces, the last ones shorter or empty
+    rank = mesh.get_local_rank(last)
+    return pieces[rank] if rank < len(pieces) else full[:0]
 
 
 def reshard(model):
