@@ -20,7 +20,7 @@ import model as models
 from formats import quantized
 from formats.families import ARCHITECTURES, read_switches
 from plumbing.errors import UserError
-from plumbing.ranks import is_main_process
+from plumbing.ranks import process_rank
 from plumbing.sharding import plain_local, shard_rows
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ from plumbing.sharding import plain_local, shard_rows
 
 def note(folder, lines):
     """Print what the user should know about a folder, on rank 0, to stderr: sample.py's text goes to stdout."""
-    if is_main_process():
+    if process_rank() == 0:
         for line in lines:
             print(f"{folder}: {line}", file=sys.stderr)
 
