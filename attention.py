@@ -5,7 +5,8 @@ sliding window. GPUs have kernels for all three (cuDNN for whole rows, variable-
 windows); other devices use a mask. `flash4=True` selects FlashAttention 4 for Hopper and Blackwell, which is faster and
 has to be installed. Shapes: B batch, T time, H query heads, K key/value heads, D width of a head.
 
-A new kernel: call it in `attend`, and add its operator to `SAVED_OPS` so that selective recompute keeps its output.
+A new kernel: a function with the arguments of `attend`, which `select_kernel` gives to the blocks, and its operator in
+`SAVED_OPS`, so that selective recompute keeps its output.
 """
 
 import inspect
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from plumbing import flash4 as flash_attention_4
+from plumbing import flash4
 
 SAVED_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -83,7 +84,15 @@ def attention_mask(x, cfg, positions, bounds):
     return bounds[0].to(x.device, non_blocking=True), bounds[1]
 
 
-def attend(q, k, v, mask=None, window=None, flash4=False):
+def select_kernel(model, config, device):
+    """Give a Transformer's blocks the kernel that a configurator.Config asks for. UserError if it cannot run here."""
+    if config.flash4:
+        flash4.check(config, device)
+        for block in model.layers:
+            block.attn.attend = flash4.attend
+
+
+def attend(q, k, v, mask=None, window=None):
     """Causal attention of q (B, T, H, D) to k and v (B, T, K, D): (B, T, H, D), or (B * T, H, D) with bounds.
 
     mask: None for whole rows; document_bounds() on a GPU; or a document_mask(), (B, 1, T, T).
@@ -92,13 +101,9 @@ def attend(q, k, v, mask=None, window=None, flash4=False):
     if isinstance(mask, tuple):
         cu_seqlens, max_seqlen = mask
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        if flash4:
-            return flash_attention_4.forward(q, k, v, cu_seqlens, max_seqlen, window)[0]
         left = -1 if window is None else window
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(left, 0),
                            **VARLEN_GQA)
-    if flash4 and mask is None:
-        return flash_attention_4.forward(q, k, v, None, None, None)[0]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
     options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": k.shape[1] < q.shape[1]}
     if not q.is_cuda:

@@ -113,12 +113,13 @@ llama_tiny = partial(ModelConfig)  # 1.9M: learns to write bytes that look like 
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg, layer=0, flash4=False):
+    attend = staticmethod(attend)  # attention.select_kernel gives blocks another one
+
+    def __init__(self, cfg, layer=0):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
         self.window = cfg.sliding_window and cfg.sliding_window - 1  # tokens before itself that one sees; None: all
         self.rotary = not cfg.no_rope_interval or (layer + 1) % cfg.no_rope_interval != 0
-        self.flash4 = flash4  # which kernel
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.qkv_bias)
         self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.out_bias)
         self.q_norm = self.k_norm = None
@@ -135,7 +136,7 @@ class Attention(nn.Module):
             k = self.k_norm(k.reshape(-1, *self.k_norm.normalized_shape)).view(k.shape)
         if self.rotary:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = attend(q, k, v, mask, self.window, self.flash4)
+        y = self.attend(q, k, v, mask, self.window)
         return self.out(y.reshape(x.shape[0], -1))
 
 
@@ -151,11 +152,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg, layer=0, flash4=False):
+    def __init__(self, cfg, layer=0):
         super().__init__()
         self.norm_after, self.residual_multiplier = cfg.norm_after, cfg.residual_multiplier
         self.attn_norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
-        self.attn = Attention(cfg, layer, flash4)
+        self.attn = Attention(cfg, layer)
         self.mlp_norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
@@ -184,11 +185,11 @@ def calls_per_pass(fqn, loss_chunks):
 class Transformer(nn.Module):
     saved_ops = SAVED_OPS  # what selective recompute keeps beside matmuls (plumbing/compiling.py)
 
-    def __init__(self, cfg, flash4=False):
+    def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, i, flash4) for i in range(cfg.n_layer))
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.tie_weights()

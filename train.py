@@ -19,6 +19,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
+import attention
 import checkpoint
 import configurator
 import data
@@ -28,7 +29,7 @@ from checks import estimate, gemms, nonfinite, proof, telemetry
 from eval import Evaluation
 from formats import hf
 from optim import AdamW, get_lr
-from plumbing import cudagraph, entry, flash4, logs
+from plumbing import cudagraph, entry, logs
 from plumbing.compiling import compile_and_checkpoint
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
@@ -80,8 +81,8 @@ def main():
     previous_run = checkpoint.read_run(resume_from, config, **identity) if resume_from else None
     start_step, start_seconds = (previous_run["step"], previous_run["time_s"]) if previous_run else (0, 0.0)
     with torch.device("meta"):  # shapes and names, without memory
-        model = models.Transformer(config.model, config.flash4).to(dtype)
-    flash4.check(config, device)
+        model = models.Transformer(config.model).to(dtype)
+    attention.select_kernel(model, config, device)
     cudagraph.check(config, n_shards, device)
     check_fp8 = functools.partial(fp8.check, config.fp8, model, device=device, compiled=config.compile.enabled,
                                   shards=n_shards, loss_chunks=config.loss_chunks)

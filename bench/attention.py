@@ -11,7 +11,7 @@ import datetime
 import functools
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,9 +63,9 @@ def main():
                      for heads in (m.n_head, m.n_kv_head, m.n_kv_head, m.n_head))
     for t in (q, k, v):
         t.requires_grad_()
-    kernels = {"PyTorch's": False, "flash4": True}
+    kernels = {"PyTorch's": attend, "flash4": flash4.attend}
     try:
-        flash4.check(replace(config, flash4=True), device)
+        flash4.check(config, device)
     except ValueError as error:
         print(error)
         del kernels["flash4"]
@@ -77,8 +77,8 @@ def main():
             mask = cu_seqlens.cuda(), max_seqlen
         elif case != "rows":
             mask = document_mask(positions, m.block_size, window, device)
-        for kernel, use_flash4 in kernels.items():
-            run = functools.partial(attend, mask=mask, window=window and window - 1, flash4=use_flash4)
+        for kernel, attend_with in kernels.items():
+            run = functools.partial(attend_with, mask=mask, window=window and window - 1)
             forward, backward, results = measure(run, q, k, v, grad, device)
             row = {"case": case, "kernel": kernel, "forward_ms": forward, "backward_ms": backward, "difference": None}
             if reference:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attention
 import fp8
 import model as models
 from checks import telemetry
@@ -186,9 +187,9 @@ def self_check(config, micro_batch, device):
     for variant in ("bf16", "eager", "compiled"):
         cfg = replace(config.fp8, enabled=variant != "bf16", filter_fqns=filtered)
         with torch.device("meta"):
-            # flash4's kernels are compared with those that they replace
-            model = models.Transformer(replace(config.model, n_layer=1), config.flash4 and variant == "compiled")
-            model.to(getattr(torch, config.dtype))
+            model = models.Transformer(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
+        if variant == "compiled":  # another kernel of attention is compared with the one that it replaces
+            attention.select_kernel(model, config, device)
         if cfg.enabled:
             fp8.convert(model, cfg, shards=0)
         compile_cfg = replace(config.compile, enabled=config.compile.enabled and variant == "compiled")

@@ -16,9 +16,7 @@ INSTALL = "pip install --pre flash-attn-4 'nvidia-cutlass-dsl[cu13]'"
 
 
 def check(config, device):
-    """UserError if a configurator.Config asks for flash4 and this machine or model cannot use it."""
-    if not config.flash4:
-        return
+    """UserError if this machine or the model of a configurator.Config cannot use it."""
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     widest = {9: 256, 10: 128}.get(generation)  # Hopper, Blackwell
     width, why = config.model.head_dim, None
@@ -37,6 +35,14 @@ def check(config, device):
             why = f"it is not installed: {INSTALL} (cu12 for a torch with CUDA 12)"
     if why:
         raise UserError(f"flash4=True: {why}; or set flash4=False")
+
+
+def attend(q, k, v, mask=None, window=None):
+    """attention.attend() for whole rows and document bounds, which is all that a GPU gets in bfloat16."""
+    if mask is None:
+        return forward(q, k, v, None, None, None)[0]
+    cu_seqlens, max_seqlen = mask
+    return forward(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, max_seqlen, window)[0]
 
 
 @torch.library.custom_op("nanofp8::flash4", mutates_args=())

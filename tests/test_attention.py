@@ -86,7 +86,7 @@ def test_flash4_gives_what_masks_give_and_is_not_recomputed(switches, compiled, 
     monkeypatch.setattr(models, "attention_mask", lambda x, cfg, positions, bounds: bounds)
     model = loud(**switches)
     for block in model.layers:
-        block.attn.flash4 = True
+        block.attn.attend = flash4.attend
         block.forward = recompute(block.forward, SELECTIVE)
         if compiled:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -100,7 +100,9 @@ def test_flash4_gives_what_whole_rows_give(deterministic, planted, monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     x, y, _ = packed()
     reference = gradients(model := loud(), model(x, y))
-    model = models.Transformer(model.cfg, flash4=True)
+    model = models.Transformer(model.cfg)
+    for block in model.layers:
+        block.attn.attend = flash4.attend
     model.load_state_dict(loud().state_dict())
     models.init_buffers(model)
     assert_same(gradients(model, model(x, y)), reference)
@@ -136,13 +138,13 @@ def test_flash4_that_cannot_run_is_told(keys, generation, told, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     monkeypatch.setattr(importlib.metadata, "version", version)
-    device = GPU if generation else torch.device("cpu")
+    device, nothing = GPU if generation else torch.device("cpu"), SimpleNamespace(layers=[])
     with pytest.raises(ValueError, match=told):
-        flash4.check(Config(flash4=True, **keys), device)
-    flash4.check(Config(**keys), device)
+        attention.select_kernel(nothing, Config(flash4=True, **keys), device)
+    attention.select_kernel(nothing, Config(**keys), device)
     if generation == 9:
         installed = "4.0.0"
-        flash4.check(Config(flash4=True), GPU)
+        attention.select_kernel(nothing, Config(flash4=True), GPU)
 
 
 def test_train_says_so(tiny_run, capsys):
@@ -177,8 +179,8 @@ def test_flash4_on_a_gpu_agrees_with_the_other_kernels(documents):
     found = []
     for use_flash4 in (False, True):
         model = loud("cuda", torch.bfloat16, head_dim=64, **switches)
-        for block in model.layers:
-            block.attn.flash4 = use_flash4
+        for block in model.layers if use_flash4 else ():
+            block.attn.attend = flash4.attend
         compile_and_checkpoint(model, CompileConfig(enabled=True), "selective")
         gradients(model, model(x, y, **more))  # compiling calls the operator too
         with torch.profiler.profile() as profile:

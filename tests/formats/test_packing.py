@@ -104,13 +104,13 @@ def test_blocks_compile_once_for_rows_of_different_documents(monkeypatch):
     rng = np.random.default_rng(0)
     rows = packing.Samples([(rng.integers(0, 256, k), np.ones(k, bool)) for k in [301, *[11] * 64, *[65] * 10]], 320,
                            packed=True, seed=1)
-    monkeypatch.setattr("model.Transformer.attention_mask", lambda self, x, positions, bounds: bounds)
+    monkeypatch.setattr("model.attention_mask", lambda x, cfg, positions, bounds: bounds)
 
-    def attend(q, k, v, mask, window, flash4):  # a GPU's kernel reads the bounds; it has no gradient to compute here
+    def attend(q, k, v, mask, window):  # a GPU's kernel reads the bounds; it has no gradient to compute here
         assert mask[1] > 0
         return (v.flatten(0, 1) * mask[0].sum()).repeat_interleave(2, 1)
 
-    monkeypatch.setattr("model.attend", attend)
+    monkeypatch.setattr("model.Attention.attend", staticmethod(attend))
     model, n_compiled = build(block_size=320), 0
 
     def count(graph, _):
