@@ -1,6 +1,5 @@
 """What runs in FP8, and the proof before the first step that it does, as configured, with the right results."""
 
-import math
 from collections import Counter
 from dataclasses import replace
 
@@ -29,34 +28,22 @@ def table(model, cfg, flops_share, *, shards):
 
     flops_share: covered_flops over all matmul FLOPs of the model, attention included.
     """
-    converted = fp8.float8_linears(model)
-    rows, covered_params = Counter(), sum(m.weight.numel() for m in converted.values())
+    converted, rows = fp8.float8_linears(model), Counter()
     for fqn, m in model.named_modules():
-        if not isinstance(m, nn.Linear):
-            continue
-        if fqn in converted:
-            precision = f"fp8 {m.recipe}" + (" (emulated)" if cfg.emulate else "")
-        else:
-            precision = f"{str(m.weight.dtype).removeprefix('torch.')}: fp8.filter_fqns"
-        kind = models.layer_kind(fqn)
-        name = fqn if kind == fqn else f"layers.*.{kind}"
-        rows[name, tuple(m.weight.shape), precision] += 1
-    lines = [f"  {name:<22} {str(shape):<16} x{n:<4} {precision}"
-             for (name, shape, precision), n in rows.items()]
-    total = sum(p.numel() for p in model.parameters())
-    precomputes = cfg.precompute_float8_dynamic_scale_for_fsdp
-    if shards and cfg.enable_fsdp_float8_all_gather:
-        gather = "fp8" + (", scales precomputed" if precomputes else "")
-    elif shards:
-        gather = "high precision"
-    else:
-        gather = "nothing (one rank holds whole weights)"
-        if cfg.enable_fsdp_float8_all_gather:
-            idle = "fp8 all-gather and precomputed scales have" if precomputes else "fp8 all-gather has"
-            gather += f": {idle} nothing to do here"
+        if isinstance(m, nn.Linear):
+            kind, precision = models.layer_kind(fqn), f"{str(m.weight.dtype).removeprefix('torch.')}: fp8.filter_fqns"
+            if fqn in converted:
+                precision = f"fp8 {m.recipe}" + (" (emulated)" if cfg.emulate else "")
+            rows[fqn if kind == fqn else f"layers.*.{kind}", tuple(m.weight.shape), precision] += 1
+    covered = sum(m.weight.numel() for m in converted.values()) / sum(p.numel() for p in model.parameters())
+    gather = "high precision" if shards else "nothing (one rank holds whole weights)"
+    if cfg.enable_fsdp_float8_all_gather:
+        scales = ", scales precomputed" if cfg.precompute_float8_dynamic_scale_for_fsdp else ""
+        gather = f"fp8{scales}" if shards else f"{gather}: fp8 all-gather has nothing to do here"
     return "\n".join([
-        f"fp8: {len(converted)} of {sum(rows.values())} linear layers converted", *lines,
-        f"  covers {covered_params / total:.1%} of parameters, {flops_share:.1%} of matmul FLOPs",
+        f"fp8: {len(converted)} of {sum(rows.values())} linear layers converted",
+        *(f"  {name:<22} {str(shape):<16} x{n:<4} {precision}" for (name, shape, precision), n in rows.items()),
+        f"  covers {covered:.1%} of parameters, {flops_share:.1%} of matmul FLOPs",
         f"  all-gather: {gather}"])
 
 
@@ -65,21 +52,19 @@ def verify_sharded(model, cfg, expected, *, shards):
 
     expected: names of the layers that convert() made. A failure is a defect of this code or of a fork.
     """
-    converted = fp8.float8_linears(model)
+    converted, problems = fp8.float8_linears(model), []
     if list(converted) != expected:
         raise RunStopped(f"{len(expected)} layers were converted to fp8, {len(converted)} are left: "
                          f"{sorted(set(expected) ^ set(converted))}")
-    if not shards or not cfg.enable_fsdp_float8_all_gather:
-        return
-    weights = {fqn: local_shard(m.weight) for fqn, m in converted.items()}
-    plain = [fqn for fqn, weight in weights.items() if not isinstance(weight, fp8.gather_in_fp8())]
-    if plain:
-        raise RunStopped("fp8 all-gather is on, but these weights would be gathered in high precision: "
-                         + ", ".join(plain))
-    if cfg.precompute_float8_dynamic_scale_for_fsdp:
-        missing = [fqn for fqn, weight in weights.items() if weight._precomputed_scale is None]
-        if missing:
-            raise RunStopped("fp8 scales were to be precomputed, but these weights have none: " + ", ".join(missing))
+    if shards and cfg.enable_fsdp_float8_all_gather:
+        for fqn, m in converted.items():
+            weight = local_shard(m.weight)
+            if not isinstance(weight, fp8.gather_in_fp8()):
+                problems.append(f"{fqn} (high precision)")
+            elif cfg.precompute_float8_dynamic_scale_for_fsdp and weight._precomputed_scale is None:
+                problems.append(f"{fqn} (no precomputed scale)")
+    if problems:
+        raise RunStopped(f"fp8 all-gather is on, but these weights are not set up for it: {', '.join(problems)}")
 
 
 def gathered_dtypes(model):
@@ -131,14 +116,14 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
     matmul that the converted layers need did not run, or if a weight was gathered in another dtype than configured.
     """
     run()
+    triton = 0
     if cfg.emulate:
         with torch.compiler.set_stance("force_eager"), CountFloat8Matmuls() as counter:
             run()
-        seen, triton = counter.seen, 0
+        seen = counter.seen
     else:
-        cuda = torch.profiler.ProfilerActivity.CUDA
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda], acc_events=True,
-                                    record_shapes=True) as profile:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True, record_shapes=True) as profile:
             run()
             torch.cuda.synchronize()
         # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_... (without shapes).
@@ -177,48 +162,44 @@ def self_check(config, micro_batch, device):
     All layers run the same graph, so one stands for all. micro_batch: (x, y, documents) of the run, on the device.
     Returns a line for the screen. Raises RunStopped if loss or gradients differ by more than rounding explains.
     """
-    with torch.device("meta"):
-        whole = models.Transformer(config.model)
-    linears = [fqn for fqn, m in whole.named_modules() if isinstance(m, nn.Linear)]
-    # the one layer has in FP8 what any layer of the run has: filtering layers.3.mlp leaves 31 others
-    converted = {models.layer_kind(fqn) for fqn in linears if fp8.recipe_of(fqn, config.fp8)}
-    filtered = [kind for kind in dict.fromkeys(map(models.layer_kind, linears)) if kind not in converted]
-    results = {}
-    for variant in ("bf16", "eager", "compiled"):
-        cfg = replace(config.fp8, enabled=variant != "bf16", filter_fqns=filtered)
-        with torch.device("meta"):
-            model = models.Transformer(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
-        if variant == "compiled":  # another kernel of attention is compared with the one that it replaces
-            attention.select_kernel(model, config, device)
-        if cfg.enabled:
-            fp8.convert(model, cfg, shards=0)
-        compile_cfg = replace(config.compile, enabled=config.compile.enabled and variant == "compiled")
-        compile_and_checkpoint(model, compile_cfg, config.activation_checkpoint, cfg.copies)
-        model.to_empty(device=device)
-        models.init_weights(model, config.seed)
-        x, y, documents = micro_batch
-        loss = model(x, y, config.loss_chunks, *documents)
-        loss.backward()
-        results[variant] = loss.item(), {name: p.grad for name, p in model.named_parameters()}
-    comparisons, wrong = [], []
-    compiled_loss, compiled_grads = results["compiled"]
+    loss, grads = one_layer_pass(config, "compiled", micro_batch, device)
+    comparisons, agrees = [], True
     for reference in ("eager", "bf16"):
-        loss, grads = results[reference]
-        gap = abs(compiled_loss / loss - 1)
-        least, name = min((agreement(grad.float(), compiled_grads[name].float()), name) for name, grad in grads.items())
-        comparisons.append(f"loss {gap:.1e}, gradients {least:.0f} dB ({name}) from {reference}")
-        if not gap <= SELF_CHECK_LOSS or not least >= SELF_CHECK_DB:
-            wrong.append(comparisons[-1])
-    del model, results, compiled_grads, grads
+        expected_loss, expected = one_layer_pass(config, reference, micro_batch, device)
+        gap, decibels = abs(loss / expected_loss - 1), {}
+        for name, grad in expected.items():
+            noise = grad.float() - grads[name].float()
+            decibels[name] = telemetry.decibels(grad.float().square().sum().item(), noise.square().sum().item())
+        worst = min(decibels, key=decibels.get)
+        comparisons.append(f"loss {gap:.1e}, gradients {decibels[worst]:.0f} dB ({worst}) from {reference}")
+        agrees &= gap <= SELF_CHECK_LOSS and decibels[worst] >= SELF_CHECK_DB
+    del grads, expected, grad, noise
     torch.cuda.empty_cache()  # the run's own model is still to be built, and may need all memory
-    if wrong:
-        raise RunStopped(f"fp8 computes wrong results here: {'; '.join(wrong)}. Rounding explains {SELF_CHECK_LOSS} of "
-                         f"the loss and {SELF_CHECK_DB} dB. Try another version of torch, or train with "
+    if not agrees:
+        raise RunStopped(f"fp8 computes wrong results here: {'; '.join(comparisons)}. Rounding explains "
+                         f"{SELF_CHECK_LOSS} of the loss and {SELF_CHECK_DB} dB. Try another version of torch, or "
                          "fp8.enabled=False")
     return "fp8 self-check: " + "; ".join(comparisons)
 
 
-def agreement(reference, x):
-    """SQNR of x against a reference in dB; -inf if either holds inf or nan."""
-    db = telemetry.decibels(reference.square().sum().item(), (reference - x).square().sum().item())
-    return -math.inf if math.isnan(db) else db
+def one_layer_pass(config, variant, micro_batch, device):
+    """(loss, {name: gradient}) of one layer, embedding and head. variant: "compiled" as the run, "eager", "bf16"."""
+    with torch.device("meta"):
+        linears = [fqn for fqn, m in models.Transformer(config.model).named_modules() if isinstance(m, nn.Linear)]
+        model = models.Transformer(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
+    # the one layer has in FP8 what any layer of the run has: filtering layers.3.mlp leaves 31 others
+    converted = {models.layer_kind(fqn) for fqn in linears if fp8.recipe_of(fqn, config.fp8)}
+    filtered = [kind for kind in dict.fromkeys(map(models.layer_kind, linears)) if kind not in converted]
+    cfg = replace(config.fp8, enabled=variant != "bf16", filter_fqns=filtered)
+    compile_cfg = replace(config.compile, enabled=config.compile.enabled and variant == "compiled")
+    if variant == "compiled":  # another kernel of attention is compared with the one that it replaces
+        attention.select_kernel(model, config, device)
+    if cfg.enabled:
+        fp8.convert(model, cfg, shards=0)
+    compile_and_checkpoint(model, compile_cfg, config.activation_checkpoint, cfg.copies)
+    model.to_empty(device=device)
+    models.init_weights(model, config.seed)
+    x, y, documents = micro_batch
+    loss = model(x, y, config.loss_chunks, *documents)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}

@@ -182,9 +182,9 @@ def summary(stats):
 
 
 def decibels(signal, noise):
-    """10 log10(signal / noise), at most 200 (all values exact); nan if there is no signal, or inf or nan in it."""
+    """10 log10(signal / noise), at most 200 (all values exact); -inf without signal, or with inf or nan in it."""
     if not 0 < signal < math.inf or not noise < math.inf:
-        return math.nan
+        return -math.inf
     return 10 * math.log10(signal / max(noise, 1e-20 * signal))
 
 

@@ -206,7 +206,7 @@ def test_sharded_over_one_gpu_trains_as_not_sharded(tiny_run, tmp_path):
             "--device=cuda", "--deterministic=False", "--max_steps=4", "--eval_interval=4"]
     told = {name: run("train.py", *args, *keys, f"--out_dir={tmp_path / name}").stdout
             for name, keys in (("whole", []), ("sharded", ONE_SHARD))}
-    assert "all-gather: fp8, scales precomputed\n" in told["sharded"] and "have nothing to do here" in told["whole"]
+    assert "all-gather: fp8, scales precomputed\n" in told["sharded"] and "has nothing to do here" in told["whole"]
     assert all("fp8: verified, " in text and "emulated" not in text for text in told.values())
     whole, sharded = metrics(tmp_path / "whole"), metrics(tmp_path / "sharded")
     assert whole.train[4]["loss"] < whole.train[1]["loss"]
@@ -383,9 +383,9 @@ cls.fsdp_post_all_gather = lambda self, gathered, meta, dtype, *, out=None: None
     "loses_the_wrapper": ("""
 fp8.nn = SimpleNamespace(**vars(fp8.nn))
 fp8.nn.Parameter = lambda w, requires_grad: torch.nn.Parameter(w._tensor)""",
-                          "these weights would be gathered in high precision: layers.0.attn.qkv"),
+                          "these weights are not set up for it: layers.0.attn.qkv (high precision)"),
     "never_precomputes": ("""
-fp8.precompute_scales = lambda *args, **kwargs: None""", "these weights have none: layers.0.attn.qkv"),
+fp8.precompute_scales = lambda *args, **kwargs: None""", "not set up for it: layers.0.attn.qkv (no precomputed scale)"),
 }
 
 
