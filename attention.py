@@ -115,6 +115,21 @@ def attend(q, k, v, mask=None, window=None):
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
+def attend_one(q, k, v, position, mask, window):
+    """Attention of a query q (1, 1, H, D) at `position`, int64 (1, 1), to keys and values k, v (1, L, K, D) up to it.
+
+    All shapes are the same at every position, so that a CUDA graph can replay it. mask: a tuple where the GPU has a
+    kernel for it: cu_seqlens of query and keys, int32 (2, 2), and L. window: as in attend().
+    """
+    if isinstance(mask, tuple):
+        (query, keys), length = mask
+        left_right = (-1, -1) if window is None else (window, 0)  # (-1, -1): the kernel splits the keys over the GPU
+        return varlen_attn(q[0], k[0], v[0], query, keys, 1, length, window_size=left_right, **VARLEN_GQA)
+    distance = position - torch.arange(k.shape[1], device=k.device)  # (1, L)
+    seen = (distance >= 0) & (distance <= (k.shape[1] if window is None else window))
+    return attend(q, k, v, seen[None, None])
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # rotary positions
 

@@ -1,28 +1,119 @@
 """Generate text from a checkpoint of train.py, or from a Hugging Face model folder.
 
-    python sample.py --from=DIR [--prompt=TEXT] [--max_new_tokens=N] [--temperature=T] [--top_k=K] [--seed=S]
+    python sample.py --from=DIR [--prompt=TEXT] [--chat] [--max_new_tokens=N] [--temperature=T] [--top_k=K] [--seed=S]
         [--tokenizer=bytes]
 
-Runs in the dtype that the weights were trained in, without FP8: the checkpoint holds plain tensors. There is no KV
-cache: every token runs the whole context through the model, which is short to read and fast enough for a first look.
+--chat speaks through the chat template of the tokenizer's folder, or of the run's data.chat_template. Without --prompt
+it reads one message per line from stdin and keeps the conversation.
+
+Runs in the dtype that the weights were trained in, without FP8: the checkpoint holds plain tensors. The keys and values
+of the context are cached, so a new token costs one pass over one token: one read of the weights. The cache holds prompt
+and answer, up to model.block_size tokens. Beyond that, every new token reads the last block_size tokens anew, as
+training has shown the model nothing longer.
 """
 
 import codecs
 import math
 import os
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import configurator
 import data
 import model as models
-from formats import hf
-from formats.tokenizer import get_tokenizer
+from attention import attend, attend_one
+from formats import chat, hf
+from formats.tokenizer import get_tokenizer, read_json
 from plumbing import entry
-from plumbing.errors import UserError
+from plumbing.errors import RunStopped, UserError
+
+# ----------------------------------------------------------------------------------------------------------------
+# generating
+
+
+class Cache:
+    """Keys and values of a model's context. On a GPU, the pass over a new token is a captured CUDA graph.
+
+    length: tokens that it holds. Until close(), attention in every layer of the model goes through here.
+    """
+
+    def __init__(self, model, length):
+        self.model, self.length, self.n_tokens, self.graph = model, length, 0, None
+        weight, shape = model.embed.weight, (1, length, model.cfg.n_kv_head, model.cfg.head_dim)
+        self.token, self.position = weight.new_zeros(2, 1, 1, dtype=torch.int64)
+        for layer in model.layers:
+            # zeros: what attention does not see must be finite
+            layer.attn.attend = partial(self.attend, weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def close(self):
+        for layer in self.model.layers:
+            del layer.attn.attend
+
+    def attend(self, keys, values, q, k, v, mask, window):
+        """attention.attend() of a whole context, or of the token at self.position; keys, values: this layer's cache."""
+        T = q.shape[1]
+        if T > 1:
+            keys[:, :T], values[:, :T] = k, v
+            return attend(q, k, v, mask, window)
+        keys.index_copy_(1, self.position[0], k)
+        values.index_copy_(1, self.position[0], v)
+        return attend_one(q, keys, values, self.position, mask, window)
+
+    def logits(self, tokens):
+        """Float32 logits (V,) of what follows `tokens`, a list of ids that each call continues by one."""
+        n = len(tokens)
+        if n > self.length or n != self.n_tokens + 1:
+            context = torch.tensor([tokens[-self.length :]], device=self.token.device)
+            logits = self.model(context)[0, -1].float()
+        else:
+            self.token.fill_(tokens[-1])
+            self.position.fill_(n - 1)
+            logits = self.replay() if self.token.is_cuda else self.run_token()
+        self.n_tokens = n
+        return logits
+
+    def run_token(self):
+        """Logits of what follows self.token at self.position."""
+        lengths = torch.cat((torch.ones_like(self.position), self.position + 1))  # of the query and of its keys
+        bounds = F.pad(lengths, (1, 0)).int(), self.length
+        return self.model(self.token, positions=self.position, bounds=bounds)[0, 0].float()
+
+    def replay(self):
+        """run_token() as one launch: in Python, launching its kernels takes longer than running them."""
+        if self.graph is None:
+            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # a warm-up, in which libraries choose kernels and allocate workspaces
+                self.run_token()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.captured = self.run_token()
+        self.graph.replay()
+        return self.captured
+
+
+def draw(logits, temperature, top_k, generator):
+    """A token id drawn from logits (V,); arguments as in generate(). RunStopped if they hold nan or inf."""
+    scores = logits
+    if temperature > 0:
+        scores = logits / temperature
+        if top_k:
+            smallest = scores.topk(min(top_k, len(scores))).values[-1]
+            scores = scores.masked_fill(scores < smallest, -math.inf)
+        # The largest p / e, with e from an exponential distribution, falls on each token with its probability p;
+        # torch.multinomial would make Python wait for the GPU.
+        scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
+    best, token = scores.max(0)
+    if not best.isfinite():
+        raise RunStopped("the model gives nan or inf, so no token can be drawn: its weights are finite, but too large "
+                         "for their dtype or not those of this architecture")
+    return int(token)
 
 
 @torch.no_grad()
@@ -31,20 +122,18 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
 
     top_k: sample among this many most likely tokens; 0: among all.
     """
-    device = model.cos.device
-    for _ in range(max_new_tokens):
-        context = torch.tensor([tokens[-model.cfg.block_size :]], device=device)  # (1, T)
-        logits = model(context)[0, -1].float()  # (V,)
-        if temperature == 0:
-            token = logits.argmax()
-        else:
-            logits /= temperature
-            if top_k:
-                smallest = logits.topk(min(top_k, len(logits))).values[-1]
-                logits[logits < smallest] = -float("inf")
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        tokens = tokens + [int(token)]
-        yield int(token)
+    tokens = list(tokens)
+    cache = Cache(model, min(len(tokens) + max_new_tokens, model.cfg.block_size))
+    try:
+        for _ in range(max_new_tokens):
+            tokens.append(draw(cache.logits(tokens), temperature, top_k, generator))
+            yield tokens[-1]
+    finally:
+        cache.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the model
 
 
 def load_model(folder, device, tokenizer=None):
@@ -68,14 +157,63 @@ def load_model(folder, device, tokenizer=None):
         hf.load(folder, model)
     else:
         checkpoint.load(newest, model)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{folder}: {name} holds inf or nan: take an earlier checkpoint, or download it again")
     return model.eval(), get_tokenizer(tokenizer or config.data.tokenizer), config
+
+
+def stop_ids(tokenizer, *folders):
+    """The ids that end a text: the tokenizer's EOS, and eos_token_id of model folders, as transformers' generate."""
+    found = {tokenizer.eos}
+    for path in (Path(folder, name).expanduser() for folder in folders for name in ("generation_config.json", "config.json")):
+        if path.is_file():
+            eos = read_json(path).get("eos_token_id")
+            found |= set(eos) if isinstance(eos, list) else {eos}
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def read_messages(prompt):
+    """Yield what the user says: `prompt`, or without one the lines of stdin."""
+    while prompt is None:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+    yield prompt
+
+
+def show(tokens, tokenizer, stops):
+    """Print tokens as they come, until one of `stops` or one that only pads the vocabulary.
+
+    Returns their ids, and the (tokens, seconds) after the first two, which read the prompt and capture the graph.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end in the middle of a character
+    ids, times = [], []
+    for token in tokens:
+        times.append(time.perf_counter())
+        if token in stops or token > tokenizer.largest:
+            break
+        ids.append(token)
+        sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token)))
+        sys.stdout.flush()
+    print(decoder.decode(b"", final=True))
+    return ids, (len(times) - 2, times[-1] - times[1]) if len(times) > 2 else (0, 0.0)
 
 
 def main():
     parser = entry.Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="folder", required=True, type=os.path.expanduser,
                         help="out_dir of a run of train.py, or a model folder")
-    parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
+    parser.add_argument("--prompt", help="text to continue (a new line); with --chat: the message to answer (stdin)")
+    parser.add_argument("--chat", action="store_true", help="answer messages, in the words of the chat template")
     parser.add_argument("--max_new_tokens", type=int, default=300, help="tokens to generate (default 300)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest; higher: more varied (0.7)")
     parser.add_argument("--top_k", type=int, default=50, help="sample among the K likeliest tokens; 0: among all (50)")
@@ -93,20 +231,39 @@ def main():
         raise UserError("\n".join(errors))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(args.folder, device, args.tokenizer)
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]  # as documents begin in training
-    prompt = bos + tokenizer.encode(args.prompt).tolist()
-    if not prompt:
-        raise UserError("--prompt is empty: give at least one character")
-    models.check_ids(config.model, max(prompt))
+    stops = stop_ids(tokenizer, args.folder, config.data.tokenizer)
+    if args.chat:
+        template = chat.read_template(config.data, tokenizer)
+        stops.add(template.end_of_reply())
+    elif args.prompt is None:
+        args.prompt = "\n"
     generator = torch.Generator(device).manual_seed(args.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end in the middle of a character
-    sys.stdout.write(args.prompt)
-    for token in generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator):
-        if token > tokenizer.largest or token in tokenizer.specials.values():
-            break  # the end of the document, or an id that only pads the vocabulary
-        sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token)))
-        sys.stdout.flush()
-    print()
+    conversation, n_tokens, seconds = [], 0, 0.0
+    for text in read_messages(args.prompt):
+        if args.chat:
+            conversation.append({"role": "user", "content": text})
+            prompt = template.prompt(conversation).tolist()
+        else:
+            bos = [] if tokenizer.bos is None else [tokenizer.bos]  # as documents begin in training
+            prompt = bos + tokenizer.encode(text).tolist()
+            sys.stdout.write(text)
+        if not prompt:
+            raise UserError("--prompt is empty: give at least one character")
+        models.check_ids(config.model, max(prompt))
+        if len(prompt) > config.model.block_size:
+            print(f"the prompt has {len(prompt):,} tokens: the model reads the last {config.model.block_size:,}",
+                  file=sys.stderr)
+        tokens = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator)
+        reply, (n, elapsed) = show(tokens, tokenizer, stops)
+        conversation.append({"role": "assistant", "content": tokenizer.decode(reply)})
+        n_tokens, seconds = n_tokens + n, seconds + elapsed
+    if n_tokens:
+        read = sum(p.nbytes for p in model.parameters())
+        if not config.model.tie_embeddings:
+            read -= model.embed.weight.nbytes  # of which a token reads one row
+        rate = n_tokens / seconds
+        print(f"{rate:.1f} tokens/s, {read / 1e9:.2f} GB of weights each: {rate * read / 1e9:,.0f} GB/s",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

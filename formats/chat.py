@@ -170,15 +170,21 @@ def remarks(counts, template, limit):
     return text + (f"; the template's date is {counts['date']}" if counts["date"] else "")
 
 
-def prepare(cfg, block_size, seed):
-    """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
-    tokenizer, limit, source = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size), ""
+def read_template(cfg, tokenizer):
+    """The chat template of a DataConfig: data.chat_template, or the tokenizer's own."""
+    source = ""
     if cfg.chat_template:
         try:
             source = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template={cfg.chat_template}: {error}") from error
-    template, found = Template(tokenizer, source, cfg.chat_template), files.resolve(cfg, files.ROWS)
+    return Template(tokenizer, source, cfg.chat_template)
+
+
+def prepare(cfg, block_size, seed):
+    """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
+    tokenizer, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
+    template, found = read_template(cfg, tokenizer), files.resolve(cfg, files.ROWS)
     train, counts = stored(found.train, template, cfg, limit)
     if found.val:
         val, val_counts = stored(found.val, template, cfg, limit)

@@ -100,7 +100,8 @@ class Template:
             source, self.name = ("{{ bos_token }}" if tokenizer.bos is not None else "") + CHATML, "ChatML"
         if not source:
             raise UserError(f"tokenizer {tokenizer.name} has no chat template, and no <|im_start|> and <|im_end|> for "
-                            "ChatML: name a file with a Jinja template, data.chat_template=FILE")
+                            "ChatML: name a file with a Jinja template, data.chat_template=FILE, or put one there as "
+                            "chat_template.jinja")
         tool_use = {t["name"]: t["template"] for t in named}.get("tool_use") if isinstance(named, list) else None
         self.sources, env = (source, tool_use or source), environment()
         try:
@@ -294,6 +295,21 @@ class Template:
         for begin, end in spans:
             loss |= (ends > begin) & (begins < end)
         return ids, loss, n_left_out
+
+    def prompt(self, messages):
+        """Ids, int64 (n,), of a conversation and of the text that asks the assistant for a reply."""
+        held = {}
+        messages = self.hold([normalize(m) for m in messages], held)
+        text, _ = take_out_generation(self.render(messages, None, prompt=True))
+        text, _ = self.put_back(text, [], {char: original for original, char in held.items()})
+        return self.encode_coded(text)[0]
+
+    def end_of_reply(self):
+        """The id of the special token that follows the assistant's words, or None."""
+        words = "a reply"
+        text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": words}], None)
+        match = CODED.search(text, text.rfind(words) + 1)
+        return match and self.tokenizer.specials[self.as_text(match[0])]
 
     def put_back(self, text, spans, original):
         """(text with special tokens' text in messages again, spans in it). original: what each character stands for."""
