@@ -13,6 +13,7 @@ training has shown the model nothing longer.
 """
 
 import codecs
+import itertools
 import math
 import os
 import sys
@@ -47,8 +48,7 @@ class Cache:
         self.model, self.length, self.n_tokens, self.graph = model, length, 0, None
         weight, shape = model.embed.weight, (1, length, model.cfg.n_kv_head, model.cfg.head_dim)
         self.token, self.position = weight.new_zeros(2, 1, 1, dtype=torch.int64)
-        for layer in model.layers:
-            # zeros: what attention does not see must be finite
+        for layer in model.layers:  # zeros: what attention does not see must be finite
             layer.attn.attend = partial(self.attend, weight.new_zeros(shape), weight.new_zeros(shape))
 
     def close(self):
@@ -166,11 +166,11 @@ def load_model(folder, device, tokenizer=None):
 def stop_ids(tokenizer, *folders):
     """The ids that end a text: the tokenizer's EOS, and eos_token_id of model folders, as transformers' generate."""
     found = {tokenizer.eos}
-    for path in (Path(folder, name).expanduser() for folder in folders for name in ("generation_config.json", "config.json")):
-        if path.is_file():
-            eos = read_json(path).get("eos_token_id")
-            found |= set(eos) if isinstance(eos, list) else {eos}
-    return found
+    for folder, name in itertools.product(folders, ("config.json", "generation_config.json")):
+        path = Path(folder, name).expanduser()
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        found |= set(eos) if isinstance(eos, list) else {eos}
+    return found - {None}
 
 
 # ----------------------------------------------------------------------------------------------------------------
