@@ -67,8 +67,10 @@ class Cache:
 
     def logits(self, tokens):
         """Float32 logits (V,) of what follows `tokens`, a list of ids that each call continues by one."""
-        n = len(tokens)
-        if n > self.length or n != self.n_tokens + 1:
+        n, scaling = len(tokens), self.model.cfg.rope_scaling
+        # the length from which on longrope turns all keys by other frequencies
+        turned = scaling and scaling.kind == "longrope" and n == scaling.original_max_position + 1
+        if turned or n > self.length or n != self.n_tokens + 1:
             context = torch.tensor([tokens[-self.length :]], device=self.token.device)
             logits = self.model(context)[0, -1].float()
         else:

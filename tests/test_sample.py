@@ -80,6 +80,10 @@ SWITCHES = {
     "a window of one token": {"sliding_window": 1}, "a window beyond the context": {"sliding_window": 64},
     "llama 3's rope": {"rope_scaling": models.RopeScaling(original_max_position=16)},
     "half of a head has no positions": {"rope_fraction": 0.5}, "odd sizes": {"n_head": 6, "head_dim": 10},
+    "longrope": {"rope_scaling": models.RopeScaling(
+        kind="longrope", original_max_position=16, short_factors=[1.0] * 8, long_factors=[2.0, 3.0] * 4)},
+    "norms of q and k": {"qk_norm": "head"}, "layers without positions": {"no_rope_interval": 2},
+    "multipliers": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1},
 }
 
 

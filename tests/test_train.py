@@ -761,7 +761,7 @@ def test_bf16_trains_where_torchao_is_not_installed(tiny_run, tmp_path):
 
 def test_sample_continues_the_prompt_and_repeats_with_the_seed(finished):
     args = [f"--from={finished[1] / 'whole'}", "--prompt=def f", "--max_new_tokens=40"]
-    first, again, other = (main_here(sample.main, *args, f"--seed={seed}") for seed in (1, 1, 2))
+    first, again, other = (main_here(sample.main, *args, f"--seed={seed}")[:2] for seed in (1, 1, 2))
     assert first[0] == 0 and first[1].startswith("def f") and len(first[1]) > 30
     assert again == first != other
 

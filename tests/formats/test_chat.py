@@ -311,6 +311,28 @@ def test_spaces_around_special_tokens_are_treated_as_transformers_does(scheme, f
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_for_a_reply_is_that_of_transformers(name, tokenizer, reference):
+    tagged, compared = TEMPLATES[name], 0
+    for template in (Template(tokenizer, tagged, "tagged"), Template(tokenizer, strip_tags(tagged), "plain")):
+        for messages in CONVERSATIONS.values():
+            try:
+                expected = reference.apply_chat_template(messages[:-1], chat_template=tagged, return_dict=False,
+                                                         add_generation_prompt=True)
+            except Exception:  # noqa: BLE001 - whatever the template raises in transformers
+                continue
+            assert template.prompt(messages[:-1]).tolist() == expected
+            compared += 1
+    assert compared >= 12
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_reply_ends_at_the_last_token_that_is_trained_on(name, tokenizer):
+    template = Template(tokenizer, TEMPLATES[name], name)
+    ids, loss, _ = template.encode([user("a"), assistant("b")])
+    assert template.end_of_reply() == ids[loss][-1]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_special_tokens_that_somebody_writes_stay_text(name, tokenizer, reference):
     """The one difference to transformers, which makes them special tokens unless sanitize_control_tokens is set."""
     template = Template(tokenizer, strip_tags(TEMPLATES[name]), name)
