@@ -52,7 +52,7 @@ def main():
         config.data.tokenizer = "bytes" if from_scratch else config.init_from
     logs.check_trackers(config)
     torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic and device.type == "cuda":  # cuBLAS is deterministic only with a workspace of fixed size
+    if config.deterministic:  # cuBLAS is deterministic only with a workspace of fixed size
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     rows_per_pass = config.micro_batch_size * world_size
@@ -78,8 +78,10 @@ def main():
         raise UserError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
                 "init_from": Path(config.init_from).name}  # without its folder, which may move
-    previous_run = checkpoint.read_run(resume_from, config, **identity) if resume_from else None
-    start_step, start_seconds = (previous_run["step"], previous_run["time_s"]) if previous_run else (0, 0.0)
+    previous_run = {"step": 0, "time_s": 0.0, "auto_filtered": None}
+    if resume_from:
+        previous_run = checkpoint.read_run(resume_from, config, **identity)
+    start_step = previous_run["step"]
     with torch.device("meta"):  # shapes and names, without memory
         model = models.Transformer(config.model).to(dtype)
     attention.select_kernel(model, config, device)
@@ -131,7 +133,7 @@ def main():
     auto_filtered = None
     if config.fp8.enabled:
         if config.fp8.auto_filter:  # a resumed run keeps its choice, whatever a new timing would say
-            auto_filtered = previous_run["auto_filtered"] if previous_run else None
+            auto_filtered = previous_run["auto_filtered"]
             if auto_filtered is None:
                 auto_filtered = gemms.choose(step_config, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
@@ -155,9 +157,8 @@ def main():
         cast_again = config.fp8.enabled and config.fp8.force_recompute_fp8_weight_in_bwd
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True if cast_again else None)
     model.to_empty(device=device)
-    with torch.no_grad():
-        for p in model.parameters():
-            plain_local(p).fill_(float("nan"))  # shows a weight that nothing fills
+    for p in model.parameters():
+        plain_local(p).fill_(float("nan"))  # shows a weight that nothing fills
     if from_scratch and not resume_from:
         models.init_weights(model, config.seed)
     else:  # step 4 loads the weights
@@ -167,7 +168,6 @@ def main():
     # 4) optimizer, and what an earlier run or a model folder provides
 
     optimizer = AdamW(model, config.optim, seed=config.seed, compiled=config.compile.enabled)
-    n_params = sum(p.numel() for p in model.parameters())
     identity["data"] = train_rows.digest
     if resume_from:
         checkpoint.read_run(resume_from, config, data=train_rows.digest)
@@ -179,7 +179,8 @@ def main():
         say(f"weights: {config.init_from}")
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.precompute_scales(model, config.fp8, shards=n_shards)
-    say(f"model: {n_params:,} parameters, {gib:.1f} GiB estimated per rank with gradients, optimizer and activations")
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gib:.1f} GiB estimated per rank with "
+        "gradients, optimizer and activations")
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
     say(f"step: {config.micro_batch_size} sequences x {row_length} tokens x {world_size} ranks x {accumulation} "
         f"accumulation = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))
@@ -223,7 +224,7 @@ def main():
     # 6) the loop
 
     peak_flops = estimate.bf16_peak(hardware)
-    record = {**logs.provenance(), "hardware": f"{world_size} x {hardware}", "ranks": world_size,
+    record = {**identity, **logs.provenance(), "hardware": f"{world_size} x {hardware}", "ranks": world_size,
               "compile_s": compile_s, "block_size": row_length, "tokens_per_step": tokens_per_step,
               "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak_flops,
               "auto_filtered": auto_filtered}
@@ -248,14 +249,15 @@ def main():
         run_pass = cudagraph.GraphedPass(forward_backward, model, accumulation > 1)
     guard = nonfinite.Guard(config.on_nonfinite, device)
     progress = tqdm(initial=start_step, total=config.max_steps, unit="step", disable=None if ranks.is_main else True)
-    timer = logs.StepTimer(ranks, start_step, start_seconds, max_steps=config.max_steps, tokens=tokens_per_step,
-                           flops=flops_per_token, peak_flops=peak_flops)
+    timer = logs.StepTimer(ranks, start_step, previous_run["time_s"], max_steps=config.max_steps,
+                           tokens=tokens_per_step, flops=flops_per_token, peak_flops=peak_flops)
     n_skipped = 0  # updates since the last log line
     for step in range(start_step + 1, config.max_steps + 1):
+        first, last = step == start_step + 1, step == config.max_steps
         batch = micro_batches(step)
         n_targets = count_targets(batch)
-        if config.fp8.enabled and config.fp8.stats_interval and (
-                step % config.fp8.stats_interval == 0 or step == start_step + 1):
+        stats_interval = config.fp8.enabled and config.fp8.stats_interval
+        if stats_interval and (first or step % stats_interval == 0):
             health = telemetry.health(model, functools.partial(dry_run, batch[:1], n_targets), step)
             log(*health)
             say(f"step {step}/{config.max_steps} | {telemetry.worst(health)}")
@@ -270,27 +272,20 @@ def main():
         fp8.precompute_scales(model, config.fp8, shards=n_shards)
         progress.update()
 
-        last = step == config.max_steps
-        logs_now = step % config.log_interval == 0 or step == start_step + 1 or last  # the first also compiles AdamW
+        logs_now = first or last or step % config.log_interval == 0  # the first also compiles AdamW
         evaluates_now = config.eval_interval and (last or step % config.eval_interval == 0)
         saves_now = config.checkpoint_interval and (last or step % config.checkpoint_interval == 0)
         if (logs_now or evaluates_now or saves_now) and (bad := guard.take()):
             n_skipped += bad.skipped
-            health = []
-            if config.fp8.enabled:
-                bad_batch = micro_batches(bad.step)
-                rerun = functools.partial(dry_run, bad_batch, count_targets(bad_batch))
-                health = telemetry.health(model, rerun, bad.step)
-            folder, message = nonfinite.save_evidence(out_dir, bad, health, loader, ranks.is_main)
-            if config.on_nonfinite == "stop":
-                if config.checkpoint_interval:
-                    checkpoint.save(folder, bad.step - 1, model, optimizer,
-                                    {**identity, **record, "time_s": timer.seconds}, keep=0)
-                    message += f" To repeat the step: the same command with --out_dir={folder} --resume=must"
+            bad_batch = micro_batches(bad.step)
+            rerun = functools.partial(dry_run, bad_batch, count_targets(bad_batch))
+            folder, message = nonfinite.save_evidence(config, bad, loader, model, rerun)
+            if config.on_nonfinite == "stop" and config.checkpoint_interval:
+                checkpoint.save(folder, bad.step - 1, model, optimizer, {**record, "time_s": timer.seconds}, keep=0)
+                message += f" To repeat the step: the same command with --out_dir={folder} --resume=must"
+            if config.on_nonfinite == "stop" or bad.in_a_row >= 10:
                 raise RunStopped(message)
             say(message)
-            if bad.in_a_row >= 10:
-                raise RunStopped(f"step {step}: {bad.in_a_row} steps in a row were skipped: {message}")
         if logs_now:
             row, line = timer.log_row(step, loss, lr, grad_norm)
             log({**row, "skipped": n_skipped} if n_skipped else row)
@@ -303,8 +298,7 @@ def main():
                     log({"step": step, **row})
                     say(f"step {step}/{config.max_steps} | {result}")
                 if saves_now:
-                    checkpoint.save(out_dir, step, model, optimizer, {**identity, **record, "time_s": seconds},
-                                    keep=config.keep)
+                    checkpoint.save(out_dir, step, model, optimizer, {**record, "time_s": seconds}, keep=config.keep)
     progress.close()
 
     # ------------------------------------------------------------------------------------------------------------

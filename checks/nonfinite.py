@@ -6,6 +6,7 @@ for its result when it logs, evaluates or saves.
 
 import copy
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,13 +15,13 @@ from checks import telemetry
 
 
 class NonFinite(NamedTuple):
-    """The first non-finite step since the last report, and how many updates were skipped because of it and later."""
+    """The first non-finite step since the last report."""
 
     step: int
     loss: float
     grad_norm: float
-    skipped: int  # since the last report
-    in_a_row: int  # up to now
+    skipped: int  # updates since the last report
+    in_a_row: int  # updates skipped up to now, without one between
 
 
 class Guard:
@@ -51,26 +52,24 @@ class Guard:
         return NonFinite(int(step), loss, grad_norm, skipped, in_a_row)
 
 
-def save_evidence(out_dir, bad, health, loader, is_main):
-    """(folder, message) about a NonFinite step; rank 0 writes folder/replay.pt: its batch and the FP8 health.
+def save_evidence(config, bad, loader, model, rerun):
+    """(folder, message) about a NonFinite step; rank 0 writes folder/replay.pt: the batch of all ranks, FP8 health.
 
-    health: rows of telemetry.health on that step's batch. loader: data.Loader; the batch of all ranks is read again.
+    config, loader: of the run. rerun: forward and backward passes over that step's batch. Every rank must call it.
     """
-    folder = out_dir / f"nonfinite_step_{bad.step:08d}"
-    broken = telemetry.broken(health)
-    if is_main:
-        whole = copy.copy(loader)
-        whole.rank, whole.world_size = 0, 1
-        first_sample = (bad.step - 1) * loader.global_batch_size
+    health = telemetry.health(model, rerun, bad.step) if config.fp8.enabled else []
+    folder, broken = Path(config.out_dir, f"nonfinite_step_{bad.step:08d}"), telemetry.broken(health)
+    if loader.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir(parents=True)
-        torch.save({"step": bad.step, "loss": bad.loss, "grad_norm": bad.grad_norm, "batch": whole.batch(bad.step - 1),
-                    "samples": list(range(first_sample, first_sample + loader.global_batch_size)),
-                    "fp8_health": health, "broken": broken}, folder / "replay.pt")
+        whole, n_samples = copy.copy(loader), loader.global_batch_size
+        whole.rank, whole.world_size = 0, 1
+        torch.save({**bad._asdict(), "batch": whole.batch(bad.step - 1), "fp8_health": health, "broken": broken,
+                    "samples": list(range((bad.step - 1) * n_samples, bad.step * n_samples))}, folder / "replay.pt")
+    where = "no fp8 operand held inf or nan" if health else "fp8 is off"
     if broken:
         where = f"fp8 operands with inf or nan, in order: {', '.join(broken[:3])}"
-    else:
-        where = "no fp8 operand held inf or nan" if health else "fp8 is off"
     return folder, (f"step {bad.step}: loss {bad.loss:.4g}, gradient norm {bad.grad_norm:.4g}; {bad.skipped} updates "
-                    f"skipped, so the weights are clean ({where}). Lower optim.lr, or look at the data of that step: "
-                    f"its batch and the fp8 health of every layer are in {folder / 'replay.pt'} (torch.load).")
+                    f"skipped, {bad.in_a_row} in a row, so the weights are clean ({where}). Lower optim.lr, or look at "
+                    "the data of that step: its batch and the fp8 health of every layer are in "
+                    f"{folder / 'replay.pt'} (torch.load).")

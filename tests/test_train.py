@@ -541,7 +541,7 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000006"]
     assert "has 6 of 6 steps, now with checkpoint_interval=3 instead of 1. Raise max" in told()
     with pytest.raises(ValueError, match="was made with another model, seed, now with .*seed=3 instead of 1337, .*"
-                                         "model.n_layer=1 instead of 2: resuming.*Give another out_dir"):
+                                         "model.n_layer=1 instead of 2: resuming.*Set another out_dir"):
         told("--model.n_layer=1", "--seed=3")
     changed = told("--checkpoint_interval=1", "--keep=2", "--max_steps=7", "--optim.lr=1e-3")
     assert "6 steps done, now with max_steps=7 instead of 6, optim.lr=0.001 instead of " in changed

@@ -382,7 +382,7 @@ def test_skip_leaves_a_bad_update_out_on_every_rank_and_a_batch_without_a_target
 
 def test_a_run_that_only_skips_stops(tiny_run, tmp_path, poisoned):
     poisoned(steps=range(3, 40))
-    with pytest.raises(RuntimeError, match=r"step 12: 10 steps in a row were skipped.*\(fp8 is off\)"):
+    with pytest.raises(RuntimeError, match=r"step 9: .* 4 updates skipped, 10 in a row.*\(fp8 is off\)"):
         train_here(*tiny_run, "--on_nonfinite=skip", "--max_steps=30", "--log_interval=4", "--checkpoint_interval=0",
                    "--eval_interval=0", f"--out_dir={tmp_path / 'all'}")
 
