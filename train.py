@@ -91,7 +91,7 @@ def main():
     if config.fp8.enabled:
         check_fp8()  # how many tokens a pass has, the data decides: checked below
     if start_step >= config.max_steps:
-        if ranks.is_main and logs.plots_are_stale(out_dir):
+        if ranks.is_main and logs.read_metrics(out_dir):  # it may have been killed before its plots
             logs.plot_losses(out_dir)
             telemetry.plot_health(out_dir)
         say(f"nothing to do: {resume_from} has {start_step} of {config.max_steps} steps"

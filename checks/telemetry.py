@@ -219,13 +219,14 @@ def plot_health(out_dir):
 
     Row-wise, the worse of the two casts of a tensor. Returns the path, or None if there are no rows of FP8 health.
     """
-    plt = logs.pyplot()
+    from matplotlib.figure import Figure
+
     rows = [row for row in logs.read_metrics(out_dir) if "fp8_layer" in row]
     if not rows:
         return None
     layers, steps = list(dict.fromkeys(r["fp8_layer"] for r in rows)), sorted({r["step"] for r in rows})
-    figure, axes = plt.subplots(2, 3, figsize=(11, min(20, 2.5 + 0.24 * len(layers))), sharex=True, sharey=True,
-                                layout="constrained")
+    figure = Figure(figsize=(11, min(20, 2.5 + 0.24 * len(layers))), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True, sharey=True)
     for column, operand in enumerate(("input", "weight", "grad_output")):
         for line, (title, of, style) in enumerate((
                 ("dB below the format's best", shortfall, {"cmap": "Reds", "vmin": 0, "vmax": 12}),
@@ -249,5 +250,4 @@ def plot_health(out_dir):
         ax.set_xticks(shown, [steps[i] for i in shown])
         ax.set_xlabel("step")
     figure.savefig(out_dir / "fp8_health.png", dpi=150)
-    plt.close(figure)
     return out_dir / "fp8_health.png"

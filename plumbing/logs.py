@@ -70,10 +70,6 @@ class StepTimer:
         self.tokens, self.flops, self.peak_flops = tokens, flops, peak_flops
         self.started = ranks.now()
 
-    def elapsed(self):
-        """Seconds of training since the last log row."""
-        return self.ranks.now() - self.started
-
     @contextlib.contextmanager
     def paused(self):
         """A block whose time is not training time; yields the seconds of training before it, with earlier runs."""
@@ -86,7 +82,7 @@ class StepTimer:
 
         loss, grad_norm: 0-d tensors. tokens_per_s is per rank.
         """
-        elapsed, n_steps = self.elapsed(), step - self.step
+        elapsed, n_steps = self.ranks.now() - self.started, step - self.step
         self.seconds += elapsed
         rate = self.tokens * n_steps / elapsed / self.ranks.world_size
         mfu = rate * self.flops / self.peak_flops if self.peak_flops else None
@@ -106,9 +102,10 @@ class StepTimer:
 
 
 def read_metrics(out_dir):
-    """The rows of out_dir/metrics.jsonl as dicts; an incomplete last line, of a killed run, is left out."""
+    """The rows of out_dir/metrics.jsonl as dicts, [] without such a file. Skips the half line of a killed run."""
     path, rows = Path(out_dir, "metrics.jsonl"), []
-    for line_number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+    text = path.read_text() if path.exists() else ""
+    for line_number, line in enumerate(text.splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 rows.append(json.loads(line))
@@ -170,12 +167,6 @@ def write(rows, metrics, trackers):
         tracker(scalars(rows))
 
 
-def plots_are_stale(out_dir):
-    """Whether metrics.jsonl is newer than loss.png: a run was killed between its last checkpoint and its plots."""
-    metrics, plot = out_dir / "metrics.jsonl", out_dir / "loss.png"
-    return metrics.exists() and not (plot.exists() and plot.stat().st_mtime >= metrics.stat().st_mtime)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # trackers and plots
 
@@ -215,21 +206,12 @@ def open_trackers(config):
     return trackers
 
 
-def pyplot():
-    """matplotlib.pyplot for drawing to files; imported when first used, as it takes a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
 def plot_losses(out_dir):
     """Draw out_dir/loss.png from out_dir/metrics.jsonl: training and validation loss against steps."""
-    plt = pyplot()
-    rows = read_metrics(out_dir)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    from matplotlib.figure import Figure  # takes a second to import
+
+    rows, figure = read_metrics(out_dir), Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, style in (("loss", {"lw": 1, "label": "train"}), ("val_loss", {"marker": "o", "label": "validation"})):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
@@ -238,4 +220,3 @@ def plot_losses(out_dir):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out_dir / "loss.png", dpi=150)
-    plt.close(figure)
