@@ -13,7 +13,6 @@ Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's 
 the runs that are finished and continues the one that was interrupted.
 """
 
-import datetime
 import json
 import math
 import statistics
@@ -26,6 +25,7 @@ import torch
 import bench
 import configurator
 from plumbing import entry, logs
+from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
@@ -43,8 +43,7 @@ class ParityConfig:
 
     def problems(self):
         """Yield ({keys involved}, message) for each value that cannot be used."""
-        for message in bench.mistakes(self.variants):
-            yield {"variants"}, message
+        yield from bench.variant_problems(self.variants)
         baseline, *others = bench.split(self.variants)
         if baseline != "bf16" or not others or "bf16" in others:
             yield {"variants"}, f"--variants={self.variants} must be bf16, then the variants to compare with it"
@@ -57,25 +56,24 @@ def plan(own, config, base):
 
     Raises UserError if a variant's keys are wrong, or if a folder holds a run with another config.
     """
-    baseline, *others = bench.split(own.variants)
-    runs = [(baseline, config.seed + i) for i in range(own.seeds)] + [(variant, config.seed) for variant in others]
-    folders = [base.parent / f"{bench.slug(variant)}_seed{seed}" for variant, seed in runs]
-    texts = [configurator.to_python(configurator.load(
-        [str(base), "--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]))
-        for (variant, seed), folder in zip(runs, folders, strict=True)]
-    for folder, text in zip(folders, texts, strict=True):  # all variants have been checked
+    runs = []
+    for variant in bench.split(own.variants):
+        for seed in range(config.seed, config.seed + (own.seeds if variant == "bf16" else 1)):
+            folder = base.parent / f"{bench.slug(variant)}_seed{seed}"
+            keys = ["--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]
+            runs.append((variant, seed, folder, configurator.to_python(configurator.load([str(base), *keys]))))
+    for *_, folder, text in runs:  # all variants have been checked
         wanted = folder / "wanted.py"
         if config.resume != "never" and wanted.exists() and wanted.read_text() != text:
             raise UserError(f"{wanted} is another config than this command gives: set another out_dir, or "
                             "resume=never to start over")
-        folder.mkdir(exist_ok=True)
-        wanted.write_text(text)
-    return [(*run, folder) for run, folder in zip(runs, folders, strict=True)]
+        replace_text(wanted, text)
+    return [(variant, seed, folder) for variant, seed, folder, _ in runs]
 
 
 def read(folder):
     """The curves of a run so far, as lists: step, loss, time_s, and val_step, val_loss, val_time_s of evaluations."""
-    rows = logs.read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    rows = logs.read_metrics(folder)
     train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
     curves = {key: [row[key] for row in train] for key in ("step", "loss", "time_s")}
     curves |= {"val_step": [row["step"] for row in val],
@@ -109,27 +107,24 @@ def judge(results):
     Losses, noise and band are in nats. target_loss is the edge of the band, which every variant inside it reaches.
     With one bf16 run, noise, band and every `inside` are None, and the verdict too unless a variant failed.
     """
-    seeds = [curves for variant, _, curves in results if variant == "bf16"]
-    finals = [curves["val_loss"][-1] for curves in seeds]
-    noise = band = None
-    if len(finals) > 1:
-        noise = statistics.stdev(finals)
-        band = 2 * math.sqrt(2) * noise
-    rows, target = [], finals[0] + (band or 0.0)
+    twin, *others = [curves["val_loss"][-1] for variant, _, curves in results if variant == "bf16"]
+    noise = statistics.stdev([twin, *others]) if others else None
+    band = 2 * math.sqrt(2) * noise if others else None
+    rows, target = [], twin + (band or 0.0)
     for variant, seed, curves in results:
         if isinstance(curves, str):
             rows.append({"variant": variant, "seed": seed, "error": curves, "inside": False})
             continue
-        final = curves["val_loss"][-1]
-        smoothed, inside = None, None if band is None else True
+        gap = curves["val_loss"][-1] - twin
+        row = {"variant": variant, "seed": seed, "final_val_loss": curves["val_loss"][-1], "gap": gap,
+               "gap_percent": 100 * gap / twin, "smoothed_gap": None, "time_s": curves["time_s"][-1],
+               "time_to_bf16_loss_s": time_to(target, curves), "inside": None}
         if variant != "bf16":
-            smoothed = paired_gap(curves, seeds[0])[1][-1].item()
-            inside = None if band is None else final - finals[0] <= band
-        rows.append({"variant": variant, "seed": seed, "final_val_loss": final, "gap": final - finals[0],
-                     "gap_percent": 100 * (final / finals[0] - 1), "smoothed_gap": smoothed,
-                     "time_s": curves["time_s"][-1], "time_to_bf16_loss_s": time_to(target, curves),
-                     "inside": inside})
-    verdict = None if band is None else "pass"
+            row["smoothed_gap"] = paired_gap(curves, results[0][2])[1][-1].item()
+        if band is not None:
+            row["inside"] = variant == "bf16" or gap <= band
+        rows.append(row)
+    verdict = "pass" if others else None
     if any(row["inside"] is False for row in rows):
         verdict = "fail"
     return {"noise": noise, "band": band, "target_loss": target, "rows": rows, "verdict": verdict}
@@ -137,11 +132,13 @@ def judge(results):
 
 def plot(results, report, path):
     """Plot validation loss against steps, tokens and time, and the gap to bf16 with the band."""
-    plt = logs.pyplot()
+    from matplotlib.figure import Figure
+
     runs = [run for run in results if not isinstance(run[2], str)]
     twin, band, final = runs[0][2], report["band"], report["rows"][0]["final_val_loss"]
     scale, late_gaps, colors = report["tokens_per_step"] / 1e6, [band or 0.0], iter(COLORS * 3)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.subplots(1, 3)
     for variant, seed, curves in runs:
         style = {"color": "black", "lw": 2.2} if curves is twin else {"color": "0.6", "lw": 1}
         label = f"bf16, seed {seed}"
@@ -179,30 +176,29 @@ def plot(results, report, path):
 
 def main():
     own = ParityConfig()
-    prepared = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
-    if prepared is None:
-        return
-    config, base = prepared
+    config, base = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
     if not config.eval_interval:
         raise UserError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
     out_dir, results = base.parent, []
     start_over = ["--resume=never"] if config.resume == "never" else []
     for variant, seed, folder in plan(own, config, base):
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
-        failure = None
-        finished = read(folder)["val_step"][-1:] == [config.max_steps]
-        if start_over or not finished:
-            failure = bench.train([folder / "wanted.py", *start_over], folder / "log.txt")
-        if not failure and not math.isfinite((curves := read(folder))["val_loss"][-1]):
-            failure = "its validation loss ends as inf or nan"
-        results.append((variant, seed, failure or curves))
-        print(failure or f"validation loss {results[-1][2]['val_loss'][-1]:.4f}", flush=True)
-        if failure and variant == "bf16":
-            raise RunStopped(f"a bf16 run failed, so there is nothing to compare with: {failure}")
+        try:
+            if start_over or read(folder)["val_step"][-1:] != [config.max_steps]:
+                bench.train([folder / "wanted.py", *start_over], folder / "log.txt")
+            result = read(folder)
+            if not math.isfinite(result["val_loss"][-1]):
+                raise RunStopped("its validation loss ends as inf or nan")
+            print(f"validation loss {result['val_loss'][-1]:.4f}", flush=True)
+        except RunStopped as error:
+            result = str(error)
+            print(result, flush=True)
+            if variant == "bf16":
+                raise RunStopped(f"a bf16 run failed, so there is nothing to compare with: {error}") from error
+        results.append((variant, seed, result))
     judged = judge(results)
     run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
-    report = {**{key: run[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step")},
-              "command": sys.argv, "date": datetime.date.today().isoformat(), "max_steps": config.max_steps, **judged,
+    report = {**bench.header(run), "max_steps": config.max_steps, **judged,
               "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
     plot(results, report, out_dir / "parity.png")
@@ -215,9 +211,7 @@ def main():
         print(f"noise of bf16 seeds {judged['noise']:.4f} nats, band {judged['band']:.4f} "
               f"({judged['band'] / judged['target_loss']:.2%})")
         print(f"outside the band: {', '.join(outside)}" if outside else "every variant ends inside the band")
-    if bench.on_cpu(config):
-        print("On a CPU FP8 is emulated: the losses are those of FP8, the times are not.")
-    print(f"written: {out_dir / 'parity.json'}, {out_dir / 'parity.png'}")
+    bench.finish(config, out_dir / "parity.json", out_dir / "parity.png")
     sys.exit(report["verdict"] == "fail")
 
 

@@ -34,10 +34,10 @@ class AttentionBench:
     window: int = 256  # tokens that a query attends to, in the third case
 
     def problems(self):
-        """What is wrong with these values, one sentence each."""
+        """Yield ({keys involved}, message) for each value that cannot be used."""
         for name in ("documents", "window"):
             if getattr(self, name) < 1:
-                yield f"--{name}={getattr(self, name)} must be at least 1"
+                yield {name}, f"--{name}={getattr(self, name)} must be at least 1"
 
 
 def measure(run, q, k, v, grad, device):
@@ -51,10 +51,7 @@ def measure(run, q, k, v, grad, device):
 
 def main():
     own = AttentionBench()
-    prepared = bench.prepare(own, "llama_fp8.py")
-    if prepared is None:
-        return
-    config, base = prepared
+    config, base = bench.prepare(own, "llama_fp8.py")
     m, device = config.model, torch.device("cpu" if bench.on_cpu(config) else "cuda")
     shape = config.micro_batch_size, m.block_size
     positions = (torch.arange(m.block_size) % own.documents).expand(shape)

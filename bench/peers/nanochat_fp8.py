@@ -59,10 +59,7 @@ def main():
         use_nanochat(sys.argv.pop(1).removeprefix(CLONE))
         return train.main()
     own = PeerConfig()
-    prepared = bench.prepare(own, "llama_fp8.py")
-    if prepared is None:
-        return
-    config, base = prepared
+    config, base = bench.prepare(own, "llama_fp8.py")
     if bench.on_cpu(config):
         raise UserError("this comparison needs a GPU: nanochat has no emulated FP8 for a CPU")
     bf16_gather = "fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
@@ -70,7 +67,7 @@ def main():
     runs = [(f"{name}, {variant}", f"{variant}:{bf16_gather}", program) for variant in bench.split(own.variants)
             for name, program in programs.items()]
     path = base.parent / "bench.json"
-    rows = bench.compare(runs, base, own, path)[0]["rows"]
+    rows = bench.compare(runs, base, own, path)["rows"]
     print("", bench.table(rows, bench.COLUMNS), "", sep="\n")
     print(f"speedup is relative to {rows[0]['variant']}; written: {path}")
     sys.exit(any("error" in row for row in rows))
