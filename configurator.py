@@ -1,13 +1,13 @@
 """Configuration: dataclasses, Python config files, and --key=value.
 
-A config file is ordinary Python that binds `config` to a `Config`. Each section is a dataclass in its concern's file;
-the comment behind a field is its help text. Command-line keys are the same dotted names, parsed by the field's type.
-All errors in a call are reported together, before any slow step. A new knob is one line in a dataclass: nothing here
-has to change.
+A config file is ordinary Python that binds `config` to a `Config`. Each section is a dataclass in its concern's file.
+Command-line keys are the same dotted names, parsed by the field's type. All errors in a call are reported together,
+before any slow step. A new knob is one line in a dataclass, whose comment is its help text: nothing here has to change.
 """
 
 import copy
 import inspect
+import itertools
 import json
 import os
 import re
@@ -31,8 +31,6 @@ from plumbing.errors import UserError
 from plumbing.ranks import process_rank
 from plumbing.schema import closest, comments, fits, flat, parse, sections, suggest, to_python, type_name
 
-__all__ = ["CompileConfig", "Config", "DataConfig", "FP8Config", "ModelConfig", "OptimConfig",
-           "load", "read_file", "to_python"]
 REPO = Path(__file__).resolve().parent
 
 
@@ -130,24 +128,27 @@ def load(argv, own=None):
     own_sections = [("", own)] if own is not None else []
     switches = {"--help", "--print_config"}  # flags that take no value
     switches |= {f"--{f.name}" for _, section in own_sections for f in fields(section) if f.type is bool}
-    files, flags = split_arguments(argv, switches)
+    flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
+    files = [arg for previous, arg in itertools.pairwise(["", *argv])
+             if not arg.startswith("-") and not awaits_value(previous, switches)]
 
-    config, file_errors = Config(), [f"{arg}: write --{arg}" for arg in files if "=" in arg and not Path(arg).exists()]
-    if not file_errors and len(files) > 1:
-        file_errors = [f"{' '.join(files)}: one config file at most"]
-    elif not file_errors and files:
+    config, errors = Config(), [f"{arg}: write --{arg}" for arg in files if "=" in arg and not Path(arg).exists()]
+    if not errors and len(files) > 1:
+        errors = [f"{' '.join(files)}: one config file at most"]
+    elif not errors and files:
         try:
             config = read_file(files[0])
         except UserError as error:
-            file_errors = [str(error)]
-    if "--help" in argv and not file_errors:
+            errors = [str(error)]
+    file_is_read = not errors
+    if "--help" in argv and file_is_read:
         print_and_exit(help_text([*own_sections, *sections(config)]))
 
     parts = [*sections(config), *own_sections]
     flag_errors, broken = set_flags(parts, flags, switches)
+    errors += flag_errors
     config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
-    errors = file_errors + flag_errors
-    if not file_errors:
+    if file_is_read:
         errors += value_errors(parts, broken)
     if errors:
         raise UserError("\n".join(errors))
@@ -156,17 +157,9 @@ def load(argv, own=None):
     return config
 
 
-def split_arguments(argv, switches):
-    """(config files, flags) of a command line. A word behind `--key` is neither: it was meant as the key's value."""
-    files, flags, previous = [], [], ""
-    for arg in argv:
-        is_value = previous.startswith("-") and "=" not in previous and previous not in switches
-        if arg.startswith("-"):
-            flags.append(arg)
-        elif not is_value:
-            files.append(arg)
-        previous = arg
-    return files, flags
+def awaits_value(flag, switches):
+    """Whether the word behind `flag` was meant as its value, as in `--max_steps 20`."""
+    return flag.startswith("-") and "=" not in flag and flag not in switches
 
 
 def set_flags(parts, flags, switches):
@@ -180,8 +173,6 @@ def set_flags(parts, flags, switches):
     known = [*keys, "help", "print_config"]
     errors, broken = [], set()
     for flag in flags:
-        if flag in ("--help", "--print_config"):
-            continue
         name, equals, text = flag.removeprefix("--").partition("=")
         if flag in switches:
             equals, text = "=", "True"
@@ -210,10 +201,9 @@ def set_flags(parts, flags, switches):
 
 def expected(name, text, kind):
     """The error message for a value that is not of type `kind`, with an example for lists and tuples."""
-    message = f"expected {type_name(kind)}"
+    message, example = f"expected {type_name(kind)}", "..."
     if typing.get_origin(kind) not in (list, tuple):
         return message
-    example = "..."
     if kind == list[str]:
         words = [word.strip(" '\"") for word in text.strip("[]").split(",")]
         example = ", ".join(json.dumps(word) for word in words if word)
@@ -225,13 +215,9 @@ def value_errors(parts, broken):
 
     A broken `fp8.enabled` has consequences for all of fp8, as has a section that was given a value.
     """
-    causes = {name.removesuffix(".enabled") for name in broken}
-
-    def is_consequence(key):
-        return any(key == cause or key.startswith(f"{cause}.") for cause in causes)
-
+    causes = tuple(f"{name.removesuffix('.enabled')}." for name in broken)
     problems = [problem for _, section in parts if hasattr(section, "problems") for problem in section.problems()]
-    return [message for keys, message in problems if not any(map(is_consequence, keys))]
+    return [message for keys, message in problems if not any(f"{key}.".startswith(causes) for key in keys)]
 
 
 def print_and_exit(text):
@@ -256,7 +242,7 @@ def read_file(path):
     try:
         config = runpy.run_path(path).get("config")
     except Exception as error:  # a config file is the user's code: whatever it raises is a user error
-        raise UserError(f"{place(error, path)}: {explain(error)}") from error
+        raise UserError(explain(error, path)) from error
     if not isinstance(config, Config):
         raise UserError(f"{path} must bind `config` to a configurator.Config, as in `from configurator import Config` "
                         f"and `config = Config(max_steps=100)`; it binds {type(config).__name__}")
@@ -273,28 +259,23 @@ def read_file(path):
     return copy.deepcopy(config)  # the object may belong to a module that others import too
 
 
-def place(error, path):
-    """Where in a config file, or in a shipped config that it imports, an exception was raised: "FILE, line N"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [(f.filename, f.lineno) for f in frames
+def explain(error, path):
+    """FILE, line N: what was wrong, for an exception from a config file or from a shipped config that it imports.
+
+    A misspelt field is named with the closest valid one.
+    """
+    places = [f"{f.filename}, line {f.lineno}" for f in traceback.extract_tb(error.__traceback__)
               if f.filename == path or Path(f.filename).parent == REPO / "config"]
     if isinstance(error, SyntaxError):
-        places.append((error.filename, error.lineno))
-    if not places:
-        return path
-    file, line = places[-1]
-    return f"{file}, line {line}"
-
-
-def explain(error):
-    """One line about an exception from a config file; a misspelt field is named with the closest valid one."""
+        places.append(f"{error.filename}, line {error.lineno}")
+    place, message = [path, *places][-1], f"{type(error).__name__}: {getattr(error, 'msg', error)}"
     misspelt = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if not misspelt:
-        return f"{type(error).__name__}: {getattr(error, 'msg', error)}"
-    kind_name, name = misspelt.groups()
-    modules = [sys.modules[type(section).__module__] for _, section in sections(Config())]
-    kind = next((getattr(module, kind_name) for module in modules if hasattr(module, kind_name)), Config)
-    return f"{kind_name} has no field {name!r}{suggest(name, [f.name for f in fields(kind)], '{!r}')}"
+    if misspelt:
+        kind_name, name = misspelt.groups()
+        modules = [sys.modules[type(section).__module__] for _, section in sections(Config())]
+        kind = next((getattr(module, kind_name) for module in modules if hasattr(module, kind_name)), Config)
+        message = f"{kind_name} has no field {name!r}{suggest(name, [f.name for f in fields(kind)], '{!r}')}"
+    return f"{place}: {message}"
 
 
 def changed(path, config):
@@ -312,23 +293,15 @@ def changed(path, config):
 
 def help_text(parts):
     """The script's docstring, then every key with its type, default and meaning. parts: (prefix, section) pairs."""
+    wrap = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent=" " * 8, break_on_hyphens=False)
     lines = [sys.modules["__main__"].__doc__ or "", "Keys with type, default and meaning, set by --key=value:"]
     for prefix, section in parts:
         notes = comments(type(section))
-        rows = [(prefix + f.name, type_name(f.type), repr(getattr(section, f.name)), notes[f.name])
-                for f in fields(section) if not is_dataclass(getattr(section, f.name))]
-        widths = []
-        for column, limit in enumerate((46, 19, 16)):  # a longer cell gets a line of its own
-            lengths = [len(row[column]) for row in rows]
-            widths.append(max([n for n in lengths if n <= limit], default=0))
-        start = sum(widths) + 8  # column where meanings begin
         lines += ["", f"{prefix[:-1] or type(section).__name__}: {inspect.getdoc(section).splitlines()[0]}"]
-        for *cells, meaning in rows:
-            head = "  " + "  ".join(map(str.ljust, cells, widths)) + "  "
-            if len(head) > start:
-                lines.append(head.rstrip())
-                head = " " * start
-            width = max(shutil.get_terminal_size((120, 24)).columns, start + 40)
-            lines.append(textwrap.fill(meaning or "-", width, initial_indent=head, subsequent_indent=" " * start))
+        for f in fields(section):
+            default = getattr(section, f.name)
+            if not is_dataclass(default):
+                lines += wrap.wrap(f"  {prefix}{f.name}  {type_name(f.type)}  {default!r}")
+                lines += wrap.wrap(" " * 8 + notes[f.name])
     lines += ["", "Other names for the same keys:", *(f"  fp8.{a} = fp8.{name}" for a, name in fp8.ALIASES.items())]
     return "\n".join(lines).strip()

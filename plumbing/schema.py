@@ -1,7 +1,6 @@
 """Reading a dataclass as a schema: types that values must fit, and comments that are the fields' help texts.
 
-The sections of the config are such dataclasses (configurator.py); a field that holds another one is a section of its
-own, with a prefix.
+A field that holds another dataclass is a section of its own, with a prefix.
 """
 
 import ast
@@ -14,6 +13,8 @@ import types
 import typing
 from dataclasses import fields, is_dataclass
 from typing import Literal
+
+UNIONS = typing.Union, types.UnionType  # Optional[int], int | None
 
 
 def sections(config, prefix=""):
@@ -60,16 +61,11 @@ def suggest(name, names, form="{}"):
     return f", did you mean {form.format(near)}?" if near else ""
 
 
-def alternatives(kind):
-    """The member types of a union, or (kind,) for any other type."""
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-
-
 def fits(value, kind):
     """Whether `value` is of the annotated type. An int fits float, a bool does not fit int, nan and inf fit nothing."""
-    if len(kinds := alternatives(kind)) > 1:
-        return any(fits(value, k) for k in kinds)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in UNIONS:
+        return any(fits(value, k) for k in args)
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
     if origin in (list, tuple):
@@ -97,11 +93,13 @@ def parse(text, kind):
 
 
 def type_name(kind):
-    if typing.get_origin(kind) is Literal:
-        return " | ".join(map(repr, typing.get_args(kind)))
-    if len(kinds := alternatives(kind)) > 1:
-        return " | ".join(map(type_name, kinds))
-    return str(kind) if typing.get_origin(kind) else kind.__name__.replace("NoneType", "None")
+    """A type as it is written in the dataclass, a Literal as its values: 'auto' | 'never'."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    if origin in UNIONS:
+        return " | ".join(map(type_name, args))
+    return str(kind) if origin else kind.__name__.replace("NoneType", "None")
 
 
 def to_python(config):

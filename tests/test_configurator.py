@@ -189,7 +189,7 @@ def test_a_script_takes_flags_of_its_own(capsys):
         load(["--gemms=1", "--variant=a"], own)
     with pytest.raises(SystemExit):
         load(["--help"], own)
-    assert re.search(r"gemms +bool +False +per layer", capsys.readouterr().out)
+    assert re.search(r"gemms +bool +False\s+per layer", capsys.readouterr().out)
     assert "--gemms" in errors_of("--gemms=True")[0]  # no flag of any other script's
 
 
@@ -525,7 +525,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(file, capsys):
         if not is_dataclass(value := getattr(section, key.name)):
             default = "1234" if name == "max_steps" else repr(value)
             row = f" {name} {configurator.type_name(key.type)} {default} {meaning}"
-            assert row in text.replace("max-autotune-no- cudagraphs", "max-autotune-no-cudagraphs"), name
+            assert row in text, name
     assert all(f"fp8.{alias} = fp8.{name}" in text for alias, name in fp8.ALIASES.items())
 
 
