@@ -7,16 +7,14 @@ do. `optim.weights` chooses the remedy:
                           weight (and gradients accumulate in float32, 2 more). The default wherever it fits.
     stochastic_rounding   bf16 weights and moments, 4 bytes on top: the exact result is rounded up or down at random, in
                           proportion to its distance, so that small updates arrive on average. Fits 8B on 80 GB.
-    plain                 moments in the weight's dtype, round to nearest. For float32 weights, which lose nothing, or
-                          as the baseline.
+    plain                 moments in the weight's dtype, round to nearest: the baseline, or for float32 weights.
 
-`optim.fp8_moments=True` stores the moments of matrices in FP8 instead, with one scale for every 128 values of a row
-(for a whole row if 128 does not divide it): 2 bytes per parameter for both. The second moment is stored as its square
+`optim.fp8_moments=True` stores the moments of matrices in FP8 instead, 2 bytes per parameter for both, with one scale
+for every 128 values of a row (for a whole row if 128 does not divide it). The second moment is stored as its square
 root, which spans half as many binades. Both are rounded stochastically, since one step changes them by less than FP8
 resolves.
 
-The update of a tensor is one elementwise function, `adamw_`. torch.compile makes it one kernel: it clips the gradient,
-updates both moments and the weight, and rounds everything in a single pass over memory.
+The update of a tensor is one elementwise function, `adamw_`, which torch.compile makes one pass over memory.
 
 Another optimizer is another class in this file with `weights`, `state`, `masters`, `step_count`, `unfilled`,
 `accumulate`, `grad_norm` and `step`, and what it stores in `state_layout`: train.py, checkpoints, model folders and the
@@ -242,11 +240,8 @@ class AdamW:
         self.state = defaultdict(dict)  # {kind: {name: tensor}}
         for name, w in self.weights.items():
             for kind, (shape, dtype) in state_layout(cfg, w.shape, w.dtype).items():
-                if kind == "master":
-                    self.state[kind][name] = w.float()
-                else:
-                    fill = torch.ones if kind.endswith("_unit") else torch.zeros
-                    self.state[kind][name] = fill(shape, dtype=dtype, device=w.device)
+                is_master = kind == "master"
+                self.state[kind][name] = w.float() if is_master else torch.zeros(shape, dtype=dtype, device=w.device)
         self.grads = {}
         self.update = adamw_
         if compiled:
@@ -301,15 +296,12 @@ class AdamW:
         def scalar(value):
             return torch.full((), value, dtype=torch.float32, device=grad_norm.device)
 
-        clip = torch.ones_like(grad_norm)
-        if cfg.grad_clip > 0:
-            clip = (cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
-        beta1, beta2 = cfg.betas
+        limit, (beta1, beta2) = cfg.grad_clip or math.inf, cfg.betas  # grad_clip=0: no limit
         shared = {
             "lr": scalar(lr),
             "debias1": scalar((1 - beta1**self.step_count) ** -1),
             "debias2": scalar((1 - beta2**self.step_count) ** -0.5),
-            "clip": clip,
+            "clip": (limit / (grad_norm + 1e-6)).clamp(max=1.0),
             "apply": torch.ones_like(grad_norm, dtype=torch.bool) if apply is None else apply,
             "beta1": beta1, "beta2": beta2, "eps": cfg.eps, "exact_weight": not self.rounds_weights,
         }

@@ -1,10 +1,8 @@
 """CUDA-graph capture of a forward and backward pass: one launch instead of hundreds.
 
-A pass launches hundreds of kernels, in FP8 twice as many as in bf16, and Python needs about 10 microseconds for each.
-With 8192 tokens of an 8B model every kernel runs longer than that, so nothing is lost; with 100M parameters most are
-shorter, and the GPU waits for Python.
-
-Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
+Python needs about 10 microseconds to launch each of a pass's kernels, of which FP8 has twice as many as bf16. With 8192
+tokens of an 8B model every kernel runs longer than that, so nothing is lost; with 100M parameters most are shorter, and
+the GPU waits for Python. Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
 """
 
 import torch
@@ -14,18 +12,17 @@ from plumbing.errors import UserError
 
 def check(config, n_shards, device):
     """Raise UserError if a configurator.Config asks for a graph that cannot be captured. n_shards: 0 without FSDP2."""
-    length = config.model.block_size
     require(config, device.type == "cuda", "there is no GPU here")
     require(config, not n_shards, "FSDP2's communication cannot be captured: use one rank, shard_one_rank=False")
-    require(config, (config.model.sliding_window or length) >= length, "a sliding window has new shapes in every batch")
-    require(config, not config.compile.enabled or config.compile.mode not in ("reduce-overhead", "max-autotune"),
-            f"compile.mode={config.compile.mode} captures graphs of its own, which cannot be part of another")
+    window, mode = config.model.sliding_window, config.compile.mode
+    require(config, not window or window >= config.model.block_size, "a sliding window has new shapes in every batch")
+    require(config, not config.compile.enabled or mode not in ("reduce-overhead", "max-autotune"),
+            f"compile.mode={mode} captures graphs of its own, which cannot be part of another")
 
 
 def check_rows(config, rows):
     """Raise UserError if rows (data.Rows) consist of documents: their number and lengths change from batch to batch."""
-    _, _, positions = rows.row(0)
-    require(config, positions is None, "rows of several documents have new shapes in every batch")
+    require(config, rows.row(0)[2] is None, "rows of several documents have new shapes in every batch")
 
 
 def require(config, condition, problem):
