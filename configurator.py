@@ -125,9 +125,9 @@ def load(argv, own=None):
     own: an instance of a small dataclass with the calling script's own flags, which are set on it; a bool among them
     may be given without a value (--gemms). Raises one UserError with all errors of the call, one per line.
     """
-    own_sections = [("", own)] if own is not None else []
+    parts = [("", own)] if own is not None else []
     switches = {"--help", "--print_config"}  # flags that take no value
-    switches |= {f"--{f.name}" for _, section in own_sections for f in fields(section) if f.type is bool}
+    switches |= {f"--{f.name}" for _, section in parts for f in fields(section) if f.type is bool}
     flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
     files = [arg for previous, arg in itertools.pairwise(["", *argv])
              if not arg.startswith("-") and not awaits_value(previous, switches)]
@@ -141,10 +141,10 @@ def load(argv, own=None):
         except UserError as error:
             errors = [str(error)]
     file_is_read = not errors
+    parts += sections(config)
     if "--help" in argv and file_is_read:
-        print_and_exit(help_text([*own_sections, *sections(config)]))
+        print_and_exit(help_text(parts))
 
-    parts = [*sections(config), *own_sections]
     flag_errors, broken = set_flags(parts, flags, switches)
     errors += flag_errors
     config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
