@@ -140,18 +140,18 @@ def plot(results, report, path):
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 3)
     for variant, seed, curves in runs:
-        style = {"color": "black", "lw": 2.2} if curves is twin else {"color": "0.6", "lw": 1}
-        label = f"bf16, seed {seed}"
-        if variant != "bf16":
+        if variant == "bf16":
+            style = {"color": "black", "lw": 2.2} if curves is twin else {"color": "0.6", "lw": 1}
+            label = f"bf16, seed {seed}"
+        else:
             style = {"color": next(colors), "lw": 1.3}
             label = variant.replace(":fp8.", ", ").replace(":", ", ").replace("=True", "")
-        axes[0].plot(curves["val_step"], curves["val_loss"], label=label, **style)
-        axes[1].plot(curves["val_time_s"], curves["val_loss"], **style)
-        if variant != "bf16":
-            axes[2].plot(*paired_gap(curves, twin), **style)
             gaps = np.subtract(curves["val_loss"], twin["val_loss"])
             late_gaps += abs(gaps[len(gaps) // 2:]).tolist()
+            axes[2].plot(*paired_gap(curves, twin), **style)
             axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
+        axes[0].plot(curves["val_step"], curves["val_loss"], label=label, **style)
+        axes[1].plot(curves["val_time_s"], curves["val_loss"], **style)
     late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 5:]]
     margin = 0.05 * (max(late) - min(late))
     limits = min(late) - margin, max(late) + margin
@@ -196,21 +196,20 @@ def main():
             if variant == "bf16":
                 raise RunStopped(f"a bf16 run failed, so there is nothing to compare with: {error}") from error
         results.append((variant, seed, result))
-    judged = judge(results)
     run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
-    report = {**bench.header(run), "max_steps": config.max_steps, **judged,
+    report = {**bench.header(run), "max_steps": config.max_steps, **judge(results),
               "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
     plot(results, report, out_dir / "parity.png")
-    print("", bench.table(judged["rows"], COLUMNS), "", sep="\n")
-    print(f"time_to_bf16_loss_s: until a validation loss of {judged['target_loss']:.4f}")
-    outside = [row["variant"] for row in judged["rows"] if row["inside"] is False]
-    if judged["band"] is None:
-        print("no band, as one bf16 run shows no noise" + (f"; failed: {', '.join(outside)}" if outside else ""))
+    print("", bench.table(report["rows"], COLUMNS), "", sep="\n")
+    noise, band, target = report["noise"], report["band"], report["target_loss"]
+    print(f"time_to_bf16_loss_s: until a validation loss of {target:.4f}")
+    outside = ", ".join(row["variant"] for row in report["rows"] if row["inside"] is False)
+    if band is None:
+        print("no band, as one bf16 run shows no noise" + (f"; failed: {outside}" if outside else ""))
     else:
-        print(f"noise of bf16 seeds {judged['noise']:.4f} nats, band {judged['band']:.4f} "
-              f"({judged['band'] / judged['target_loss']:.2%})")
-        print(f"outside the band: {', '.join(outside)}" if outside else "every variant ends inside the band")
+        print(f"noise of bf16 seeds {noise:.4f} nats, band {band:.4f} ({band / target:.2%})")
+        print(f"outside the band: {outside}" if outside else "every variant ends inside the band")
     bench.finish(config, out_dir / "parity.json", out_dir / "parity.png")
     sys.exit(report["verdict"] == "fail")
 

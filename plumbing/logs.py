@@ -114,29 +114,21 @@ def read_metrics(out_dir):
     return rows
 
 
-def lock(file, mode):
-    """Lock an open file until it is closed. Raises UserError if another run holds the lock."""
+def open_metrics(out_dir, lock=fcntl.LOCK_EX):
+    """out_dir/metrics.jsonl for appending, locked until it is closed. Raises UserError if a run holds the lock."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = (out_dir / "metrics.jsonl").open("a")
     try:
-        fcntl.flock(file, mode | fcntl.LOCK_NB)
+        fcntl.flock(file, lock | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run is writing to {Path(file.name).parent}: wait until it ends, or set another "
-                        "out_dir") from None
+        raise UserError(f"another run is writing to {out_dir}: wait until it ends, or set another out_dir") from None
+    return file
 
 
 def check_unused(out_dir):
     """Raise UserError if a run is writing to out_dir."""
-    path = out_dir / "metrics.jsonl"
-    if path.exists():
-        with path.open() as file:
-            lock(file, fcntl.LOCK_SH)  # shared: all ranks may check at the same time
-
-
-def open_metrics(out_dir):
-    """out_dir/metrics.jsonl for appending. Until it is closed, other runs that ask for out_dir get a UserError."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = (out_dir / "metrics.jsonl").open("a")
-    lock(file, fcntl.LOCK_EX)
-    return file
+    if (out_dir / "metrics.jsonl").exists():
+        open_metrics(out_dir, fcntl.LOCK_SH).close()  # shared: all ranks may check at the same time
 
 
 def continue_metrics(file, start):
