@@ -68,6 +68,11 @@ SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "
 OPTIONAL = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "use_sliding_window": False,
             "no_rope_layers": None, **dict.fromkeys(MULTIPLIERS.values(), 1.0)}
 
+# Types of keys that are not a field of ModelConfig by themselves.
+TYPES = {"max_position_embeddings": int, "original_max_position_embeddings": int, "rope_scaling": dict,
+         "rope_parameters": dict, "layer_types": list[str], "max_window_layers": int, "no_rope_layers": list[int],
+         "no_rope_layer_interval": int}
+
 FOLLOW, CHECK, REPORT, IGNORE = "follow", "check", "report", "ignore"
 # Every key of the published config.json files of these families: FOLLOW (what it decides), CHECK (another value is an
 # error), REPORT (another value is a line on the screen), IGNORE (why). A key that is not here is a line on the screen.
@@ -131,8 +136,8 @@ def read_switches(source, architecture):
     types = {f.name: f.type for f in fields(models.ModelConfig)}
     wrong = [f"{SIZES[ours]}={value!r} in config.json: expected {schema.type_name(types[ours])}"
              for ours, value in values.items() if ours in SIZES and not schema.fits(value, types[ours])]
-    if not schema.fits(longest := source.get("max_position_embeddings"), int | None):
-        wrong.append(f"max_position_embeddings={longest!r} in config.json: expected int")
+    wrong += [f"{key}={source[key]!r} in config.json: expected {schema.type_name(kind)}"
+              for key, kind in TYPES.items() if source.get(key) is not None and not schema.fits(source[key], kind)]
     if wrong:
         return values, wrong, []
     width = values.get("head_dim", values["n_embd"] // max(1, values["n_head"]))
@@ -185,7 +190,8 @@ def read_window(source, family, values, problems):
     expected = "sliding_attention" if window else "full_attention"
     layers = source.get("layer_types")
     if by_layer and window and layers is None:  # the first max_window_layers layers have none
-        full = min(source.get("max_window_layers", 28), values["n_layer"])
+        full = source.get("max_window_layers")
+        full = min(28 if full is None else full, values["n_layer"])
         layers = ["full_attention"] * full + ["sliding_attention"] * (values["n_layer"] - full)
     kinds = set(layers or [expected])
     if by_layer and kinds == {"full_attention"}:
@@ -199,9 +205,10 @@ def read_window(source, family, values, problems):
 def read_rope(source, architecture, values, problems):
     """Set what rotary positions need, from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
     family = ARCHITECTURES[architecture]
-    rope = {"rope_theta": source.get("rope_theta", 10000.0),
-            "partial_rotary_factor": source.get("partial_rotary_factor", 1.0),
+    rope = {"rope_theta": source.get("rope_theta"), "partial_rotary_factor": source.get("partial_rotary_factor"),
             **(source.get("rope_scaling") or source.get("rope_parameters") or {})}
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0,
+            **{key: value for key, value in rope.items() if value is not None}}
     values |= {"rope_theta": rope["rope_theta"], "rope_fraction": rope["partial_rotary_factor"]}
     if values["rope_fraction"] != 1 and "partial_rotary_factor" not in family.reads:
         problems.append(f"partial_rotary_factor={values['rope_fraction']} is not supported for {architecture}")
@@ -222,8 +229,8 @@ def read_rope(source, architecture, values, problems):
                                                 or source.get("max_position_embeddings"))
     types = {names[f.name]: f.type for f in fields(models.RopeScaling) if f.name in names}
     types |= {"mscale": float, "mscale_all_dim": float}
-    if wrong := [f"{key}={rope[key]!r} in config.json: expected {schema.type_name(kind)}" for key, kind in types.items()
-                 if rope.get(key) is not None and not schema.fits(rope[key], kind)]:
+    if wrong := [f"{key}={rope[key]!r} in config.json: expected {schema.type_name(expected)}"
+                 for key, expected in types.items() if key in rope and not schema.fits(rope[key], expected)]:
         problems += wrong
         return
     original, factor = rope["original_max_position_embeddings"], rope.get("factor")
@@ -241,8 +248,8 @@ def read_rope(source, architecture, values, problems):
             problems.append("truncate=False of rope_type='yarn' is not supported")
     missing = [key for key in names.values() if rope.get(key) is None and key != "attention_factor"]
     problems += [f"config.json has rope_type={kind!r}, but no {key}" for key in missing]
-    known = {*names.values(), "rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim",
-             "truncate", "original_max_position_embeddings"}
+    known = {*names.values(), "rope_type", "type", "rope_theta", "partial_rotary_factor",
+             "original_max_position_embeddings", *(("mscale", "mscale_all_dim", "truncate") if kind == "yarn" else ())}
     problems += [f"{key} of rope_type={kind!r} is not supported" for key in rope if key not in known]
     if not missing:
         found = {ours: rope[key] for ours, key in names.items() if rope.get(key) is not None}

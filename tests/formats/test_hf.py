@@ -356,6 +356,20 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
                 assert any(key in p for p in problems), (tmp_copy, key)
 
 
+@pytest.mark.parametrize("family", ["qwen_3", "phi_4_mini", "smollm_3", "granite_3", "mistral_yarn"])
+def test_values_of_any_type_are_an_error_or_a_model_but_no_traceback(folders, family):
+    source, architecture = hf.read_config(folders[family])
+    refused = 0
+    for key in [*ACTIONS["follow"], *ACTIONS["check"]]:
+        for value in ("x", "", -1, 0, 1.5, True, [], ["x"], [0], {}, {"rope_type": 3}, {"type": "yarn"},
+                      {"rope_type": "linear", "factor": "x"}, None):
+            values, problems, _ = families.read_switches(source | {key: value}, architecture)
+            if not problems:
+                problems = list(models.ModelConfig(**values).problems())
+            refused += bool(problems)
+    assert refused > 100
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # more, less or other than a plain model
 
