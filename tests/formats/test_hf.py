@@ -25,25 +25,29 @@ SIZES = dict(vocab_size=307, hidden_size=96, intermediate_size=152, num_hidden_l
 THETA = dict(rope_theta=500.0)
 LONGROPE = dict(rope_type="longrope", short_factor=[1.0 + 0.1 * i for i in range(8)],
                 long_factor=[1.5 + 0.9 * i for i in range(8)], **THETA)
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32, **THETA)
 PARTIAL = LONGROPE | dict(short_factor=LONGROPE["short_factor"][:6], long_factor=LONGROPE["long_factor"][:6],
                           partial_rotary_factor=0.75)
 FAMILIES = {  # class of transformers, and what makes the model
     "llama_2": ("Llama", dict(num_key_value_heads=6)),
     "llama_bias": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama_linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=3.0, **THETA))),
-    "llama_3": ("Llama", dict(tie_word_embeddings=True, rope_parameters=dict(
-        rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=32, **THETA))),
+    "llama_3": ("Llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(sliding_window=13)),
     "mistral_small_3": ("Mistral", dict(sliding_window=None, head_dim=20)),
     "mistral_yarn": ("Mistral", dict(sliding_window=13, rope_parameters=dict(
         rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5,
         beta_fast=8.0, beta_slow=0.5, **THETA))),
+    "qwen_2_5": ("Qwen2", {}),
     "qwen_2_yarn": ("Qwen2", dict(rope_parameters=dict(
         rope_type="yarn", factor=4.0, original_max_position_embeddings=32, **THETA))),
     "qwen_2_no_window": ("Qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=28)),
     "qwen_2_window": ("Qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=0)),
     "qwen_3": ("Qwen3", dict(head_dim=20)),
     "qwen_3_tied_bias": ("Qwen3", dict(head_dim=16, attention_bias=True, tie_word_embeddings=True)),
+    "phi_4": ("Phi3", {}),
+    "phi_partial": ("Phi3", dict(partial_rotary_factor=0.5, sliding_window=9)),
     "phi_3_5": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=32, sliding_window=200)),
     "phi_4_mini": ("Phi3", dict(rope_parameters=PARTIAL, original_max_position_embeddings=32,
                                 tie_word_embeddings=True)),
@@ -177,8 +181,10 @@ def tensors(folder):
 @torch.no_grad()
 def test_export_gives_back_the_bits_that_were_loaded(copy, tmp_path, family, style):
     folder = copy(family) if style == "new" else in_old_style(copy(family))
+    (folder / "tokenizer.json").write_text("{}")
     out = save_run(tmp_path / "out", loaded(folder, wanted=models.ModelConfig(block_size=64)), folder)
     checkpoint.export(out, tmp_path / "exported")
+    assert {p.name for p in folder.iterdir()} == {p.name for p in (tmp_path / "exported").iterdir()}
     found, expected = tensors(tmp_path / "exported"), tensors(folder)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
     theirs, ours = reference(folder), reference(tmp_path / "exported")
@@ -187,6 +193,7 @@ def test_export_gives_back_the_bits_that_were_loaded(copy, tmp_path, family, sty
     # a reader of either style alone finds the same model
     cfg = hf.model_config(tmp_path / "exported")
     written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written["max_position_embeddings"] == 128 and written["dtype"] == written["torch_dtype"] == "float32"
     assert cfg == hf.model_config(folder)
     assert cfg == hf.model_config(edit_config(tmp_path / "exported", remove=("rope_parameters", "dtype")))
     new = edit_config(tmp_path / "exported", remove=("rope_scaling", "rope_theta", "partial_rotary_factor"),
@@ -356,6 +363,80 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
                 assert any(key in p for p in problems), (tmp_copy, key)
 
 
+@pytest.mark.parametrize("family, change, told", [
+    ("llama_3", {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
+     "'GemmaForCausalLM' is not supported, only LlamaFor"),
+    ("llama_3", {"architectures": ["GemmaForCausalLM"]}, "but model_type 'llama' is LlamaForCausalLM: correct the"),
+    ("llama_3", {"architectures": None, "model_type": None}, "architecture None"),
+    ("llama_3", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+    ("llama_3", {"attention_bias": True}, "q_proj.bias (96,) is missing"),
+    ("qwen_2_5", {"attention_bias": True}, "attention_bias=True is not supported for Qwen2ForCausalLM"),
+    ("mistral", {"mlp_bias": True}, "mlp_bias=True is not supported for MistralForCausalLM"),
+    ("llama_3", {"quantization_config": {"quant_method": "gptq"}}, "quantization 'gptq' is not supported"),
+    ("llama_3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported for Ll"),
+    ("llama_3", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'llama3', but no low_freq_factor"),
+    ("llama_3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported for Llama"),
+    ("llama_3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "that differ by layer"),
+    ("llama_3", {"hidden_size": None}, "config.json has no hidden_size"),
+    ("llama_3", {"hidden_size": "64"}, "hidden_size='64' in config.json: expected int"),
+    ("llama_3", {"num_attention_heads": 3}, "model.n_head=3 must be a multiple of model.n_kv_head=2"),
+    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=False of"),
+    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "new": 1}}, "new of rope_type='yarn' is not"),
+    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor='4' in config.json: expected fl"),
+    ("qwen_2_5", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+     "layer_types with full_attention are not"),
+    ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types with full_attention are not"),
+    ("phi_4", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope', but no short_factor"),
+    ("phi_4", {"rope_scaling": LLAMA3}, "rope_type='llama3' is not supported for Phi3ForCausalLM"),
+])
+def test_an_unsupported_feature_is_named(copy, family, change, told):
+    with pytest.raises(UserError) as caught:
+        hf.model_config(edit_config(copy(family), **change))
+    assert told in str(caught.value)
+
+
+def test_all_that_is_wrong_with_a_folder_is_one_error(folders, tmp_path):
+    reference(folders["qwen_2_5"]).save_pretrained(tmp_path, max_shard_size="80KB")
+    shards = sorted(tmp_path.glob("*.safetensors"), key=lambda path: -len(load_file(path)))
+    assert len(shards) >= 4
+    assert hf.model_config(tmp_path) == hf.model_config(folders["qwen_2_5"])
+    tensors = load_file(shards[0])
+    shaped, lost, cast = sorted(tensors)[:3]
+    tensors[shaped] = tensors[shaped][:-1].contiguous()
+    tensors[cast] = tensors[cast].to(torch.int32)
+    tensors["vision.weight"] = torch.zeros(3)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)  # harmless
+    del tensors[lost]
+    save_file(tensors, shards[0])
+    shards[1].unlink()
+    shards[2].write_bytes(shards[2].read_bytes()[:-100])
+    shards[3].write_bytes(b"\xff" * 200)
+    wanted = models.ModelConfig(block_size=256, n_layer=2, n_head=6, qkv_bias=True)
+    with pytest.raises(UserError) as caught:
+        hf.model_config(tmp_path, wanted)
+    lines = str(caught.value).splitlines()
+    told = [f"{shaped} has shape", f"{lost} (", f"{cast} is I32", "vision.weight is not part of",
+            *(path.name for path in shards[1:4]), "model.n_layer=2, but the folder has 3", "block_size=256 is more"]
+    for part in told:
+        assert sum(part in line for line in lines) == 1, (part, lines)
+    assert len(lines) == len(told)  # what unreadable files hold is not told as missing besides
+
+
+def test_no_pickle_is_loaded(copy):
+    folder = copy("phi_4")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin is a pickle, which can run code, so it is never loaded"):
+        hf.model_config(folder)
+
+
+def test_the_folder_decides_all_but_block_size(folders):
+    folder = folders["mistral"]
+    cfg = hf.model_config(folder, models.ModelConfig(block_size=32))
+    assert cfg == models.ModelConfig(vocab_size=307, block_size=32, n_layer=3, n_head=6, n_kv_head=2, n_embd=96,
+                                     head_dim=16, ffn_dim=152, norm_eps=1e-6, sliding_window=13)
+    assert hf.model_config(folder, cfg) == cfg and hf.model_config(folder).block_size == 128
+
+
 @pytest.mark.parametrize("family", ["qwen_3", "phi_4_mini", "smollm_3", "granite_3", "mistral_yarn"])
 def test_values_of_any_type_are_an_error_or_a_model_but_no_traceback(folders, family):
     source, architecture = hf.read_config(folders[family])
@@ -395,8 +476,10 @@ def test_a_head_with_other_values_than_the_embedding_is_not_tied(copy, capsys):
     tensors = weights(folder)
     store(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert hf.model_config(folder).tie_embeddings and not capsys.readouterr().err
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["lm_head.weight"][-1, -1] += 1
+    head = tensors["model.embed_tokens.weight"].clone()
+    assert "lm_head.weight is not part of" in error(store(folder, tensors | {"lm_head.weight": head[:-1].clone()}))
+    tensors["lm_head.weight"] = head
+    head[-1, -1] += 1
     store(folder, tensors)
     model = loaded(folder)
     assert "lm_head.weight has other values than the embedding: not tied" in capsys.readouterr().err
