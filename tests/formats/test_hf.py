@@ -38,7 +38,7 @@ FAMILIES = {  # class of transformers, and what makes the model
     "mistral_small_3": ("Mistral", dict(sliding_window=None, head_dim=20)),
     "mistral_yarn": ("Mistral", dict(sliding_window=13, rope_parameters=dict(
         rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5,
-        beta_fast=8.0, beta_slow=0.5, **THETA))),
+        beta_fast=2.0, beta_slow=0.5, **THETA))),
     "qwen_2_5": ("Qwen2", {}),
     "qwen_2_yarn": ("Qwen2", dict(rope_parameters=dict(
         rope_type="yarn", factor=4.0, original_max_position_embeddings=32, **THETA))),
@@ -49,6 +49,9 @@ FAMILIES = {  # class of transformers, and what makes the model
     "phi_4": ("Phi3", {}),
     "phi_partial": ("Phi3", dict(partial_rotary_factor=0.5, sliding_window=9)),
     "phi_3_5": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=32, sliding_window=200)),
+    "phi_factor": ("Phi3", dict(rope_parameters=LONGROPE | dict(factor=3.0), original_max_position_embeddings=32)),
+    "phi_attention_factor": ("Phi3", dict(rope_parameters=LONGROPE | dict(attention_factor=1.4),
+                                          original_max_position_embeddings=32)),
     "phi_4_mini": ("Phi3", dict(rope_parameters=PARTIAL, original_max_position_embeddings=32,
                                 tie_word_embeddings=True)),
     "smollm_3": ("SmolLM3", dict(num_hidden_layers=5, no_rope_layer_interval=2, **{"head_dim": 16})),
@@ -420,6 +423,11 @@ def test_all_that_is_wrong_with_a_folder_is_one_error(folders, tmp_path):
     for part in told:
         assert sum(part in line for line in lines) == 1, (part, lines)
     assert len(lines) == len(told)  # what unreadable files hold is not told as missing besides
+
+
+def test_the_first_20_problems_are_named_and_the_rest_counted(copy):
+    lines = error(store(copy("qwen_3"), {"model.norm.weight": torch.ones(96)})).splitlines()
+    assert len(lines) == 21 and lines[-1].endswith("and 15 more")
 
 
 def test_no_pickle_is_loaded(copy):
