@@ -8,7 +8,6 @@ or by that sum over the ending's length in characters (acc_norm, the number usua
 each holds the whole model, in bf16 where its weights are stored in bf16, else in float32.
 """
 
-import functools
 import json
 import math
 import os
@@ -36,32 +35,22 @@ TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: enough to keep the dev
 
 
 class HellaSwag:
-    """The accuracy of a model on HellaSwag questions, which are tokenized once.
+    """The questions of hellaswag.read, tokenized once, to score models on.
 
-    questions: from hellaswag.read. block_size: the longest sequence that the model takes.
+    block_size: the longest sequence that a model takes. `largest` is the largest token id.
     """
 
     def __init__(self, questions, encoding, block_size, ranks):
-        self.questions, self.encoding, self.block_size, self.ranks = questions, encoding, block_size, ranks
-
-    @functools.cached_property
-    def sequences(self):
-        """(ids, where the ending's begin) of every ending of every question, in order."""
-        return hellaswag.sequences(self.encoding, self.questions, self.block_size)
-
-    @property
-    def largest(self):
-        """The largest token id."""
-        return max(ids.max() for ids, _ in self.sequences)
-
-    def __call__(self, model):
-        """(metrics row, line for the screen). Every rank must call it."""
-        acc, acc_norm = accuracies(self.score(model))
-        row = {"hellaswag_acc": acc, "hellaswag_acc_norm": acc_norm} if math.isfinite(acc) else {}
-        return row, f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+        self.questions, self.block_size, self.ranks = questions, block_size, ranks
+        self.sequences = []  # of every ending of every question, in order: ids, index of the ending's first id
+        for question in questions:
+            for ending in question["endings"]:
+                ids, start, _ = hellaswag.encode(encoding, question["query"], ending, block_size)
+                self.sequences.append((ids, start))
+        self.largest = max(ids.max() for ids, _ in self.sequences)
 
     def batches(self):
-        """(length, indices into sequences) of every forward pass: sequences of similar length, longest first.
+        """Yield (length, indices into sequences) of every forward pass: sequences of similar length, longest first.
 
         A model that is too large then fails at once. Lengths are multiples of 16, as FP8 matmuls need them.
         """
@@ -79,13 +68,11 @@ class HellaSwag:
 
         Ranks take turns and make equally many forward passes, since under FSDP each is a collective.
         """
-        rank, world_size, device = self.ranks.rank, self.ranks.world_size, self.ranks.device
-        batches = list(self.batches())
+        ranks, device, batches = self.ranks, self.ranks.device, list(self.batches())
         sums = torch.zeros(len(self.sequences), dtype=torch.float64, device=device)
-        turns = tqdm(range(math.ceil(len(batches) / world_size)), desc="HellaSwag", unit="batch", leave=False,
-                     disable=None if rank == 0 else True)
-        for turn in turns:
-            mine = turn * world_size + rank
+        for turn in tqdm(range(0, len(batches), ranks.world_size), desc="HellaSwag", unit="batch", leave=False,
+                         disable=None if ranks.is_main else True):
+            mine = turn + ranks.rank
             length, batch = batches[min(mine, len(batches) - 1)]
             x, y = np.zeros((len(batch), length), np.int64), np.full((len(batch), length), IGNORE)
             for row, i in enumerate(batch):
@@ -99,12 +86,10 @@ class HellaSwag:
             if mine < len(batches):  # else another rank has this batch, and this pass only joins the collectives
                 sums.index_add_(0, torch.tensor(batch)[rows].to(device), -losses.double())
         reshard(model)
-        sums, scored, at = self.ranks.sum(sums).tolist(), [], 0
-        for question in self.questions:
-            endings = question["endings"]
-            likelihood = sums[at : at + len(endings)]
-            at += len(endings)
-            normed = [value / max(1, len(ending)) for value, ending in zip(likelihood, endings, strict=True)]
+        n_endings, scored = [len(question["endings"]) for question in self.questions], []
+        for question, part in zip(self.questions, ranks.sum(sums).split(n_endings), strict=True):
+            likelihood, lengths = part.tolist(), [max(1, len(ending)) for ending in question["endings"]]
+            normed = np.divide(likelihood, lengths)
             scored.append({"ind": question["ind"], "label": question["label"], "loglikelihood": likelihood,
                            "pred": int(np.argmax(likelihood)), "pred_norm": int(np.argmax(normed))})
         return scored
@@ -122,46 +107,41 @@ def accuracies(rows):
 
 
 class Evaluation:
-    """What train.py measures a model by: validation loss, and the benchmarks that the config asks for.
+    """What train.py measures a model by: validation loss, and HellaSwag if the config asks for it.
 
-    rows: data.Rows for validation. Prepare it on rank 0 first, as a benchmark may download its questions. `largest` is
-    the largest token id of all.
+    rows: data.Rows for validation. Make it on rank 0 first, as it may download questions. `largest` is the largest
+    token id of all.
     """
 
     def __init__(self, config, rows, encoding, ranks):
-        self.config, self.rows, self.ranks, self.benchmarks = config, rows, ranks, []
+        self.config, self.rows, self.ranks, self.hellaswag, self.largest = config, rows, ranks, None, rows.largest
         if config.eval_hellaswag_items:
-            _, questions = hellaswag.questions(config.data)
-            self.benchmarks.append(HellaSwag(questions[: config.eval_hellaswag_items], encoding,
-                                             config.model.block_size, ranks))
-
-    @property
-    def largest(self):
-        return max(part.largest for part in (self.rows, *self.benchmarks))
+            questions = hellaswag.questions(config.data)[1][: config.eval_hellaswag_items]
+            self.hellaswag = HellaSwag(questions, encoding, config.model.block_size, ranks)
+            self.largest = max(self.largest, self.hellaswag.largest)
 
     @torch.no_grad()
-    def validation_loss(self, model):
-        """Mean loss in nats per token over eval_sequences rows, weighted by token over all ranks."""
-        device = self.ranks.device
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in data.eval_batches(self.rows, n=self.config.eval_sequences, rank=self.ranks.rank,
-                                       world_size=self.ranks.world_size, micro_batch_size=self.config.micro_batch_size):
-            x, y, documents = data.on_device(*batch, self.rows, device)
-            totals[0] += model(x, y, self.config.loss_chunks, *documents)
+    def __call__(self, model):
+        """(metrics row, line for the screen) of a model. Every rank must call it.
+
+        The validation loss is the mean over the targets of eval_sequences rows, in nats per token.
+        """
+        config, ranks = self.config, self.ranks
+        totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, targets
+        for batch in data.eval_batches(self.rows, n=config.eval_sequences, rank=ranks.rank,
+                                       world_size=ranks.world_size, micro_batch_size=config.micro_batch_size):
+            x, y, documents = data.on_device(*batch, self.rows, ranks.device)
+            totals[0] += model(x, y, config.loss_chunks, *documents)
             totals[1] += (y != IGNORE).sum()
         reshard(model)
-        loss, tokens = self.ranks.sum(totals).tolist()
-        return loss / max(1, tokens)
-
-    def __call__(self, model):
-        """(metrics row, line for the screen) of a model. Every rank must call it."""
-        loss = self.validation_loss(model)
-        row, lines = {"val_loss": logs.number(loss)}, [f"validation loss {loss:.4f} nats per token"]
-        for benchmark in self.benchmarks:
-            more, line = benchmark(model)
-            row |= more
-            lines.append(line)
-        return row, " | ".join(lines)
+        loss, n_targets = ranks.sum(totals).tolist()
+        loss /= max(1, n_targets)
+        row, line = {"val_loss": logs.number(loss)}, f"validation loss {loss:.4f} nats per token"
+        if self.hellaswag:
+            acc, acc_norm = accuracies(self.hellaswag.score(model))
+            row |= {"hellaswag_acc": logs.number(acc), "hellaswag_acc_norm": logs.number(acc_norm)}
+            line += f" | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+        return row, line
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -194,7 +174,7 @@ def main():
         raise UserError("\n".join(mistakes))
     with ranks.main_first():
         path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
-    questions = hellaswag.read([path])[: args.limit or None]
+    questions = hellaswag.read([Path(path)])[: args.limit or None]
     if not questions:
         raise UserError(f"{path} holds no question to score")
     model, encoding, config = load_model(args.folder, ranks.device, args.tokenizer)

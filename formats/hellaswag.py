@@ -9,7 +9,6 @@ EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accur
 
 import http.client
 import re
-import shutil
 import urllib.request
 from pathlib import Path
 
@@ -36,15 +35,16 @@ def download(name, folder):
     if path.is_file():
         return path
     try:
-        with replacing(path) as temporary:
-            with urllib.request.urlopen(URL + name, timeout=60) as response, temporary.open("wb") as file:
-                shutil.copyfileobj(response, file)
-            n_lines = len(temporary.read_bytes().splitlines())
-            if n_lines != LINES[name]:
-                raise UserError(f"{n_lines} lines came, not {LINES[name]}")
+        with urllib.request.urlopen(URL + name, timeout=60) as response:
+            content = response.read()
+        n_lines = len(content.splitlines())
+        if n_lines != LINES[name]:
+            raise UserError(f"{n_lines} lines came, not {LINES[name]}")
     except (UserError, OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise UserError(f"{URL + name} could not be downloaded ({error}). Without a network put that file at {path}, "
                         "or name files of your own (training: data.train and data.val; eval.py: --data)") from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
     return path
 
 
@@ -57,7 +57,7 @@ def clean(text):
 def read(paths):
     """The questions of files of rows in the published format: dicts of ind, query, endings, label."""
     items = []
-    for path, number, raw in files.rows(map(Path, paths)):
+    for path, number, raw in files.rows(paths):
         where = f"{files.place(path, number)}: no HellaSwag question"
         try:
             whole = raw.get("ctx_a") is None
@@ -83,17 +83,17 @@ def questions(cfg):
 
     With another cfg.format: no training questions, and HellaSwag's own validation questions.
     """
-    ours = cfg.format == "hellaswag"
-    if not ours or not cfg.train:
-        train = read([download("hellaswag_train.jsonl", cfg.cache_dir)]) if ours else []
-        val = files.find_files(cfg.val, files.ROWS)[0] if ours else []
-        val = val or [download("hellaswag_val.jsonl", cfg.cache_dir)]
-        return train, read(val)
-    train, val, _, _ = files.resolve(cfg, files.ROWS)
-    train = read(train)
-    if val:
-        return train, read(val)
-    return [item for i, item in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]
+    if cfg.format != "hellaswag":
+        return [], read([download("hellaswag_val.jsonl", cfg.cache_dir)])
+    found = files.resolve(cfg, files.ROWS)
+    if not cfg.train:
+        val = found.val or [download("hellaswag_val.jsonl", cfg.cache_dir)]
+        return read([download("hellaswag_train.jsonl", cfg.cache_dir)]), read(val)
+    train, val = read(found.train), read(found.val)
+    if not found.val:
+        val = train[VAL_EVERY - 1 :: VAL_EVERY]
+        del train[VAL_EVERY - 1 :: VAL_EVERY]
+    return train, val
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -114,11 +114,6 @@ def encode(encoding, query, ending, limit):
     return np.delete(ids, np.s_[len(bos) : len(bos) + cut]), max(start - cut, 1), cut
 
 
-def sequences(encoding, items, limit):
-    """(ids, index of the ending's first id) of every ending of every question, in order."""
-    return [encode(encoding, item["query"], ending, limit)[:2] for item in items for ending in item["endings"]]
-
-
 def prepare(cfg, block_size, seed):
     """(training Rows, validation Rows, encoding) of a DataConfig. With several ranks, call it on rank 0 first."""
     encoding, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
@@ -134,13 +129,11 @@ def prepare(cfg, block_size, seed):
         raise UserError(f"data: {len(parts[0])} HellaSwag questions for training and {len(parts[1])} for validation "
                         f"are too few (without data.val, one of {VAL_EVERY} is for validation)")
     train, val = make_rows(cfg, block_size, seed, *parts)
+    found = files.resolve(cfg, files.ROWS)
+    lost = f"; {n_cut:,} samples lost their beginning, being longer than {limit} tokens" if n_cut else ""
     train.description = (
         f"HellaSwag, {train.n_samples:,} training samples in {train.n_rows:,} rows of {train.block_size} tokens, "
         f"{train.padding:.1%} of them padding, {val.n_samples:,} validation samples in {val.n_rows:,} rows, "
-        f"tokenizer {encoding.described}")
-    unused = files.resolve(cfg, files.ROWS).unused if cfg.train else []
-    train.description += files.describe_unused(unused)
-    train.counts |= {"cut at the beginning": n_cut, "files not used": len(unused)}
-    if n_cut:
-        train.description += f"; {n_cut:,} samples lost their beginning, being longer than {limit} tokens"
+        f"tokenizer {encoding.described}" + found.note + lost)
+    train.counts |= {"cut at the beginning": n_cut, "files not used": len(found.unused)}
     return train, val, encoding

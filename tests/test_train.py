@@ -853,17 +853,17 @@ def test_a_run_resumed_by_other_code_says_so(tiny_run, tmp_path, monkeypatch):
 def test_tokens_that_the_model_lacks_are_told_before_training(tiny_run, tmp_path, monkeypatch, split):
     init, args = text_format.Tokens.__init__, [*tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272"]
 
-    def with_largest(self, *shards):
-        init(self, *shards)
+    def with_largest(self, *args, **kwargs):
+        init(self, *args, **kwargs)
         self.largest = 300 if split == ("val" if len(self) < 10000 else "train") else 255
 
     monkeypatch.setattr(text_format.Tokens, "__init__", with_largest)
     if split == "questions":
-        monkeypatch.setattr(hellaswag, "questions", lambda _: ([], [{}]))
-        monkeypatch.setattr(hellaswag, "sequences", lambda *_: [(np.array([1, 300]), 1)])
+        monkeypatch.setattr(hellaswag, "questions", lambda _: ([], [{"query": "a", "endings": ["b"]}]))
+        monkeypatch.setattr(hellaswag, "encode", lambda *_: (np.array([1, 300]), 1, 0))
         args.append("--eval_hellaswag_items=1")
     status, out, told = main_here(train.main, *args)
-    assert status == 2 and "token id 300, and model.vocab_size=272 no row for it" in told and "step 1" not in out
+    assert status == 2 and "token id 300, beyond model.vocab_size=272" in told and "step 1" not in out
 
 
 def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
@@ -881,7 +881,7 @@ def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
     ([*FP8[:1]], "set fp8.emulate=True"),
     ([*FP8, '--fp8.filter_fqns=["typo"]'], "'typo' matches no linear layer"),
     (['--data.train=["/nowhere"]'], "matches no file"),
-    (["--model.vocab_size=256", "--fp8.enabled=False"], "model.vocab_size=256 no row for it"),
+    (["--model.vocab_size=256", "--fp8.enabled=False"], "token id 256, beyond model.vocab_size=256"),
     (["--device=cuda"], "no GPU"),
     (["--init_from=/nowhere"], "/nowhere is no Hugging Face model folder"),
     (["config/llama_fp9.py"], "did you mean config/llama_fp8.py"),
