@@ -38,18 +38,11 @@ FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 ALLOWED = {"e4m3": 32.5, "e5m2": 26.5}
 
 
-def cast_of(recipe, matmul, operand):
-    """The fp8.Cast of an operand (0: left, 1: right) of a recipe's matmul, None in high precision."""
-    casts = getattr(fp8.RECIPES[recipe], matmul)
-    return casts[operand] if casts else None
-
-
 def cast_stats(x, data, scale):
-    """float64 SUMS and PEAKS of a cast from x to `data` = FP8 of x * scale.
+    """float64 SUMS and PEAKS of a cast from x to `data` = FP8 of x * scale; over calls and ranks, PEAKS are maxima.
 
-    Over calls and ranks SUMS are added and PEAKS are maxima: amax (inf if any value is inf or nan), and minus the
-    smallest scale, which is that of the row with the amax. Squares are in units of that scale, so that float32 does not
-    overflow.
+    amax is inf if any value is inf or nan; the smallest scale is that of the row with the amax. Squares are in units of
+    that scale, so that float32 does not overflow.
     """
     scaled, cast, unit = x.float() * scale, data.float(), scale.min().double()
     # Saturated is what lies more than half a step above the largest value (1.75 * 2^n with steps of eps * 2^n): below
@@ -72,12 +65,6 @@ library.impl("cast_stats", lambda x, *cast: (compiled_cast_stats if x.is_cuda el
              "CompositeExplicitAutograd")
 torch.library.register_fake("nanofp8::cast_stats", lib=library)(
     lambda x, *_: x.new_empty(len(SUMS) + len(PEAKS), dtype=torch.float64))
-
-
-def merge(seen, new):
-    """Statistics of two sets of casts together: SUMS added, PEAKS the maximum."""
-    n = len(SUMS)
-    return torch.cat([seen[:n] + new[:n], torch.maximum(seen[n:], new[n:])])
 
 
 @functools.cache
@@ -107,9 +94,10 @@ def watched_linear():
             # reshaped as torchao does, or the compiler sees two casts instead of one
             tensors, done = {"x": x.reshape(-1, x.shape[-1]), "w_t": w_t, "g": g.reshape(-1, g.shape[-1])}, set()
             for i, (_, name, matmul, operand, dim) in enumerate(CASTS):
-                t, cast = tensors[name], cast_of(ctx.recipe, matmul, operand)
-                if cast is None or tensor_already_casted_to_fp8(t) or (name, cast) in done:
+                t, casts = tensors[name], getattr(fp8.RECIPES[ctx.recipe], matmul)
+                if casts is None or tensor_already_casted_to_fp8(t) or (name, casts[operand]) in done:
                     continue
+                cast = casts[operand]
                 if cast.scaling == "tensor":  # a second matmul reads the same cast
                     done.add((name, cast))
                 granularity = granularities[cast.scaling]
@@ -120,7 +108,8 @@ def watched_linear():
                 parts = t, q._data, q._scale
                 if name == "w_t":
                     parts = [part.t() for part in parts]  # contiguous
-                ctx.seen[i].copy_(merge(ctx.seen[i], torch.ops.nanofp8.cast_stats(*parts)))
+                sums, peaks = torch.ops.nanofp8.cast_stats(*parts).split((len(SUMS), len(PEAKS)))
+                ctx.seen[i].copy_(torch.cat([ctx.seen[i, :len(SUMS)] + sums, ctx.seen[i, len(SUMS):].maximum(peaks)]))
             return *grads, None, None
 
     class WatchedLinear(Float8Linear):
@@ -135,8 +124,7 @@ def health(model, run, step):
     """What every FP8 cast loses in `run`, a forward and backward pass: one row of metrics.jsonl per FP8 layer.
 
     Call it on every rank; rows cover all ranks. {"step", "fp8_layer": name, operand: {"format", "sqnr_db", "underflow",
-    "saturated", "amax", "scale"}, ...}; None stands for inf and nan. Row-wise, `scale` is that of the row with the
-    amax.
+    "saturated", "amax", "scale"}, ...}; None stands for inf and nan, scale is the smallest.
     """
     linears, device = fp8.float8_linears(model), next(model.parameters()).device
     nothing = torch.tensor([0.0] * len(SUMS) + [-math.inf] * len(PEAKS), dtype=torch.float64, device=device)
@@ -167,7 +155,8 @@ def health(model, run, step):
         for (name, _, matmul, operand, _), numbers in zip(CASTS, layer, strict=True):
             stats = dict(zip(SUMS + PEAKS, numbers, strict=True))
             if stats["values"] > 0:
-                row[name] = {"format": FORMATS[cast_of(m.recipe, matmul, operand).dtype], **summary(stats)}
+                cast = getattr(fp8.RECIPES[m.recipe], matmul)[operand]
+                row[name] = {"format": FORMATS[cast.dtype], **summary(stats)}
         rows.append(row)
     return rows
 
@@ -199,9 +188,9 @@ def shortfall(stats):
     return 0.0 if stats["sqnr_db"] is None else ALLOWED[stats["format"]] - stats["sqnr_db"]
 
 
-def worst(rows, n=3):
-    """One line for the screen with the n operands that lose most; 1% of underflow counts as much as 1 dB."""
-    lost = sorted(operands(rows), key=lambda row: -max(0, shortfall(row[2])) - 100 * row[2]["underflow"])[:n]
+def worst(rows):
+    """One line for the screen with the three operands that lose most; 1% of underflow counts as much as 1 dB."""
+    lost = sorted(operands(rows), key=lambda row: -max(0, shortfall(row[2])) - 100 * row[2]["underflow"])[:3]
     return f"fp8 health, worst of {len(rows)} layers: " + "; ".join(
         f"{layer} {operand} {s['sqnr_db'] or 0:.1f} of {ALLOWED[s['format']]} dB in {s['format']}, "
         f"{s['underflow']:.1%} underflow" for layer, operand, s in lost)
@@ -227,24 +216,19 @@ def plot_health(out_dir):
     layers, steps = list(dict.fromkeys(r["fp8_layer"] for r in rows)), sorted({r["step"] for r in rows})
     figure = Figure(figsize=(11, min(20, 2.5 + 0.24 * len(layers))), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
-    for column, operand in enumerate(("input", "weight", "grad_output")):
-        for line, (title, of, style) in enumerate((
-                ("dB below the format's best", shortfall, {"cmap": "Reds", "vmin": 0, "vmax": 12}),
-                ("% that underflows", lambda s: 100 * s["underflow"], {"cmap": "Blues", "vmin": 0, "vmax": 10}))):
+    for line, title, measure, style in (
+            (axes[0], "dB below the format's best", shortfall, {"cmap": "Reds", "vmin": 0, "vmax": 12}),
+            (axes[1], "% that underflows", lambda s: 100 * s["underflow"], {"cmap": "Blues", "vmin": 0, "vmax": 10})):
+        for ax, tensor in zip(line, ("input", "weight", "grad_output"), strict=True):
             values = [[math.nan] * len(steps) for _ in layers]
             for row in rows:
-                casts = [s for name, s in row.items() if name.startswith(operand)]
-                if casts:
-                    values[layers.index(row["fp8_layer"])][steps.index(row["step"])] = max(map(of, casts))
-            ax = axes[line, column]
+                casts = [measure(stats) for name, stats in row.items() if name.startswith(tensor)]
+                values[layers.index(row["fp8_layer"])][steps.index(row["step"])] = max(casts, default=math.nan)
             image = ax.imshow(values, aspect="auto", interpolation="nearest", **style)
-            if line == 0:
-                ax.set_title(operand)
-            if column == 2:
-                figure.colorbar(image, ax=axes[line], label=title, extend="max")
-    every = -(-len(layers) // 40)
-    for ax in axes[:, 0]:
-        ax.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
+            ax.set_title(tensor)
+        figure.colorbar(image, ax=line, label=title, extend="max")
+        every = -(-len(layers) // 40)
+        line[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
     shown = range(0, len(steps), -(-len(steps) // 5))
     for ax in axes[1]:
         ax.set_xticks(shown, [steps[i] for i in shown])
