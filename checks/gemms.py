@@ -2,9 +2,8 @@
 
 FP8 halves the time of a matmul and adds casts, whose cost grows with the operands and not with the matmul: small layers
 lose. `bench.py --gemms` prints these timings; `fp8.auto_filter` leaves layers that do not pay in bf16. In the whole
-model the casts fuse with their neighbours and cost somewhat less than here. The time that Python takes to launch
-kernels is not included: where the GPU waits for it (small models without cuda_graph), FP8 costs more than here, because
-it launches more kernels.
+model the casts fuse with their neighbours and cost somewhat less. Launching kernels is not timed: where the GPU waits
+for Python (small models without cuda_graph), FP8 costs more than here, because it launches more of them.
 """
 
 import itertools
@@ -93,26 +92,25 @@ def choose(config, device, passes):
     """fp8.auto_filter: the layers to leave out beside filter_fqns, timed by rank 0 and the same on every rank."""
     chosen = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        slow = not_paying(time_linears(config, device, passes))
-        chosen = [[name for name in slow if name not in config.fp8.filter_fqns]]
+        chosen = [not_paying(time_linears(config, device, passes))]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen)
-    return chosen[0]
+    return [name for name in chosen[0] if name not in config.fp8.filter_fqns]
 
 
 def table(rows, step_ms):
     """The rows of time_linears as text, with the FP8 step time that they predict from a bf16 step of step_ms."""
     lines = [f"{'layer':<14} {'shape':<16} {'calls':>5}  {'bf16: fwd + bwd ms':>18} {'fp8: fwd + bwd ms':>18}  "
              "saves per step"]
+    slow, gains = not_paying(rows), [gain(row) for row in rows]
     for row in rows:
         bf16, fp8_ms = ("{:7.3f} + {:7.3f}".format(*row[p]) if row[p] else "not possible" for p in ("bf16", "fp8"))
-        pays = "no" if row["layer"] in not_paying(rows) else "pays"
         lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<16} {row['calls']:>5}  {bf16:>18} {fp8_ms:>18}  "
-                     f"{gain(row):+8.2f} ms  {pays}")
-    gains = [gain(row) for row in rows]
+                     f"{gain(row):+8.2f} ms  {'no' if row['layer'] in slow else 'pays'}")
     every, best = step_ms - sum(gains), step_ms - sum(g for g in gains if g > 0)
-    lines += ["", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with FP8 wherever it can: {every:.1f} ms "
-              f"({step_ms / every:.2f}x), where it pays: {best:.1f} ms ({step_ms / best:.2f}x)"]
-    if len(not_paying(rows)) == len(rows):
-        return "\n".join([*lines, "FP8 pays for none of them here: --fp8.enabled=False"])
-    return "\n".join([*lines, f"--fp8.filter_fqns='{json.dumps(not_paying(rows))}'"])
+    keys = f"--fp8.filter_fqns='{json.dumps(slow)}'"
+    if len(slow) == len(rows):
+        keys = "FP8 pays for none of them here: --fp8.enabled=False"
+    return "\n".join([
+        *lines, "", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with FP8 wherever it can: {every:.1f} ms "
+        f"({step_ms / every:.2f}x), where it pays: {best:.1f} ms ({step_ms / best:.2f}x)", keys])

@@ -39,23 +39,23 @@ POLICIES = {
 def compile_and_checkpoint(model, compile_cfg, activation_checkpoint, fp8_copies=None):
     """Wrap each block's forward, and the loss, in recompute and torch.compile, in place; parameter names stay.
 
-    Blocks are compiled one by one: they have the same shapes, so one graph serves all layers and compiling takes
-    seconds instead of minutes, and FSDP2's hooks, which run around forward, stay outside of the graphs.
-    activation_checkpoint: "none" keeps what backward needs; "selective" keeps outputs of matmuls and attention and
-    recomputes the cheap rest; "full" keeps each block's input only. fp8_copies: as in POLICIES.
+    Blocks are compiled one by one: one graph serves all, since their shapes are the same, so compiling takes seconds
+    instead of minutes; and FSDP2's hooks, which run around forward, stay outside of the graphs. "selective" keeps
+    outputs of matmuls and attention and recomputes the cheap rest; "full" keeps each block's input only.
     """
     # torch 2.11 fuses row and column reductions: RMSNorm's backward with the transposing FP8 cast becomes one kernel of
     # 0.65 ms; unfused they take 0.35 ms (Llama-8B shapes, H100).
     torch._inductor.config.triton.mix_order_reduction = False
     options = dict(mode=compile_cfg.mode, fullgraph=compile_cfg.fullgraph, dynamic=compile_cfg.dynamic)
+    policy = POLICIES.get((activation_checkpoint, fp8_copies))
     for block in model.layers:
         forward = block.forward
         if activation_checkpoint == "full":
             forward = recompute(forward)
-        elif (activation_checkpoint, fp8_copies) in POLICIES:
-            policy = partial(save_or_not, activation_checkpoint, fp8_copies, model.saved_ops)
+        elif policy:
             # FP8 copies exist in compiled graphs only: eager torchao saves high-precision tensors and casts again
-            forward = recompute(forward, policy, eager=activation_checkpoint == "selective")
+            forward = recompute(forward, partial(save_or_not, policy, model.saved_ops),
+                                eager=activation_checkpoint == "selective")
         block.forward = torch.compile(forward, **options) if compile_cfg.enabled else forward
     if compile_cfg.enabled:
         model.head_loss = torch.compile(model.head_loss, **options)
@@ -78,9 +78,9 @@ def recompute(forward, policy=None, eager=True):
     return checkpointed
 
 
-def save_or_not(activation_checkpoint, fp8_copies, saved_ops, ctx, op, *args, **kwargs):
-    """The CheckpointPolicy of an op, from POLICIES. saved_ops: attention's, in addition to SAVED_OPS."""
-    fp8_casts, transposes, saved, others = POLICIES[activation_checkpoint, fp8_copies]
+def save_or_not(policy, saved_ops, ctx, op, *args, **kwargs):
+    """The CheckpointPolicy of an op in a row of POLICIES. saved_ops: attention's, in addition to SAVED_OPS."""
+    fp8_casts, transposes, saved, others = policy
     if op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in FP8_DTYPES:
         return fp8_casts
     if op is torch.ops.aten.t.default:

@@ -11,9 +11,9 @@ import attention
 import fp8
 import model as models
 from checks import estimate
-from plumbing.compiling import CompileConfig, compile_and_checkpoint, recompute, save_or_not
+from plumbing.compiling import POLICIES, CompileConfig, compile_and_checkpoint, recompute, save_or_not
 
-SELECTIVE = functools.partial(save_or_not, "selective", None, attention.SAVED_OPS)
+SELECTIVE = functools.partial(save_or_not, POLICIES["selective", None], attention.SAVED_OPS)
 
 
 @pytest.mark.parametrize("name, count", [
