@@ -16,6 +16,7 @@ import fp8
 import model as models
 import sample
 from formats import families, hf, quantized
+from optim import AdamW, OptimConfig
 from plumbing.errors import UserError
 from plumbing.sharding import plain_local
 
@@ -646,6 +647,18 @@ def test_fp8_weights_are_their_values_times_their_scales(tmp_path, form, capsys)
             quantization_config=transformers.CompressedTensorsConfig(run_compressed=False))
     logits = theirs(tokens).logits
     assert (model(tokens) - logits).norm() < 1e-5 * logits.norm()
+
+
+def test_master_weights_are_the_dequantized_values_unrounded(tmp_path):
+    expected = in_fp8(wide(tmp_path), "blocks")["model.layers.0.mlp.down_proj.weight"]
+    with torch.device("meta"):
+        model = models.Transformer(hf.model_config(tmp_path)).bfloat16()
+    model.to_empty(device="cpu")
+    models.init_weights(model, seed=1)
+    optimizer = AdamW(model, OptimConfig(weights="fp32_master"), seed=1, compiled=False)
+    hf.load(tmp_path, model, optimizer)
+    assert torch.equal(optimizer.masters["layers.0.mlp.down.weight"], expected)
+    assert torch.equal(model.layers[0].mlp.down.weight, expected.bfloat16()) and (expected != expected.bfloat16()).any()
 
 
 @pytest.mark.parametrize("form", ["blocks", "channel"])
