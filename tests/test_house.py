@@ -124,11 +124,9 @@ def test_what_is_raised_is_a_user_error_or_a_stopped_run(name):
 TRANSLATED = re.compile(r"\btold\b|\bwhat cannot work\b|\bmistakes? of (yours|ours)\b", re.IGNORECASE)
 PROSE = [*MODULES.values(), *REPO.glob("bench/**/*.py"), *REPO.glob("config/*.py"), *REPO.glob("*.md"),
          *REPO.glob("docs/*.md")]
-PENDING = {"formats/tokenizer.py"}  # being rewritten
 
 
-@pytest.mark.parametrize("path", [p for p in sorted(PROSE) if str(p.relative_to(REPO)) not in PENDING],
-                         ids=lambda p: str(p.relative_to(REPO)))
+@pytest.mark.parametrize("path", sorted(PROSE), ids=lambda p: str(p.relative_to(REPO)))
 def test_prose_is_plain(path):
     found = [f"line {i}: {line.strip()}" for i, line in enumerate(path.read_text().splitlines(), 1)
              if TRANSLATED.search(line)]
