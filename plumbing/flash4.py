@@ -19,22 +19,24 @@ def check(config, device):
     """UserError if this machine or the model of a configurator.Config cannot use it."""
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     widest = {9: 256, 10: 128}.get(generation)  # Hopper, Blackwell
-    width, why = config.model.head_dim, None
+    width = config.model.head_dim
+    try:
+        installed = importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
     if widest is None:
-        why = "it has kernels for Hopper and Blackwell GPUs only"
+        problem = "it has kernels for Hopper and Blackwell GPUs only"
     elif config.dtype != "bfloat16":
-        why = f"it needs dtype=bfloat16, not {config.dtype}"
+        problem = f"it needs dtype=bfloat16, not {config.dtype}"
     elif width % 8 or width > widest:
-        why = f"it needs heads whose width divides by 8, up to {widest} on this GPU, not model.head_dim={width}"
+        problem = f"it needs heads whose width divides by 8, up to {widest} on this GPU, not model.head_dim={width}"
+    elif installed is None:
+        problem = f"it is not installed: {INSTALL} (cu12 for a torch with CUDA 12)"
+    elif TorchVersion(installed) < MIN_VERSION:
+        problem = f"flash-attn-4 {installed} is too old: {INSTALL}"
     else:
-        try:
-            installed = importlib.metadata.version("flash-attn-4")
-            if TorchVersion(installed) < MIN_VERSION:
-                why = f"flash-attn-4 {installed} is too old: {INSTALL}"
-        except importlib.metadata.PackageNotFoundError:
-            why = f"it is not installed: {INSTALL} (cu12 for a torch with CUDA 12)"
-    if why:
-        raise UserError(f"flash4=True: {why}; or set flash4=False")
+        return
+    raise UserError(f"flash4=True: {problem}; or set flash4=False")
 
 
 def attend(q, k, v, mask=None, window=None):
@@ -48,7 +50,7 @@ def attend(q, k, v, mask=None, window=None):
 @torch.library.custom_op("nanofp8::flash4", mutates_args=())
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None,
             max_seqlen: int | None, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of attention.attend(), and the logsumexp of each query's scores (float32) for backward."""
+    """The output of attend(), and the logsumexp of each query's scores (float32) for backward."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     return _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
