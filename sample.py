@@ -34,18 +34,15 @@ from formats.tokenizer import get_tokenizer, read_json
 from plumbing import entry
 from plumbing.errors import RunStopped, UserError
 
-# ----------------------------------------------------------------------------------------------------------------
-# generating
-
 
 class Cache:
-    """Keys and values of a model's context. On a GPU, the pass over a new token is a captured CUDA graph.
+    """Keys and values of a model's context, up to `length` tokens. On a GPU, a new token is one CUDA graph.
 
-    length: tokens that it holds. Until close(), attention in every layer of the model goes through here.
+    Until close(), attention in every layer of the model goes through here.
     """
 
     def __init__(self, model, length):
-        self.model, self.length, self.n_tokens, self.graph = model, length, 0, None
+        self.model, self.length, self.n_tokens, self.graphed = model, length, 0, None
         weight, shape = model.embed.weight, (1, length, model.cfg.n_kv_head, model.cfg.head_dim)
         self.token, self.position = weight.new_zeros(2, 1, 1, dtype=torch.int64)
         for layer in model.layers:  # zeros: what attention does not see must be finite
@@ -68,36 +65,21 @@ class Cache:
     def logits(self, tokens):
         """Float32 logits (V,) of what follows `tokens`, a list of ids that each call continues by one."""
         n, scaling = len(tokens), self.model.cfg.rope_scaling
-        # the length from which on longrope turns all keys by other frequencies
+        # from this length on, longrope has other frequencies for all keys
         turned = scaling and scaling.kind == "longrope" and n == scaling.original_max_position + 1
-        if turned or n > self.length or n != self.n_tokens + 1:
-            context = torch.tensor([tokens[-self.length :]], device=self.token.device)
-            logits = self.model(context)[0, -1].float()
-        else:
-            self.token.fill_(tokens[-1])
-            self.position.fill_(n - 1)
-            logits = self.replay() if self.token.is_cuda else self.run_token()
-        self.n_tokens = n
-        return logits
+        in_turn, self.n_tokens = n == self.n_tokens + 1, n
+        if turned or n > self.length or not in_turn:
+            return self.model(torch.tensor([tokens[-self.length :]], device=self.token.device))[0, -1].float()
+        self.token.fill_(tokens[-1])
+        self.position.fill_(n - 1)
+        if self.token.is_cuda and self.graphed is None:  # Python takes longer to launch the kernels than they run
+            self.graphed = torch.cuda.make_graphed_callables(self.run_token, (self.token, self.position))
+        return (self.graphed or self.run_token)(self.token, self.position)
 
-    def run_token(self):
-        """Logits of what follows self.token at self.position."""
-        lengths = torch.cat((torch.ones_like(self.position), self.position + 1))  # of the query and of its keys
+    def run_token(self, token, position):
+        lengths = torch.cat((torch.ones_like(position), position + 1))  # of the query and of its keys
         bounds = F.pad(lengths, (1, 0)).int(), self.length
-        return self.model(self.token, positions=self.position, bounds=bounds)[0, 0].float()
-
-    def replay(self):
-        """run_token() as one launch: in Python, launching its kernels takes longer than running them."""
-        if self.graph is None:
-            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # a warm-up, in which libraries choose kernels and allocate workspaces
-                self.run_token()
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.captured = self.run_token()
-        self.graph.replay()
-        return self.captured
+        return self.model(token, positions=position, bounds=bounds)[0, 0].float()
 
 
 def draw(logits, temperature, top_k, generator):
@@ -113,8 +95,7 @@ def draw(logits, temperature, top_k, generator):
         scores = scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=generator)
     best, token = scores.max(0)
     if not best.isfinite():
-        raise RunStopped("the model gives nan or inf, so no token can be drawn: its weights are finite, but too large "
-                         "for their dtype or not those of this architecture")
+        raise RunStopped("the model gives nan or inf, though its weights are finite: no token can be drawn")
     return int(token)
 
 
@@ -132,10 +113,6 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
             yield tokens[-1]
     finally:
         cache.close()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# the model
 
 
 def load_model(folder, device, tokenizer=None):
@@ -175,10 +152,6 @@ def stop_ids(tokenizer, *folders):
     return found - {None}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# the command
-
-
 def read_messages(prompt):
     """Yield what the user says: `prompt`, or without one the lines of stdin."""
     while prompt is None:
@@ -193,10 +166,7 @@ def read_messages(prompt):
 
 
 def show(tokens, tokenizer, stops):
-    """Print tokens as they come, until one of `stops` or one that only pads the vocabulary.
-
-    Returns their ids, and the (tokens, seconds) after the first two, which read the prompt and capture the graph.
-    """
+    """Print tokens as they come, until one of `stops` or one that only pads the vocabulary: (ids, times of arrival)."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end in the middle of a character
     ids, times = [], []
     for token in tokens:
@@ -207,7 +177,7 @@ def show(tokens, tokenizer, stops):
         sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token)))
         sys.stdout.flush()
     print(decoder.decode(b"", final=True))
-    return ids, (len(times) - 2, times[-1] - times[1]) if len(times) > 2 else (0, 0.0)
+    return ids, times
 
 
 def main():
@@ -244,7 +214,7 @@ def main():
     for text in read_messages(args.prompt):
         if args.chat:
             conversation.append({"role": "user", "content": text})
-            prompt = template.prompt(conversation).tolist()
+            prompt = template.encode(conversation, train_on="all", prompt=True)[0].tolist()
         else:
             bos = [] if tokenizer.bos is None else [tokenizer.bos]  # as documents begin in training
             prompt = bos + tokenizer.encode(text).tolist()
@@ -256,16 +226,16 @@ def main():
             print(f"the prompt has {len(prompt):,} tokens: the model reads the last {config.model.block_size:,}",
                   file=sys.stderr)
         tokens = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator)
-        reply, (n, elapsed) = show(tokens, tokenizer, stops)
+        reply, times = show(tokens, tokenizer, stops)
         conversation.append({"role": "assistant", "content": tokenizer.decode(reply)})
-        n_tokens, seconds = n_tokens + n, seconds + elapsed
+        n_tokens += len(times[2:])  # the first reads the prompt, the second captures the graph
+        seconds += times[-1] - times[1] if times[2:] else 0
     if n_tokens:
-        read = sum(p.nbytes for p in model.parameters())
-        if not config.model.tie_embeddings:
-            read -= model.embed.weight.nbytes  # of which a token reads one row
+        # a token reads one row of the embedding, and all of it as lm_head where they are tied
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        read = sum(p.nbytes for name, p in weights.items() if name != "embed.weight") / 1e9
         rate = n_tokens / seconds
-        print(f"{rate:.1f} tokens/s, {read / 1e9:.2f} GB of weights each: {rate * read / 1e9:,.0f} GB/s",
-              file=sys.stderr)
+        print(f"{rate:.1f} tokens/s, {read:.2f} GB of weights each: {rate * read:,.0f} GB/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

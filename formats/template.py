@@ -274,18 +274,19 @@ class Template:
     # ------------------------------------------------------------------------------------------------------------
     # ids
 
-    def encode(self, messages, tools=None, train_on="assistant"):
+    def encode(self, messages, tools=None, train_on="assistant", prompt=False):
         """(ids, loss, messages that the template leaves out) of a conversation: int64 (n,), bool (n,), int.
 
         messages: dicts with `role` and `content`, and what else the template takes. loss: whether an id is a target,
-        which it is if any of its characters is to be trained on. Raises UserError, without naming the conversation.
+        which it is if any of its characters is to be trained on. prompt: end with what asks for a reply (only with
+        train_on="all"). Raises UserError, without naming the conversation.
         """
         held = {}
         messages, tools = self.hold([normalize(m) for m in messages], held), self.hold(tools, held)
         if len(messages) > 1000:
             raise UserError(f"it has {len(messages):,} messages, 1,000 are the most")
         if train_on == "all":
-            text, n_left_out = take_out_generation(self.render(messages, tools))[0], 0
+            text, n_left_out = take_out_generation(self.render(messages, tools, prompt))[0], 0
             spans = [(0, len(text))]
         else:
             text, spans, n_left_out = self.targets(messages, tools)
@@ -295,14 +296,6 @@ class Template:
         for begin, end in spans:
             loss |= (ends > begin) & (begins < end)
         return ids, loss, n_left_out
-
-    def prompt(self, messages):
-        """Ids, int64 (n,), of a conversation and of the text that asks the assistant for a reply."""
-        held = {}
-        messages = self.hold([normalize(m) for m in messages], held)
-        text, _ = take_out_generation(self.render(messages, None, prompt=True))
-        text, _ = self.put_back(text, [], {char: original for original, char in held.items()})
-        return self.encode_coded(text)[0]
 
     def end_of_reply(self):
         """The id of the special token that follows the assistant's words, or None."""

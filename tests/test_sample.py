@@ -127,7 +127,7 @@ def test_a_captured_pass_gives_the_logits_of_the_model_without_a_cache(window):
         expected = uncached(other, text[:n]).float()
         # bf16 has 8 bits; the roundings of two blocks add up
         assert (cache.logits(text[:n]) - expected).norm() < 0.03 * expected.norm(), n
-    assert cache.graph is not None
+    assert cache.graphed is not None
 
 
 # ----------------------------------------------------------------------------------------------------------------
