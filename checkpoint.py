@@ -20,6 +20,7 @@ import re
 import shutil
 import textwrap
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from plumbing.errors import UserError
 from plumbing.ranks import barrier
 from plumbing.sharding import like, plain_local
 
-SHARD_BYTES = 2**31  # size of an exported file, and about the memory that an export needs
+SHARD_BYTES = 2**31  # about the size of an exported file, and about the memory that an export needs
 # files that an export copies from the folder that training started from
 CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*",
            "generation_config.json")
@@ -163,30 +164,26 @@ def load(folder, model, optimizer=None):
     state = tensors(model, optimizer)
     with reading(folder):
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    masters = {f"optim.master.{name}": name for name in (optimizer.masters if optimizer else {})}
-    unsaved = [name for name in masters if name not in saved]
+    masters = optimizer.masters if optimizer else {}
+    unsaved = [name for name in masters if f"optim.master.{name}" not in saved]
     for name in unsaved:
-        del state[name]
-    differ = []
-    for name, tensor in state.items():
-        if name not in saved:
-            differ.append(f"{name}: missing for {tuple(tensor.shape)}")
-        elif saved[name].size != tensor.shape:
-            differ.append(f"{name}: {tuple(saved[name].size)} for {tuple(tensor.shape)}")
+        del state[f"optim.master.{name}"]
+    saved_shapes = {name: tuple(tensor.size) for name, tensor in saved.items()}
+    differ = [f"{name}: {saved_shapes.get(name, 'missing')} for {tuple(tensor.shape)}"
+              for name, tensor in state.items() if saved_shapes.get(name) != tensor.shape]
     if differ and all(name.startswith("optim.") for name in differ):
         raise UserError(f"{folder} has other optimizer states: set {optim.STATE_KEYS} as the run did that saved it")
     if differ:
-        commit = read_run(folder).get("git_commit")
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        code = f"the code that saved it, of commit {commit}" if commit else "the code that saved it"
-        raise UserError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}{more}. Go back to {code}, "
-                        "or start anew: another out_dir, or --resume=never")
+        commit = read_run(folder).get("git_commit") or "unknown"
+        raise UserError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}{more}. Go back to the "
+                        f"code that saved it (commit {commit}), or start anew: another out_dir, or --resume=never")
     with reading(folder):
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     if optimizer is not None:
         optimizer.step_count = read_run(folder)["step"]
-        for name in map(masters.get, unsaved):
-            optimizer.masters[name].copy_(optimizer.weights[name])
+        for name in unsaved:
+            masters[name].copy_(optimizer.weights[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -226,18 +223,14 @@ def export(out_dir, folder, in_fp8=False):
     if in_fp8:
         written["quantization_config"] = quantized.config_entry(
             [name.removesuffix(".weight") for name in linears if name not in fp8_weights])
-    files, room = [[]], SHARD_BYTES
+    files, size = defaultdict(list), 0  # the tensors that begin within the same SHARD_BYTES share a file
     for name, (_, _, shape) in layout.items():
-        size = math.prod(shape) * (1 if name in fp8_weights else dtype.itemsize)
-        if size > room and files[-1]:
-            files.append([])
-            room = SHARD_BYTES
-        files[-1].append(name)
-        room -= size
+        files[size // SHARD_BYTES].append(name)
+        size += math.prod(shape) * (1 if name in fp8_weights else dtype.itemsize)
     with replacing(folder) as temporary, writing(folder.parent):
         temporary.mkdir()
         file_of, parameter, total = {}, {}, 0  # {tensor in the folder: its file}; {our name: tensor}, one at a time
-        for i, names in enumerate(files, 1):
+        for i, names in enumerate(files.values(), 1):
             file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
             pieces = {}
             for name in names:

@@ -114,7 +114,8 @@ def test_a_model_from_scratch_is_exported_as_what_can_hold_it(tmp_path, monkeypa
     files = sorted((tmp_path / "exported").glob("*.safetensors"))
     index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
     assert len(files) > 3 and set(index["weight_map"].values()) == {p.name for p in files}
-    assert all(p.stat().st_size < 60_000 or len(load_file(p)) == 1 for p in files)
+    for p in files:  # a file goes beyond by one tensor at most
+        assert p.stat().st_size - max(t.nbytes for t in load_file(p).values()) < 60_000
     assert index["metadata"]["total_size"] == sum(t.nbytes for p in files for t in load_file(p).values())
     readable_by = (tmp_path / "exported" / "config.json").stat().st_mode
     assert all(p.stat().st_mode == readable_by for p in files)
@@ -237,7 +238,7 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path):
     checkpoint.save(tmp_path, 1, small, AdamW(small, OptimConfig(), seed=1, compiled=False), {}, keep=1)
     for optimizer in (None, AdamW(large, OptimConfig(), seed=1, compiled=False)):
         with pytest.raises(ValueError, match=r"of another model: model.layers.2.*missing for .* and \d+ more. Go back "
-                                             "to the code that saved it, or start anew: another out_dir, or --resume="):
+                                             r"to the code that saved it \(commit unknown\), or start anew: .*resume="):
             checkpoint.load(checkpoint.latest(tmp_path), large, optimizer)
 
 
