@@ -130,7 +130,10 @@ class Tokenizer:
     def decode_bytes(self, token):
         """The bytes of one id in the middle of a text, b"" for an id without a token."""
         if self.full is None:
-            return self.ranks.decode_single_token_bytes(token)
+            try:
+                return self.ranks.decode_single_token_bytes(token)
+            except KeyError:  # cl100k_base, for one, has gaps between its special tokens
+                return b""
         text = self.full.id_to_token(token) or ""
         if text in self.specials:
             return text.encode()

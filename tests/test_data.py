@@ -202,8 +202,8 @@ def test_a_document_in_pieces_has_the_ids_of_the_whole(cut_by, monkeypatch, name
 
 def test_sample_puts_bos_before_the_prompt_as_training_does(monkeypatch):
     tokenizer, prompts = single_bytes("llama", {END: 256, "<s>": 257}), []
-    model = SimpleNamespace(model=SimpleNamespace(vocab_size=300))
-    monkeypatch.setattr(sample, "load_model", lambda *args: (None, tokenizer, model))
+    cfg = SimpleNamespace(model=SimpleNamespace(vocab_size=300, block_size=64), data=SimpleNamespace(tokenizer="bytes"))
+    monkeypatch.setattr(sample, "load_model", lambda *args: (None, tokenizer, cfg))
     monkeypatch.setattr(sample, "generate", lambda model, tokens, *args: prompts.append(tokens) or [])
     for tokenizer.bos in (None, 257):
         assert main_here(sample.main, "--from=x", "--prompt=hi")[0] == 0

@@ -252,6 +252,11 @@ def test_the_speed_leaves_out_the_first_two_tokens_and_counts_the_weights_that_a
     assert f"2.0 tokens/s, {read / 1e9:.2f} GB of weights each: {2 * read / 1e9:,.0f} GB/s" in err
 
 
+def test_an_id_without_a_token_is_no_text(wide, capsys):
+    assert sample.show(iter([5, 300 + ord("a"), 299]), wide, set())[0] == [5, 397, 299]
+    assert capsys.readouterr().out == "a\n" and wide.decode([5, 397]) == "a"
+
+
 def test_a_prompt_beyond_the_context_is_reported(folder):
     _, _, err = main_here(sample.main, f"--from={folder}", f"--prompt={'a' * 200}", "--max_new_tokens=1")
     assert "the prompt has 201 tokens: the model reads the last 128" in err
