@@ -440,7 +440,7 @@ def test_tools_may_be_a_list_or_json(tokenizer):
     ({"messages": PAIR, "tools": "nonsense"}, "`tools` is a string but not JSON"),
     ({"messages": PAIR, "tools": [1]}, "`tools[0]` is a number"),
     ({"messages": PAIR, "tools": TOOLS}, "it has `tools`, which the chat template of"),
-    ({"messages": [user("a \U00100002")]}, "a private-use character that is needed here")])
+    ({"messages": [user("a \U0010f002")]}, "a private-use character that is needed here")])
 def test_a_field_that_cannot_be_used_is_named_with_its_file_and_line(row, message, folder, tmp_path):
     path = write(tmp_path / "rows.jsonl", {"messages": PAIR}, row)
     with pytest.raises(ValueError) as error:
