@@ -122,7 +122,7 @@ def main():
                         f"x {row_length} = {tokens_per_pass}")
     cudagraph.check_rows(config, train_rows)
     tokens_per_step = round(config.global_batch_size * row_length * (1 - train_rows.padding))  # mean, without padding
-    step_config = replace(config, model=replace(config.model, block_size=row_length))  # what a step costs
+    step_config = replace(config, model=replace(config.model, block_size=row_length))  # for estimates
 
     # ------------------------------------------------------------------------------------------------------------
     # 3) the model. The order matters: built without memory, FP8 swaps modules, then recompute and compile wrap each
@@ -145,7 +145,7 @@ def main():
         fp8_flops = proof.covered_flops(model) / flops_per_token
         say(proof.table(model, config.fp8, fp8_flops, shards=n_shards))
         converted = list(fp8.float8_linears(model))
-    gib = estimate.check_memory(step_config, n_shards, accumulation, device)
+    estimated_gib = estimate.check_memory(step_config, n_shards, accumulation, device)
     compile_and_checkpoint(model, config.compile, config.activation_checkpoint, config.fp8.copies)
     if n_shards:
         mesh = device_mesh(ranks, config.replicas)
@@ -179,8 +179,8 @@ def main():
         say(f"weights: {config.init_from}")
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.precompute_scales(model, config.fp8, shards=n_shards)
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gib:.1f} GiB estimated per rank with "
-        "gradients, optimizer and activations")
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {estimated_gib:.1f} GiB estimated per "
+        "rank with gradients, optimizer and activations")
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
     say(f"step: {config.micro_batch_size} sequences x {row_length} tokens x {world_size} ranks x {accumulation} "
         f"accumulation = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))
@@ -307,8 +307,7 @@ def main():
     if ranks.is_main:
         metrics.close()
         logs.plot_losses(out_dir)
-        health_plot = telemetry.plot_health(out_dir)
-        if health_plot:
+        if health_plot := telemetry.plot_health(out_dir):
             say(f"fp8 health of every layer: {health_plot}")
         if not config.eval_interval:
             result = f"training loss {loss:.4f} nats per token"
