@@ -89,8 +89,8 @@ class Tokenizer:
         # tiktoken panics at a byte without a token (SmolLM2 lacks 21); some bytes no UTF-8 holds
         in_utf8 = {*range(0xC0), *range(0xC2, 0xF5)}
         self.missing = bytes(b for b in in_utf8 if bytes([b]) not in ranks._mergeable_ranks) if ranks else b""
-        self.prefix = False
-        self.prefix = self.decode(self.encode("a")) == " a"  # the first token's space is not part of the text
+        # SentencePiece puts a space before the text
+        self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"
 
     @property
     def described(self):
@@ -103,11 +103,9 @@ class Tokenizer:
 
         A run of white space around 65,536 or more blank characters is cut in the middle, where its ids may differ.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
+        if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self.full is not None and (self.ranks is None or self.unusual(text)):
+        if self.ranks is None or self.full is not None and self.unusual(text):
             # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
             return np.array(self.full.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -220,10 +218,6 @@ def read_if_there(path):
     return read_json(path) if path.is_file() else {}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# rank files
-
-
 def read_ranks(path, name):
     """The Tokenizer of a rank file: lines of base64 token and rank. The number of ranks tells Llama 3's and Qwen's."""
     try:
@@ -265,7 +259,7 @@ def read_hugging_face(spec, path, name, beside, sentencepiece=False):
     tokenizers = package("tokenizers", path)
     listed = {int(i): token for i, token in beside.get("added_tokens_decoder", {}).items()}
     spec, defaults = as_class(spec, path, beside)
-    beside = {**defaults, **beside}
+    beside = defaults | {key: content(value) for key, value in beside.items()}
     if defaults and listed and not sentencepiece:
         spec["added_tokens"] = []  # the configuration lists them all
     if sentencepiece and not defaults:  # user-defined pieces are cut out by the pre_tokenizer
@@ -286,14 +280,14 @@ def read_hugging_face(spec, path, name, beside, sentencepiece=False):
         raise UserError(f"{path} puts {probe.tokens[:n_first]} before a text: one token at most can be used")
     bos = probe.ids[0] if n_first else None
     if sentencepiece and beside.get("add_bos_token"):
-        bos = full.token_to_id(content(beside.get("bos_token")) or "<s>")
+        bos = full.token_to_id(beside.get("bos_token") or "<s>")
     ranks, nfc = to_tiktoken(spec, name, full)
-    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, eos_token=content(beside.get("eos_token")))
+    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, eos_token=beside.get("eos_token"))
 
 
-def content(token):
-    """The text of a token of tokenizer_config.json: a string, a dict with flags, or None."""
-    return token["content"] if isinstance(token, dict) else token
+def content(value):
+    """The text of a token, which tokenizer_config.json may hold as a dict with flags; other values as they are."""
+    return value.get("content", value) if isinstance(value, dict) else value
 
 
 def as_class(spec, path, beside):
@@ -335,9 +329,9 @@ def add_tokens(full, listed, beside):
     """
     from tokenizers import AddedToken
 
-    special = [value for key, value in beside.items() if key.endswith("_token") and isinstance(value, (str, dict))]
+    special = [value for key, value in beside.items() if key.endswith("_token") and isinstance(value, str)]
     extra = beside.get("extra_special_tokens") or beside.get("additional_special_tokens") or []
-    special = [content(token) for token in [*special, *(extra.values() if isinstance(extra, dict) else extra)]]
+    special += map(content, extra.values() if isinstance(extra, dict) else extra)
     if not listed:
         older = beside.get("added_tokens", {})
         listed = {i: dict(content=text, normalized=text not in special) for text, i in older.items()}
@@ -400,13 +394,11 @@ def to_tiktoken(spec, name, full):
     model, normalizer = spec["model"], spec.get("normalizer")
     nfc = normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]})
     settings = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    is_bpe = model.get("type", "BPE") == "BPE" and "merges" in model and not any(model.get(key) for key in settings)
     pattern = split_pattern(spec.get("pre_tokenizer") or {})
-    if not is_bpe or not pattern or (normalizer and not nfc):
+    if not pattern or "merges" not in model or any(model.get(key) for key in settings) or normalizer and not nfc:
         return None, False
     added = {token.content for token in full.get_added_tokens_decoder().values()}
-    vocab = {text: i for text, i in model["vocab"].items() if text not in added and to_bytes(text)}
-    ranks = ranks_of(vocab, model["merges"], full.model)
+    ranks = ranks_of({text: i for text, i in model["vocab"].items() if text not in added}, model["merges"], full.model)
     return ranks and tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), nfc
 
 
@@ -431,11 +423,14 @@ def ranks_of(vocab, merges, model):
     if -1 in joined or joined != sorted(joined):
         return None
     ignore_merges, model.ignore_merges = model.ignore_merges, False
-    parts = {text: [part.id for part in model.tokenize(text)] for text in vocab}
+    ranks, joins_of_ids = {}, 0
+    for text, i in vocab.items():
+        parts = [part.id for part in model.tokenize(text)]
+        joins_of_ids += len(parts) == 2
+        if ignore_merges or parts == [i]:
+            ranks[to_bytes(text)] = i
     model.ignore_merges = ignore_merges
-    if ignore_merges and any(len(ids) == 2 for ids in parts.values()):
-        return None  # by ids, these two would be joined
-    return {to_bytes(text): i for text, i in vocab.items() if ignore_merges or parts[text] == [i]}
+    return None if None in ranks or ignore_merges and joins_of_ids else ranks
 
 
 def split_pattern(pre_tokenizer):
