@@ -112,8 +112,12 @@ def prepare(cfg, block_size, seed):
     if twice := [str(path) for path, n in named.items() if n > 1]:
         raise UserError(f"data.weights: {twice[0]} is in several entries of data.train: name each file in one entry")
     prepared = [FORMATS[cfg.format](replace(cfg, train=[entry], weights=[]), block_size, seed) for entry in cfg.train]
-    train, val, tokenizers = zip(*prepared, strict=True)
-    return Mixture(train, cfg.train, cfg.weights), val[0] if cfg.val else Mixture(val, cfg.train), tokenizers[0]
+    parts, val_parts, tokenizers = zip(*prepared, strict=True)
+    train = Mixture(parts, cfg.train, cfg.weights)
+    train.counts = {what: sum(part.counts[what] for part in parts) for what in parts[0].counts}
+    train.description = "a mixture of" + "".join(f"\n  {weight / sum(cfg.weights):.1%} {part.description}"
+                                                 for weight, part in zip(cfg.weights, parts, strict=True))
+    return train, val_parts[0] if cfg.val else Mixture(val_parts, cfg.train), tokenizers[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -131,13 +135,13 @@ def share_of_block(weights):
 
 
 class Mixture:
-    """Several Rows as one, one after the other. weights: how often Drawn draws from each, for training.
+    """Several Rows as one, one after the other, padded to the longest rows. weights: how often Order draws from each.
 
-    Rows are padded to the length of the longest part's.
+    Without weights a part counts by its number of rows.
     """
 
     def __init__(self, parts, names, weights=()):
-        self.parts, self.names, self.weights = parts, names, weights
+        self.parts, self.names, self.weights = parts, names, weights or [part.n_rows for part in parts]
         self.ends = np.cumsum([part.n_rows for part in parts])
         self.sample_ends = np.cumsum([part.n_samples for part in parts])
         self.n_rows, self.n_samples = int(self.ends[-1]), int(self.sample_ends[-1])
@@ -145,30 +149,23 @@ class Mixture:
             max(getattr(part, name) for part in parts) for name in ("block_size", "longest", "largest"))
         self.most_documents = max(part.most_documents - (part.block_size - self.block_size) // self.longest
                                   for part in parts)  # with those that pad a row
-        share = np.array(weights if len(weights) else [part.n_rows for part in parts])
-        text = share * [(1 - part.padding) * part.block_size for part in parts]  # tokens from each part
-        self.padding = max(0.0, round(1 - float(text.sum() / (share.sum() * self.block_size)), 9))
+        n_tokens = np.array([weight * (1 - part.padding) * part.block_size
+                             for weight, part in zip(self.weights, parts, strict=True)])  # relative
+        self.padding = max(0.0, round(1 - float(n_tokens.sum() / (sum(self.weights) * self.block_size)), 9))
         self.document = None
         if any(part.document for part in parts):
-            self.document = float(text @ [part.document or part.block_size for part in parts] / text.sum())
+            self.document = float(n_tokens @ [part.document or part.block_size for part in parts] / n_tokens.sum())
         whole = repr(([part.digest for part in parts], list(weights)))
         self.digest = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
-        if len(weights):
-            self.counts = {what: sum(part.counts[what] for part in parts) for what in parts[0].counts}
-            lines = [f"  {w / sum(weights):.1%} {part.description}" for w, part in zip(weights, parts, strict=True)]
-            self.description = "\n".join(["a mixture of", *lines])
 
     def row(self, i):
         part = int(np.searchsorted(self.ends, i, side="right"))
-        return self.part_row(part, i - int(self.ends[part]) + self.parts[part].n_rows)
-
-    def part_row(self, part, i):
-        """Row i of one part."""
-        x, y, positions = self.parts[part].row(i)
-        if not (room := self.block_size - len(x)):
-            return x, y, positions
-        positions = None if positions is None else np.append(positions, np.arange(room) % self.longest)
-        return np.append(x, np.zeros(room, np.int64)), np.append(y, np.full(room, IGNORE)), positions
+        x, y, positions = self.parts[part].row(i - int(self.ends[part]) + self.parts[part].n_rows)
+        if room := self.block_size - len(x):
+            x, y = np.append(x, np.zeros(room, np.int64)), np.append(y, np.full(room, IGNORE))
+            if positions is not None:
+                positions = np.append(positions, np.arange(room) % self.longest)
+        return x, y, positions
 
     def sample(self, i):
         part = int(np.searchsorted(self.sample_ends, i, side="right"))
@@ -176,7 +173,7 @@ class Mixture:
 
 
 class Shuffled:
-    """The order of training: [k] is the number of the k-th row. Epoch follows epoch, each in an order of its own."""
+    """The order of training on one part: [k] is the number of the k-th row. Each epoch has an order of its own."""
 
     def __init__(self, n_rows, *seed):
         self.n_rows, self.seed, self.epoch = n_rows, seed, None
@@ -188,28 +185,28 @@ class Shuffled:
         return int(self.order[i])
 
 
-class Drawn:
-    """The order of training of a Mixture: [k] is (part, number of its row) of the k-th row.
+class Order:
+    """The order of training on a Mixture: [k] is the number of the k-th row.
 
-    Each block of BLOCK rows holds fixed numbers of rows of each part, spread over it evenly with some chance, so what
+    Each block of BLOCK rows holds the same number of rows of each part, spread over it evenly with some chance, so what
     came before k is known without counting. Each part goes through its own epochs.
     """
 
     def __init__(self, mixture, seed):
-        self.shares, self.seed, self.block = share_of_block(mixture.weights), seed, None
-        self.orders = [Shuffled(part.n_rows, seed, i) for i, part in enumerate(mixture.parts)]
+        self.shares, n_parts = share_of_block(mixture.weights), len(mixture.parts)
+        self.starts = mixture.ends - [part.n_rows for part in mixture.parts]
+        self.orders = [Shuffled(part.n_rows, *([seed, i] if n_parts > 1 else [seed]))
+                       for i, part in enumerate(mixture.parts)]
+        rng = np.random.default_rng((seed, n_parts, 0))
+        places = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.shares])
+        order = np.argsort(places, kind="stable")
+        self.part = np.repeat(np.arange(n_parts), self.shares)[order]
+        self.nth = np.concatenate([np.arange(n) for n in self.shares])[order]  # of its part, in a block
 
     def __getitem__(self, k):
         block, i = divmod(k, BLOCK)
-        if block != self.block:
-            rng = np.random.default_rng((self.seed, block, len(self.shares), 0))
-            places = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.shares])
-            order = np.argsort(places)
-            self.block = block
-            self.part = np.repeat(np.arange(len(self.shares)), self.shares)[order]
-            self.nth = np.concatenate([np.arange(n) for n in self.shares])[order]  # of its part, in this block
-        part = int(self.part[i])
-        return part, self.orders[part][block * self.shares[part] + int(self.nth[i])]
+        part = self.part[i]
+        return int(self.starts[part]) + self.orders[part][block * self.shares[part] + int(self.nth[i])]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -230,10 +227,10 @@ class Loader:
     """
 
     def __init__(self, rows, *, global_batch_size, micro_batch_size, seed, rank=0, world_size=1):
-        self.rows, self.global_batch_size, self.micro_batch_size = rows, global_batch_size, micro_batch_size
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
-        self.mixture = isinstance(rows, Mixture)
-        self.order = Drawn(rows, seed) if self.mixture else Shuffled(rows.n_rows, seed)
+        self.rows = rows if isinstance(rows, Mixture) else Mixture([rows], [""])
+        self.order = Order(self.rows, seed)
         if rows.n_rows < global_batch_size:
             raise UserError(f"the training data fills {rows.n_rows} rows of {rows.block_size} tokens, one step needs "
                             f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size or "
@@ -241,7 +238,7 @@ class Loader:
 
     def sample(self, k):
         """Row k, counted from the start of training."""
-        return self.rows.part_row(*self.order[k]) if self.mixture else self.rows.row(self.order[k])
+        return self.rows.row(self.order[k])
 
     def batch(self, step):
         """This rank's part of a step's global batch: (x, y, positions), (accumulation, micro_batch_size, block_size).
@@ -256,11 +253,8 @@ class Loader:
     def epochs(self, steps):
         """How often these steps go through the data, as text: "0.42 epochs", of a Mixture for each entry."""
         n = steps * self.global_batch_size
-        if not self.mixture:
-            return f"{n / self.rows.n_rows:.2f} epochs"
-        shares = np.array(self.order.shares) / BLOCK
-        return ", ".join(f"{n * share / part.n_rows:.2f} epochs of {name}"
-                         for share, part, name in zip(shares, self.rows.parts, self.rows.names, strict=True))
+        return ", ".join(f"{n * share / BLOCK / part.n_rows:.2f} epochs" + (f" of {name}" if name else "")
+                         for share, part, name in zip(self.order.shares, self.rows.parts, self.rows.names, strict=True))
 
 
 def eval_batches(rows, *, n, micro_batch_size, rank=0, world_size=1):

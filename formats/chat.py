@@ -115,14 +115,14 @@ def read_conversation(row):
 def tokenize(paths, template, train_on, limit):
     """(list of (ids, loss), counts) of files of conversations. counts: what was cut, dropped and not used."""
     samples, cut, dropped, left_out, fields = [], 0, 0, 0, {}
-    for path, number, row in tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None):
+    for place, row in tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None):
         try:
             messages, tools, used = read_conversation(row)
             if tools and not template.takes_tools:
                 raise UserError(f"it has `tools`, which {template.name} does not take")
             ids, loss, n_left_out = template.encode(messages, tools, train_on)
         except UserError as error:
-            raise UserError(f"{files.place(path, number)}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
         left_out += n_left_out
         fields |= dict.fromkeys(name for name in row if name not in used)
         if len(ids) > limit + 1:

@@ -1,7 +1,7 @@
 """Files that a user names, and the rows and documents in them.
 
 A suffix decides how a file is read (KINDS); each but Parquet and Arrow may be compressed (.gz, .zst). Files are read in
-pieces, so that memory does not grow with their size.
+pieces, so that memory does not grow with their size; a JSON list, which is read whole, has a limit.
 """
 
 import codecs
@@ -9,7 +9,6 @@ import glob
 import gzip
 import io
 import json
-import os
 import re
 import sysconfig
 import zlib
@@ -26,12 +25,14 @@ KINDS |= {".bin": "tokens", ".npy": "tokens"}  # for data.format=tokens only
 ROWS = {"json", "parquet", "arrow"}
 TEXT = {"text", *ROWS}
 
-ABOUT = {"readme", "license", "licence", "notice"}  # names of files about the others, whatever their suffix
-DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # as `datasets` leaves
+ABOUT = {"readme", "license", "licence", "notice",  # files about the others, whatever their suffix; of `datasets`:
+         "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+SPLITS = {"held out": {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"},
+          "train": {"train", "training"}}  # as `datasets` reads them in names (its data_files.py)
 CHAT_FIELDS = {"messages", "conversations", "instruction", "prompt"}
 VAL_EVERY = 20  # every 20th document is for validation where data.val names none
 PIECE = 2**20  # characters or bytes read at once
-LONGEST_ELEMENT = 2**28  # characters of one element of a JSON list, beyond which it counts as unclosed
+LONGEST_LIST = 2**30  # characters of a JSON list
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ LONGEST_ELEMENT = 2**28  # characters of one element of a JSON list, beyond whic
 class Files(NamedTuple):
     train: list  # of Path
     val: list  # of Path; empty: some of train's documents are for validation
-    unused: list  # files in the folders that were named which are not data of this format
+    unused: list  # files in the folders that were named which are not data of this format, or of another split
     note: str  # for the screen: what is left out, "" if nothing
 
 
@@ -51,7 +52,8 @@ def resolve(cfg, kinds):
     data.val may lie in a folder of data.train: such a file is not trained on, unless nothing else is left.
     Raises UserError where an entry names nothing that can be used.
     """
-    (train, unused), (val, unused_val) = find_files(cfg.train, kinds), find_files(cfg.val, kinds)
+    train, unused = find_files(cfg.train, kinds)
+    val, unused_val = find_files(cfg.val, kinds, held_out=True)
     if not cfg.train:
         train = embedded_files()
     held = {p.resolve() for p in val}
@@ -61,7 +63,8 @@ def resolve(cfg, kinds):
         apart, note = train, ", all of them validation text too"
     elif len(apart) < len(train):
         note = f", {len(train) - len(apart)} more for validation alone"
-    unused = list(dict.fromkeys(unused + unused_val))
+    used = held | {p.resolve() for p in train}
+    unused = [p for p in dict.fromkeys(unused + unused_val) if p.resolve() not in used]
     return Files(apart, val, unused, note + describe_unused(unused))
 
 
@@ -78,48 +81,73 @@ def number_of(paths):
     return f"{len(paths):,} {'file' if len(paths) == 1 else 'files'}"
 
 
-def find_files(patterns, kinds=frozenset(TEXT)):
+def identity(path):
+    """What tells one version of a file from another: path, size and time of change."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
+def find_files(patterns, kinds=frozenset(TEXT), held_out=False):
     """(files, unused): the files of these kinds that paths, folders and globs name, sorted within each, each once.
 
     unused: what else lies in the folders. Folders are searched recursively, links are followed, hidden files and
-    folders are skipped. Raises UserError for an entry without a usable file and for a named file of another kind.
+    folders are skipped. Where a folder is divided into splits, held_out says which of them count.
+    Raises UserError for an entry without a usable file and for a named file of another kind.
     """
     files, unused = {}, {}  # by resolved path
     for pattern in patterns:
         if not pattern.strip():
             raise UserError(f"data: {pattern!r} is an empty entry (an unset variable?): name a file, folder or glob")
-        path, found, others = Path(pattern).expanduser(), [], []
+        path, named, around = Path(pattern).expanduser(), [], []
         for match in [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True))):
-            asked_for = match == path or path.suffix == match.suffix != ""  # "x.csv", "*.csv", but not "*"
-            if asked_for and match.is_file():
+            if match.is_dir():
+                around += walk(match, set())
+            elif match.is_file() and (match == path or path.suffix == match.suffix != ""):  # "*.csv", but not "*"
                 check_named_file(match, kinds)
-                found.append(match)
-                continue
-            for p in walk(match) if match.is_dir() else [match]:
-                (found if is_data(p, kinds) else others).append(p)
+                named.append(match)
+            else:
+                around.append(match)
+        found = named + of_split([p for p in around if is_data(p, kinds)], held_out)
+        others = set(around).difference(found)
         if not found:
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"
-                            + describe_unused(others))
-        for paths, into in ((found, files), (others, unused)):
-            for p in paths:
-                into.setdefault(p.resolve(), p)
+                            + describe_unused(sorted(others)))
+        for p in found:
+            files.setdefault(p.resolve(), p)
+        for p in sorted(others):
+            unused.setdefault(p.resolve(), p)
     return list(files.values()), [p for real, p in unused.items() if real not in files]
 
 
-def walk(folder):
-    """The files below a folder, sorted, without hidden ones. Links are followed, each folder is visited once."""
-    def fail(error):
-        raise error
+def walk(folder, visited):
+    """Yield the files below a folder, sorted, without hidden ones. Links are followed, each folder is visited once."""
+    if folder.resolve() in visited:
+        return
+    visited.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from walk(path, visited)
+        elif not path.name.startswith("."):
+            yield path
 
-    visited, files = set(), []
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(place)) in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(files)
+
+def split_of(path):
+    """The split after which a file of rows or tokens, or else its folder, is named: a key of SPLITS, or None."""
+    for name in (path.stem, path.parent.name):
+        words = set(re.split("[^a-z]+", name.lower()))
+        for split, names in SPLITS.items():
+            if words & names and kind_of(path) != "text":
+                return split
+    return None
+
+
+def of_split(paths, held_out):
+    """The files without those of the other split, where names tell both (train-0.parquet, test/0.arrow, val.bin)."""
+    splits = [split_of(path) for path in paths]
+    if not {"train", "held out"} <= set(splits):
+        return paths
+    other = "train" if held_out else "held out"
+    return [path for path, split in zip(paths, splits, strict=True) if split != other]
 
 
 def kind_of(path):
@@ -137,19 +165,14 @@ def suffixes(kinds):
 
 
 def is_data(path, kinds):
-    """Whether a file found in a folder is data: not a README, a license or a data set's description."""
-    if kind_of(path) not in kinds or not path.is_file():
+    """Whether a file found in a folder is data: not about other files, not a .json file with one object (settings)."""
+    if kind_of(path) not in kinds or not path.is_file() or ABOUT & {path.stem.lower(), path.name.lower()}:
         return False
-    if path.stem.lower() in ABOUT or path.name in DESCRIPTIONS:
-        return False
-    return path.suffix.lower() != ".json" or not is_settings(path)
-
-
-def is_settings(path):
-    """Whether a .json file is one object over several lines: settings, not rows."""
+    if path.suffix.lower() != ".json":
+        return True
     with path.open("rb") as file:
         line = file.readline(PIECE).removeprefix(codecs.BOM_UTF8).strip()
-    return line.startswith(b"{") and line.endswith((b"{", b"[", b","))
+    return not (line.startswith(b"{") and line.endswith((b"{", b"[", b",")))  # the object goes on in the next line
 
 
 def check_named_file(path, kinds):
@@ -194,31 +217,6 @@ class CountedFile(io.FileIO):
         return n
 
 
-class ZstdFile(io.RawIOBase):
-    """Decompresses a .zst file. zstandard's own reader takes a truncated file for a complete one; this is an error."""
-
-    def __init__(self, file, zstandard):
-        self.file, self.zstandard, self.frame, self.data = file, zstandard, None, b""
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self.data:
-            rest = self.frame.unused_data if self.frame and self.frame.eof else b""
-            piece = rest or self.file.read(2**14)
-            if not piece:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("it ends in the middle of a Zstandard frame")
-                return 0
-            if not self.frame or self.frame.eof:
-                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
-            self.data = memoryview(self.frame.decompress(piece))
-        n = min(len(buffer), len(self.data))
-        buffer[:n], self.data = self.data[:n], self.data[n:]
-        return n
-
-
 def open_binary(path, bar=None):
     """The bytes of a file as a buffered reader, decompressed where its suffix says so."""
     file = io.BufferedReader(CountedFile(path, bar) if bar else io.FileIO(path))
@@ -227,7 +225,7 @@ def open_binary(path, bar=None):
     if path.suffix.lower() == ".gz":
         return gzip.GzipFile(fileobj=file)
     if path.suffix.lower() == ".zst":
-        return io.BufferedReader(ZstdFile(file, package("zstandard", path)))
+        return io.BufferedReader(package("pyarrow", path).CompressedInputStream(file, "zstd"))
     return file
 
 
@@ -239,34 +237,26 @@ def package(name, path):
         raise UserError(f"{path} needs {name}, which is not installed: pip install {name}") from error
 
 
-def open_text(path, bar=None):
-    return io.TextIOWrapper(open_binary(path, bar), encoding="utf-8-sig")  # -sig: some editors write a mark first
-
-
 def bad_byte(path):
     """The position of the first byte that is not UTF-8."""
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with open_binary(path) as file:
-        while piece := file.read(PIECE):
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(piece)
-            except UnicodeDecodeError as error:
-                return position - pending + error.start
-            position += len(piece)
+    position = 0
+    file = io.TextIOWrapper(open_binary(path), encoding="utf-8", errors="surrogateescape", newline="")
+    while piece := file.read(PIECE):
+        valid = re.match("[^\udc80-\udcff]*", piece)[0]
+        position += len(valid.encode())
+        if len(valid) < len(piece):
+            break
     return position
 
 
 def readable(path, read):
-    """The items of the generator read(path); UserError where the file is damaged."""
+    """The items of a generator that reads a file; UserError where the file is damaged."""
     try:
         yield from read
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {bad_byte(path)}): convert it, or leave it out") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "ZstdError":  # of a package that need not be installed
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system, not of a decompressor
             raise
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -276,24 +266,19 @@ def readable(path, read):
 
 
 def rows(files, bar=None):
-    """Yield (path, number, dict) of each row: of JSON the line where it begins, of Parquet and Arrow the row, from 1.
+    """Yield (place, dict) of each row. place is for messages: "x.jsonl, line 7", "x.parquet, row 7".
 
-    bar: a tqdm bar that counts bytes. Raises UserError that names file and line of what cannot be read.
+    bar: a tqdm bar that counts bytes. Raises UserError that names the place of what cannot be read.
     """
     for path in files:
         kind = kind_of(path)
         if kind not in ROWS:
             raise UserError(f"{path} has no rows, expected {suffixes(ROWS)}")
         read = json_values(path, bar) if kind == "json" else table_rows(path, kind, bar)
-        for number, row in readable(path, read):
+        for place, row in readable(path, read):
             if not isinstance(row, dict):
-                raise UserError(f"{place(path, number)} is {type_of(row)}, expected an object with named fields")
-            yield path, number, row
-
-
-def place(path, number):
-    """Where a row is, for messages: "x.jsonl, line 7"."""
-    return f"{path}, {'line' if kind_of(path) == 'json' else 'row'} {number}"
+                raise UserError(f"{place} is {type_of(row)}, expected an object with named fields")
+            yield place, row
 
 
 def type_of(value):
@@ -304,83 +289,54 @@ def type_of(value):
 
 
 def json_values(path, bar=None):
-    """Yield (line number, value) of a file of JSON lines or of a JSON list, whatever its suffix says."""
+    """Yield (place, value) of a file of JSON lines, or of a JSON list, whatever its suffix says."""
     with open_binary(path, bar) as file:
-        head = file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig")
-        if head.startswith(b"["):
-            yield from list_elements(path, lines)
+        is_list = file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        text = io.TextIOWrapper(file, encoding="utf-8-sig")
+        if is_list:
+            content = text.read(LONGEST_LIST + 1)
+            if len(content) > LONGEST_LIST:
+                raise UserError(f"{path} is a JSON list of more than {LONGEST_LIST:,} characters, which is read whole: "
+                                "convert it to JSON lines, as `jq -c .[]` does")
+            for number, value in enumerate(parse_json(content, path, 1), 1):
+                yield f"{path}, row {number}", value
             return
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(text, 1):
             if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number} is not JSON: {error.msg} (expected one object per line, or "
-                                    "a list of objects)") from error
+                yield f"{path}, line {number}", parse_json(line.strip(), path, number)
 
 
-def list_elements(path, file):
-    """Yield (line number, element) of a JSON list; memory holds one element at a time."""
-    decoder, border = json.JSONDecoder(), re.compile(r"\s*([\[,\]])\s*")
-    text, at, line = file.read(PIECE), 0, 1
-    while True:
-        found = border.match(text, at)
-        if found and (found[1] == "]" or found[1] == "[" and text.startswith("]", found.end())):
-            return
-        try:
-            if not found:
-                raise json.JSONDecodeError("Expecting ',' or ']' after an element", text, at)
-            value, end = decoder.raw_decode(text, found.end())
-        except json.JSONDecodeError as error:  # or the element goes on behind what was read
-            more = file.read(max(PIECE, len(text) - at)) if len(text) - at < LONGEST_ELEMENT else ""
-            if not more:
-                line += text.count("\n", at, error.pos)
-                raise UserError(f"{path}, line {line} is not JSON: {error.msg}") from error
-            text, at = text[at:] + more, 0
-            continue
-        line += text.count("\n", at, found.end())
-        yield line, value
-        line += text.count("\n", found.end(), end)
-        at = end
+def parse_json(text, path, line):
+    """The value of a JSON text that begins in this line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {line + error.lineno - 1} is not JSON: {error.msg} (expected one object per "
+                        "line, or a list of objects)") from error
 
 
 def table_rows(path, kind, bar=None):
-    """Yield (row number, dict) of a Parquet or an Arrow file; memory holds a few hundred rows at a time."""
-    with open_binary(path):  # a Git LFS pointer
-        pass
+    """Yield (place, dict) of a Parquet or an Arrow file; memory holds one batch of rows at a time."""
     package("pyarrow", path)
-    import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        if kind == "parquet":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-        else:
-            batches = arrow_batches(pyarrow, path)
-        for batch in batches:
-            for start in range(0, batch.num_rows, 256):
-                for row in batch.slice(start, 256).to_pylist():
-                    number += 1
-                    yield number, row
+        with open_binary(path, bar) as file:
+            if kind == "parquet":
+                batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+            elif file.peek(6).startswith(b"ARROW1"):
+                reader = pyarrow.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:  # a stream, as save_to_disk writes it
+                batches = pyarrow.ipc.open_stream(file)
+            for batch in batches:
+                for start in range(0, batch.num_rows, 256):
+                    for row in batch.slice(start, 256).to_pylist():
+                        number += 1
+                        yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}, after row {number}: pyarrow cannot read it as {kind}: {error}") from error
-    if bar:
-        bar.update(path.stat().st_size)
-
-
-def arrow_batches(pyarrow, path):
-    """The record batches of an Arrow file, in either of its two forms: stream (save_to_disk) or file."""
-    with pyarrow.memory_map(str(path)) as source:
-        try:
-            reader = pyarrow.ipc.open_stream(source)
-        except pyarrow.ArrowInvalid:
-            source.seek(0)
-            reader = pyarrow.ipc.open_file(source)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-            return
-        yield from reader
 
 
 def documents(files, text_key, bar=None):
@@ -390,14 +346,14 @@ def documents(files, text_key, bar=None):
     """
     for path in files:
         if kind_of(path) not in ROWS:
-            with open_text(path, bar) as file:
+            with io.TextIOWrapper(open_binary(path, bar), encoding="utf-8-sig") as file:  # editors may write a mark
                 yield readable(path, iter(lambda: file.read(PIECE), ""))  # noqa: B023
             continue
-        for _, number, row in rows([path], bar):
+        for place, row in rows([path], bar):
             if text_key not in row:
                 hint = ": conversations and instructions need data.format=chat" if CHAT_FIELDS & set(row) else ""
-                raise UserError(f"{place(path, number)} has no {text_key!r} (data.text_key): it has "
+                raise UserError(f"{place} has no {text_key!r} (data.text_key): it has "
                                 + (", ".join(row) or "no fields") + hint)
             if not isinstance(row[text_key], str):
-                raise UserError(f"{place(path, number)}: `{text_key}` is {type_of(row[text_key])}, expected a string")
+                raise UserError(f"{place}: `{text_key}` is {type_of(row[text_key])}, expected a string")
             yield [row[text_key]]

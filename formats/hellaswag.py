@@ -57,12 +57,12 @@ def clean(text):
 def read(paths):
     """The questions of files of rows in the published format: dicts of ind, query, endings, label."""
     items = []
-    for path, number, raw in files.rows(paths):
-        where = f"{files.place(path, number)}: no HellaSwag question"
+    for number, (place, raw) in enumerate(files.rows(paths)):
+        where = f"{place}: no HellaSwag question"
         try:
             whole = raw.get("ctx_a") is None
             context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
-            item = {"ind": raw.get("ind", number - 1), "query": clean(f"{raw['activity_label']}: {context}"),
+            item = {"ind": raw.get("ind", number), "query": clean(f"{raw['activity_label']}: {context}"),
                     "endings": [clean(ending) for ending in raw["endings"]]}
             label = str(raw["label"]).removesuffix(".0")  # published as a string or a number
         except (AttributeError, KeyError, TypeError) as error:

@@ -11,9 +11,9 @@ Sources: nanoGPT, data/openwebtext/prepare.py; llm.c, dev/data/data_common.py; m
 """
 
 import contextlib
-import functools
 import hashlib
 import json
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,6 @@ from plumbing.errors import UserError
 
 HEADER_BYTES = 1024
 LLM_C = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version): type of an id
-FOREIGN = {b"nanofp8": "is a shard of data.cache_dir: name the text that it was made from",
-           b"PK\x03\x04": "is an archive (weights of PyTorch?)",
-           b"version https://git-lfs": "is a Git LFS pointer: run `git lfs pull`"}
 PIECE = 2**22  # ids looked at together
 
 
@@ -50,6 +47,7 @@ class Tokens:
         self.digest = hashlib.blake2b(repr([*content, self.start, self.stop]).encode(), digest_size=16).hexdigest()
         self.n_rows = self.n_samples = -(-(len(self) - 1) // block_size)
         self.document, self.longest, self.most_documents = None, block_size, 1
+        self.counts = {"tokens": len(self), "targets": len(self) - 1}
 
     def __len__(self):
         return self.stop - self.start
@@ -104,12 +102,6 @@ class Tokens:
         return ids, np.arange(len(ids)) > 0
 
 
-def split_end(whole):
-    """(start, stop) of the two parts of a stream where no validation data was named: the end is for validation."""
-    cut = len(whole) - len(whole) // files.VAL_EVERY
-    return (whole.start, whole.start + cut), (whole.start + cut, whole.stop)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # files that others made
 
@@ -118,18 +110,17 @@ def open_tokens(path):
     """(memory map of the ids, whether EOS begins a document) of a .bin or .npy file."""
     if path.suffix.lower() == ".npy":
         try:
-            ids = np.load(path, mmap_mode="r")
-        except ValueError as error:
+            ids = np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, tokenize.TokenError) as error:
             raise UserError(f"{path} is not a .npy file that can be memory-mapped: {error}") from error
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise UserError(f"{path} holds {ids.dtype} of shape {ids.shape}, expected integers in one dimension")
         return ids, False
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with files.open_binary(path) as file:
         head = file.read(HEADER_BYTES)
-    for magic, what in FOREIGN.items():
-        if head.startswith(magic):
-            raise UserError(f"{path} does not hold token ids, but {what}")
+    if head.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path} does not hold token ids: it is an archive (weights of PyTorch?)")
     magic, version, n = (int(i) for i in np.frombuffer(head[:12].ljust(12, b"\0"), "<i4"))
     if (dtype := LLM_C.get((magic, version))) is not None:
         if size != HEADER_BYTES + n * dtype.itemsize:
@@ -145,7 +136,7 @@ def open_tokens(path):
 
 def remembered(cache_dir, identity, compute):
     """compute(), a value for JSON, which cache_dir remembers under `identity`."""
-    note = Path(cache_dir, f"tokens-{hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()}.json")
+    note = Path(cache_dir, "notes", f"{hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()}.json")
     if note.is_file():
         return json.loads(note.read_text())
     value = compute()
@@ -155,35 +146,49 @@ def remembered(cache_dir, identity, compute):
     return value
 
 
-def survey(ids):
-    """(largest id, smallest id, hash) of an array of ids."""
-    h, largest, smallest = hashlib.blake2b(digest_size=16), 0, 0
-    for start in range(0, len(ids), PIECE):
-        part = np.ascontiguousarray(ids[start : start + PIECE])
-        h.update(part)
-        largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
-    return largest, smallest, h.hexdigest()
+def survey(path, ids, cache_dir):
+    """(largest id, smallest id, hash) of the ids of a file, read once for each version of the file."""
+    def read_all():
+        h, largest, smallest = hashlib.blake2b(digest_size=16), 0, 0
+        for start in range(0, len(ids), PIECE):
+            part = np.ascontiguousarray(ids[start : start + PIECE])
+            h.update(part)
+            largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
+        return largest, smallest, h.hexdigest()
+
+    return remembered(cache_dir, files.identity(path), read_all)
 
 
 def open_split(paths, cfg, block_size, split, **part):
     """The Tokens of files, or a part of them (start, stop)."""
-    opened = [open_tokens(path) for path in paths]
-    arrays, firsts = zip(*opened, strict=True)
-    largest, smallest, hashes = zip(*(
-        remembered(cfg.cache_dir, (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns),
-                   functools.partial(survey, ids)) for path, ids in zip(paths, arrays, strict=True)), strict=True)
+    arrays, firsts = zip(*map(open_tokens, paths), strict=True)
+    largest, smallest, hashes = zip(*(survey(path, ids, cfg.cache_dir)
+                                      for path, ids in zip(paths, arrays, strict=True)), strict=True)
     if min(smallest) < 0:
         raise UserError(f"{paths[np.argmin(smallest)]} holds negative numbers, which are no token ids")
     if len(set(firsts)) > 1 and cfg.eos_id is not None:
         raise UserError(f"data.{split} mixes files of llm.c, where EOS begins a document, with others, where it ends "
                         "one: train on one kind, or set data.eos_id=None")
-    if sum(map(len, arrays)) < 2:
-        raise UserError(f"data.{split}: {', '.join(map(str, paths[:3]))} holds fewer than 2 ids")
     tokens = Tokens(arrays, hashes, block_size, eos=cfg.eos_id, eos_first=firsts[0], largest=max(largest), **part)
     if cfg.eos_id is not None and len(tokens) > 1:
         tokens.document, tokens.longest, tokens.most_documents = remembered(
             cfg.cache_dir, (tokens.digest, block_size, cfg.eos_id, firsts[0]), tokens.measure_documents)
     return tokens
+
+
+def open_splits(train, val, cfg, block_size):
+    """(training Tokens, validation Tokens) of files; without files for validation the end of the others is for that."""
+    if val:
+        splits = open_split(train, cfg, block_size, "train"), open_split(val, cfg, block_size, "val")
+    else:
+        n = sum(len(open_tokens(path)[0]) for path in train)
+        cut = n - n // files.VAL_EVERY
+        splits = (open_split(train, cfg, block_size, "train", stop=cut),
+                  open_split(train, cfg, block_size, "train", start=cut))
+    if min(map(len, splits)) < 2:
+        raise UserError(f"data: {len(splits[0])} tokens for training and {len(splits[1])} for validation are too few: "
+                        "give more, or name data.val")
+    return splits
 
 
 def prepare(cfg, block_size, seed):
@@ -193,21 +198,14 @@ def prepare(cfg, block_size, seed):
     """
     tokenizer = get_tokenizer(cfg.tokenizer)
     found = files.resolve(cfg, {"tokens"})
-    train = open_split(found.train, cfg, block_size, "train")
-    if found.val:
-        val = open_split(found.val, cfg, block_size, "val")
-    else:
-        (_, cut), (_, stop) = split_end(train)
-        val = open_split(found.train, cfg, block_size, "train", start=cut, stop=stop)
-        train = open_split(found.train, cfg, block_size, "train", stop=cut)
-    if min(len(train), len(val)) < 2:
-        raise UserError(f"data: {len(train)} ids for training and {len(val)} for validation are too few")
-    train.counts = {"files": len(found.train), "tokens": len(train), "targets": len(train) - 1,
-                    "files not used": len(found.unused)}
+    train, val = open_splits(found.train, found.val, cfg, block_size)
+    train.counts |= {"files": len(found.train), "files not used": len(found.unused)}
     train.description = (f"{files.number_of(found.train)} of tokens of {', '.join(cfg.train)}{found.note}, "
                          f"{len(train):,} training and {len(val):,} validation tokens, ids up to {train.largest}, ")
-    train.description += ("attention sees whole rows (data.eos_id is not set)" if cfg.eos_id is None else
-                          f"documents of {train.document:,.0f} tokens on average, borders at id {cfg.eos_id}")
+    if cfg.eos_id is None:
+        train.description += "attention sees whole rows (data.eos_id is not set)"
+    else:
+        train.description += f"documents of {train.document:,.0f} tokens on average, borders at id {cfg.eos_id}"
     if train.largest > tokenizer.largest:
         train.description += (f"; tokenizer {tokenizer.name} has no ids above {tokenizer.largest}: name the one that "
                               "made them (data.tokenizer) for sample.py and data.py")

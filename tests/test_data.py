@@ -4,6 +4,7 @@ import base64
 import errno
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from conftest import main_here
 import data
 import formats.files as text_files
 import formats.text as text_format
+import formats.tokens as tokens_format
 import sample
 from data import DataConfig, Loader, eval_batches
 from formats.tokenizer import END, Tokenizer, get_tokenizer
@@ -37,6 +39,11 @@ def prepare(config):
     return data.prepare(config, 8, 0)
 
 
+def cached(tmp_path):
+    """Names of what is kept of texts in the cache."""
+    return [path.name for path in (tmp_path / "cache").iterdir() if path.name not in (".lock", "notes")]
+
+
 def everything(tokens):
     return tokens.slice(0, len(tokens))
 
@@ -53,16 +60,11 @@ def single_bytes(name, special_tokens):
     return Tokenizer(name, tiktoken.Encoding(name, pat_str=r".", mergeable_ranks=ranks, special_tokens=special_tokens))
 
 
-def stream(n, tmp_path, name="numbers", block_size=8):
+def stream(n, name="numbers", block_size=8, shard=10**6):
     """A Tokens of n tokens, token i is i modulo 65521, so that every window can be told from every other."""
-    folder = tmp_path / name
-    folder.mkdir()
-    encoding = single_bytes("wide", {END: 65535})
-    writer = text_format.ShardWriter(folder, "train", encoding)
-    writer.write(np.arange(n) % 65521)
-    writer.close()
-    shards, headers = zip(*(text_format.open_shard(p, encoding) for p in sorted(folder.glob("*.bin"))), strict=True)
-    return Tokens(shards, [h["hash"] for h in headers], block_size, largest=max(h["largest"] for h in headers))
+    ids = (np.arange(n) % 65521).astype(np.uint16)
+    arrays = np.split(ids, range(shard, n, shard))
+    return Tokens(arrays, [name], block_size, largest=int(ids.max()))
 
 
 def loader(tokens, **keys):
@@ -126,22 +128,30 @@ def test_a_tokenizer_without_an_end_cannot_close_documents(tmp_path, corpus, mon
         prepare(config(tmp_path, corpus))
 
 
-def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
-    encoding = single_bytes("large", {END: 100_000})
-    writer = text_format.ShardWriter(tmp_path, "train", encoding)
-    writer.write(np.array([1, 99_999, 100_000]))
-    writer.close()
-    tokens, header = text_format.open_shard(tmp_path / "train_00000.bin", encoding)
-    assert tokens.dtype == np.uint32 and tokens.tolist() == [1, 99_999, 100_000] and header["largest"] == 100_000
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path, corpus, monkeypatch):
+    large = single_bytes("large", {END: 100_000})
+    large.eos = 100_000
+    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: large)
+    train, _, _ = prepare(config(tmp_path, corpus))
+    assert train.arrays[0].dtype == np.uint32 and train.largest == 100_000 and train.slice(0, 10**6).max() == 100_000
 
 
-def test_streams_run_across_shard_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_format, "SHARD_TOKENS", 37)
-    tokens = stream(1000, tmp_path)
+def test_streams_run_across_shard_borders(tmp_path):
+    tokens = stream(1000, shard=37)
     assert len(tokens.arrays) == 28
     assert everything(tokens).tolist() == list(range(1000))
     for start, stop in ((0, 37), (36, 38), (37, 74), (30, 200), (995, 1010), (1000, 1003)):
         assert tokens.slice(start, stop).tolist() == list(range(1000))[start:stop]
+
+
+def test_full_shards_are_completed_and_hold_the_same_stream(tmp_path, corpus, monkeypatch):
+    whole = prepare(config(tmp_path / "whole", corpus))
+    monkeypatch.setattr(text_format, "PIECE", 1000)
+    monkeypatch.setattr(text_format, "SHARD_TOKENS", 5000)
+    cut = prepare(config(tmp_path, corpus))
+    for one, many in zip(whole[:2], cut[:2], strict=True):
+        assert len(one.arrays) == 1 and len(many.arrays) > 2 and np.array_equal(everything(one), everything(many))
+    assert 5000 <= max(map(len, cut[0].arrays)) < 40_000
 
 
 def test_embedded_corpus_is_the_standard_library_in_a_fixed_order():
@@ -193,7 +203,9 @@ def test_a_document_in_pieces_has_the_ids_of_the_whole(cut_by, monkeypatch, name
         text = source[start : start + 5000] if alphabet is None else "".join(rng.choice(list(alphabet), 3000))
         counts = {"forced cuts": 0}
         pieces = list(text_format.cut(in_chunks(text, rng), tokenizer, counts))
-        ids = np.concatenate([text_format.encode_behind(tokenizer, context, piece) for piece, context in pieces])
+        ids = np.concatenate([text_format.encode_behind(tokenizer, piece.context, piece.text) for piece in pieces])
+        assert [piece.starts for piece in pieces] == [i == 0 for i in range(len(pieces))]
+        assert [piece.ends for piece in pieces] == [i == len(pieces) - 1 for i in range(len(pieces))]
         assert np.array_equal(ids, tokenizer.encode(text)) or counts["forced cuts"]
         assert pieces == list(text_format.cut(in_chunks(text, rng), tokenizer, {"forced cuts": 0}))
         n_pieces, n_forced = n_pieces + len(pieces), n_forced + counts["forced cuts"]
@@ -239,15 +251,15 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
             read[0] += 1000
             yield "some words " * 90 + "some words"
 
-    counts = dict.fromkeys(("train documents", "empty documents", "forced cuts"), 0)
+    counts = dict.fromkeys(("documents", "empty documents dropped", "forced cuts"), 0)
     monkeypatch.setattr(text_files, "documents", lambda paths, *args: [chunks()] if paths else [])
     with ThreadPoolExecutor(1) as pool:
         written = 0
         stream = text_format.pieces(["a"], [], DataConfig(), BYTES, counts, None)
         for batch, _ in text_format.in_order(pool, len, text_format.batches(stream), n_ahead):
-            written += sum(len(piece.text) for piece in batch)
+            written += sum(len(piece.text) for _, piece in batch)
             assert read[0] - written < (n_ahead + 6) * 2000  # characters that are held
-    assert written == 500 * 1000 and counts["train documents"] == 1
+    assert written == 500 * 1000 and counts["documents"] == 1
 
 
 def test_documents_begin_with_bos_where_the_tokenizer_has_one(tmp_path, monkeypatch):
@@ -297,13 +309,13 @@ def test_interrupted_tokenization_leaves_nothing(tmp_path, corpus):
     (tmp_path / "bad.txt").write_bytes(b"ok" * 100 + b"\xff\xfe")
     with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text \(byte 200\)"):
         prepare(config(tmp_path, corpus, tmp_path / "bad.txt"))
-    assert not list((tmp_path / "cache").iterdir())
+    assert cached(tmp_path) == []
 
 
 @pytest.fixture
 def shard(tmp_path, corpus):
     prepare(config(tmp_path, corpus))
-    return next((tmp_path / "cache").glob("*/train_00000.bin"))
+    return next((tmp_path / "cache").glob("*/train_00000.npy"))
 
 
 def test_corrupt_shard_is_refused(tmp_path, corpus, shard):
@@ -311,66 +323,60 @@ def test_corrupt_shard_is_refused(tmp_path, corpus, shard):
     content[5000] ^= 1
     time.sleep(0.02)  # the time of change is what tells that the shard is no longer the one that was hashed
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match="is corrupt.*delete its folder"):
+    with pytest.raises(ValueError, match="is corrupt.*: delete .*, it is made again from the text"):
         prepare(config(tmp_path, corpus))
 
 
-def test_a_shard_is_hashed_once_and_again_when_it_or_its_stamp_has_changed(tmp_path, corpus, shard, monkeypatch):
-    first, hashed, hash_tokens = prepare(config(tmp_path, corpus))[0].digest, [], text_format.hash_tokens
-    monkeypatch.setattr(text_format, "hash_tokens", lambda path: hashed.append(path) or hash_tokens(path))
-    assert prepare(config(tmp_path, corpus))[0].digest == first and hashed == []
+def test_a_shard_is_read_once_and_again_when_it_has_changed(tmp_path, corpus, shard, monkeypatch):
+    first, read = prepare(config(tmp_path, corpus))[0].digest, []
+    notes = tmp_path / "cache" / "notes"
+    monkeypatch.setattr(tokens_format.np, "ascontiguousarray", lambda part: read.append(len(part)) or np.array(part))
+    assert prepare(config(tmp_path, corpus))[0].digest == first and read == []
     time.sleep(0.02)
     shard.touch()
-    assert prepare(config(tmp_path, corpus))[0].digest == first and len(hashed) == 1
-    shard.with_suffix(".ok").unlink()
-    assert prepare(config(tmp_path, corpus))[0].digest == first and len(hashed) == 2
-    shard.with_suffix(".ok").unlink()
-    shard.with_suffix(".ok").mkdir()  # a stamp that cannot be written, even by root
-    assert prepare(config(tmp_path, corpus))[0].digest == first and len(hashed) == 3
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) == 1
+    shutil.rmtree(notes)
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) == 3  # of training and validation
+    shutil.rmtree(notes)
+    notes.touch()  # a folder that cannot be written to, even by root
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) > 4
 
 
 def test_truncated_shard_is_refused(tmp_path, corpus, shard):
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="bytes, its header says .*delete its folder"):
+    with pytest.raises(ValueError, match="train_00000.npy is not a .npy file that can be memory-mapped.*: delete "):
         prepare(config(tmp_path, corpus))
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"nanofp8\x01"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000])
 def test_foreign_file_is_refused(tmp_path, corpus, shard, content):
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match="is no token shard of this version"):
+    with pytest.raises(ValueError, match="train_00000.npy is not a .npy file that can be memory-mapped.*: delete "):
         prepare(config(tmp_path, corpus))
 
 
-def test_shard_of_another_tokenizer_is_refused(shard, tmp_path):
-    ranks = "".join(f"{base64.b64encode(bytes([255 - i])).decode()} {i}\n" for i in range(256))
-    (tmp_path / "o.tiktoken").write_text(ranks)
-    other = get_tokenizer(str(tmp_path / "o.tiktoken"))
-    with pytest.raises(ValueError, match=r"made with another tokenizer \(bytes\) than o.tiktoken"):
-        text_format.open_shard(shard, other)
-
-
-@pytest.mark.parametrize("before, after", [(b'"tokens"', b'"tokenz"'), (b"{", b"\xff"), (b'"<u2"', b'"<u9"')])
+@pytest.mark.parametrize("before, after", [(b"shape", b"shade"), (b"{", b"\xff"), (b"<u2", b"<u9"), (b"<u2", b"<f2")])
 def test_a_damaged_header_is_one_line(tmp_path, before, after):
     (tmp_path / "a.txt").write_text("text " * 100)
     prepare(config(tmp_path, tmp_path / "a.txt"))
-    shard = next(tmp_path.glob("cache/*/train_00000.bin"))
-    head, tokens = shard.read_bytes()[: text_format.HEADER_BYTES], shard.read_bytes()[text_format.HEADER_BYTES :]
-    assert before in head
-    shard.write_bytes(head.replace(before, after) + tokens)
-    with pytest.raises(ValueError, match="train_00000.bin is corrupt: its header cannot be read: delete its folder"):
+    shard = next(tmp_path.glob("cache/*/train_00000.npy"))
+    content = shard.read_bytes()
+    assert before in content
+    shard.write_bytes(content.replace(before, after))
+    with pytest.raises(ValueError, match="train_00000.npy (is not a .npy|holds float).*: delete "):
         prepare(config(tmp_path, tmp_path / "a.txt"))
 
 
-@pytest.mark.parametrize("name", ["train_00001.bin", "val_00000.bin", "index.json"])
+@pytest.mark.parametrize("name", ["train_00000.npy", "val_00001.npy", "index.json"])
 def test_a_missing_shard_is_told(tmp_path, monkeypatch, name):
     monkeypatch.setattr(text_format, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(text_format, "PIECE", 1000)
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text("text " * 20)
     files = [tmp_path / f"{i}.txt" for i in range(20)]
     prepare(config(tmp_path, *files))
     next(tmp_path.glob(f"cache/*/{name}")).unlink()
-    with pytest.raises(ValueError, match=f"lacks {name}: delete it, it is made again from the text"):
+    with pytest.raises(ValueError, match=f"{name}.: delete .*, it is made again from the text"):
         prepare(config(tmp_path, *files))
 
 
@@ -399,7 +405,7 @@ def test_validation_text_that_is_empty_too_short_or_given_alone(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match="data.val: no text in .*empty.txt"):
             prepare(cfg)
-    with pytest.raises(ValueError, match="30 tokens for training leave 1 for validation"):
+    with pytest.raises(ValueError, match="30 tokens for training and 1 for validation are too few"):
         prepare(config(tmp_path, tmp_path / "short.txt"))
     cfg = config(tmp_path)  # the embedded corpus
     cfg.val = [str(tmp_path / "val.txt")]
@@ -462,8 +468,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("n_batches", [1, 4, 7])
 def test_a_killed_run_is_carried_on_from_its_shards(tmp_path, monkeypatch, n_batches):
     monkeypatch.setattr(text_format, "PIECE", 500)
-    monkeypatch.setattr(text_format, "SHARD_TOKENS", 1500)
-    monkeypatch.setattr(text_format, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(text_format, "SHARD_TOKENS", 900)
     rows = [{"text": f"document {i}\n" * (i % 40)} for i in range(60)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg, encoded, encode_behind = config(tmp_path, tmp_path / "d.jsonl", workers=1), [], text_format.encode_behind
@@ -481,29 +486,28 @@ def test_a_killed_run_is_carried_on_from_its_shards(tmp_path, monkeypatch, n_bat
     monkeypatch.setattr(text_format, "encode_behind", lambda *args: encoded.append(args[-1]) or encode_behind(*args))
     train, val, _ = prepare(cfg)
     assert train.digest == whole.digest and train.counts == whole.counts
-    assert sum(map(len, encoded)) < sum(len(row["text"]) for row in rows) - 500 * n_batches + 1000  # not from scratch
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [train.description.split("/")[-1].split(",")[0]]
+    all_text = sum(len(row["text"]) for row in rows)
+    assert sum(map(len, encoded)) < all_text - 500 * (n_batches - 2) + 1000  # not from scratch
+    assert cached(tmp_path) == [train.description.split("/")[-1].split(",")[0]]
 
 
-def test_what_killed_runs_left_of_other_text_is_deleted_but_not_what_another_run_holds(tmp_path):
+def test_what_killed_runs_left_of_other_text_is_deleted(tmp_path):
     (tmp_path / "a.txt").write_text("text " * 100)
-    cache = tmp_path / "cache"
-    for name in ("a-bytes-0123.dead.tmp", "a-bytes-4567.held.tmp", "b-bytes-0123.dead.tmp"):
-        (cache / name).mkdir(parents=True)
-    held = text_format.try_lock(cache / "a-bytes-4567.held.tmp")
+    for name in ("a-bytes-0123.partial", "b-bytes-0123.partial"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
     prepare(config(tmp_path, tmp_path / "a.txt"))
-    os.close(held)
-    assert sorted(p.name for p in cache.glob("*.tmp")) == ["a-bytes-4567.held.tmp", "b-bytes-0123.dead.tmp"]
+    assert [name for name in cached(tmp_path) if name.endswith(".partial")] == ["b-bytes-0123.partial"]
+
+
+def no_locks(*args):
+    raise OSError(errno.ENOTSUP, "not supported")
 
 
 def test_a_file_system_without_locks_works_and_old_leftovers_go(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text " * 100)
 
-    def flock(*args):
-        raise OSError(errno.ENOTSUP, "not supported")
-
-    monkeypatch.setattr(text_format.fcntl, "flock", flock)
-    left = tmp_path / "cache" / "a-bytes-0123.dead.tmp"
+    monkeypatch.setattr(text_format.fcntl, "flock", no_locks)
+    left = tmp_path / "cache" / "a-bytes-0123.dead.partial"
     for age, stays in ((3600, True), (2 * 24 * 3600, False)):  # a run may be busy in a young one
         left.mkdir(parents=True, exist_ok=True)
         os.utime(left, (time.time() - age,) * 2)
@@ -512,18 +516,26 @@ def test_a_file_system_without_locks_works_and_old_leftovers_go(tmp_path, monkey
         assert left.exists() == stays
 
 
-def test_two_runs_that_tokenize_the_same_do_not_meet(tmp_path, corpus, monkeypatch):
-    in_order, inner = text_format.in_order, []
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_runs_that_tokenize_the_same_do_not_meet(tmp_path, corpus, monkeypatch, locks):
+    in_order, others, built = text_format.in_order, [], []
 
     def another_run_meanwhile(*args):
-        if not inner:
-            inner.append(None)
-            inner[0] = prepare(config(tmp_path, corpus))[0].digest
+        built.append(args)
+        if len(built) == 1:
+            others.append(pool.submit(prepare, config(tmp_path, corpus)))
+            if not locks:
+                others[0].result()  # the other one is quicker
         yield from in_order(*args)
 
+    if not locks:
+        monkeypatch.setattr(text_format.fcntl, "flock", no_locks)
     monkeypatch.setattr(text_format, "in_order", another_run_meanwhile)
-    assert prepare(config(tmp_path, corpus))[0].digest == inner[0]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with ThreadPoolExecutor(1) as pool:
+        digest = prepare(config(tmp_path, corpus))[0].digest
+        assert others[0].result()[0].digest == digest
+    assert len(built) == (1 if locks else 2)
+    assert len([name for name in cached(tmp_path) if not name.endswith(".partial")]) == 1
 
 
 @pytest.mark.parametrize("line, told", [
@@ -541,8 +553,8 @@ def test_a_broken_jsonl_line_is_named(tmp_path, line, told):
 
 def test_text_shorter_than_a_batch_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="fills 3 rows of 8 tokens, one step needs global_batch_size=4: give more"):
-        loader(stream(25, tmp_path))
-    loader(stream(26, tmp_path, "enough"))
+        loader(stream(25))
+    loader(stream(26, "enough"))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -550,14 +562,14 @@ def test_text_shorter_than_a_batch_is_an_error(tmp_path):
 
 
 def test_targets_are_the_next_tokens(tmp_path):
-    x, y, positions = loader(stream(500, tmp_path), micro_batch_size=2).batch(5)
+    x, y, positions = loader(stream(500), micro_batch_size=2).batch(5)
     assert x.shape == y.shape == (2, 2, 8) and x.dtype == torch.int64 and positions is None
     assert torch.equal(y[y != IGNORE], (x + 1)[y != IGNORE])
 
 
 @pytest.mark.parametrize("n", [33, 40, 41, 1000, 1003])  # whole windows, and ends of 1 to 7 tokens
 def test_an_epoch_has_every_token_as_target_exactly_once(tmp_path, n):
-    one = loader(stream(n, tmp_path), global_batch_size=1, micro_batch_size=1)
+    one = loader(stream(n), global_batch_size=1, micro_batch_size=1)
     for epoch in range(2):
         steps = range(epoch * one.rows.n_rows, (epoch + 1) * one.rows.n_rows)
         targets = torch.cat([y[y != IGNORE] for _, y, _ in map(one.batch, steps)])
@@ -565,7 +577,7 @@ def test_an_epoch_has_every_token_as_target_exactly_once(tmp_path, n):
 
 
 def test_epochs_are_in_different_orders_and_seeds_too(tmp_path):
-    tokens = stream(4000, tmp_path)
+    tokens = stream(4000)
     order = lambda **keys: [int(x[0, 0, 0]) for x, *_ in map(  # noqa: E731
         loader(tokens, global_batch_size=1, **keys).batch, range(1000))]
     first = order()
@@ -575,7 +587,7 @@ def test_epochs_are_in_different_orders_and_seeds_too(tmp_path):
 
 @pytest.mark.parametrize("world_size, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (8, 1)])
 def test_global_batches_are_the_same_for_any_number_of_ranks(tmp_path, world_size, micro):
-    tokens = stream(1000, tmp_path)
+    tokens = stream(1000)
     whole = loader(tokens, global_batch_size=8, micro_batch_size=8)
     ranks = [loader(tokens, global_batch_size=8, micro_batch_size=micro, rank=r, world_size=world_size)
              for r in range(world_size)]
@@ -585,7 +597,7 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(tmp_path, world_siz
 
 
 def test_any_step_is_reached_without_the_steps_before(tmp_path):
-    tokens = stream(100_000, tmp_path)
+    tokens = stream(100_000)
     walked, jumped = loader(tokens), loader(tokens)
     for step in range(300):
         x, y, _ = walked.batch(step)
@@ -594,7 +606,7 @@ def test_any_step_is_reached_without_the_steps_before(tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_sees_each_window_once_on_any_number_of_ranks(tmp_path, world_size):
-    tokens = stream(1003, tmp_path)
+    tokens = stream(1003)
     parts = [list(eval_batches(tokens, n=0, micro_batch_size=4, rank=r, world_size=world_size))
              for r in range(world_size)]
     assert len({len(p) for p in parts}) == 1  # equally many forward passes: each is a collective under FSDP
@@ -603,7 +615,7 @@ def test_evaluation_sees_each_window_once_on_any_number_of_ranks(tmp_path, world
 
 
 def test_evaluation_of_n_windows_spreads_them_over_the_stream(tmp_path):
-    batches = list(eval_batches(stream(1001, tmp_path, block_size=10), n=5, micro_batch_size=2))
+    batches = list(eval_batches(stream(1001, block_size=10), n=5, micro_batch_size=2))
     starts = [int(x[0]) for xs, ys, _ in batches for x, y in zip(xs, ys, strict=True) if (y != IGNORE).any()]
     assert starts == [0, 200, 400, 600, 800]
 
@@ -613,24 +625,23 @@ def test_evaluation_of_n_windows_spreads_them_over_the_stream(tmp_path):
 
 
 def mixture(tmp_path, *sizes, weights=(3, 1)):
-    parts = [stream(n * 8 + 1, tmp_path, f"part_{i}") for i, n in enumerate(sizes)]
-    for part in parts:
-        part.counts, part.description = {"tokens": len(part)}, "a stream"
+    parts = [stream(n * 8 + 1, f"part_{i}") for i, n in enumerate(sizes)]
     return data.Mixture(parts, [f"entry {i}" for i in range(len(parts))], list(weights))
 
 
 def test_a_mixture_draws_in_proportion_from_the_first_steps_on(tmp_path):
-    drawn = data.Drawn(mixture(tmp_path, 50, 70, 20, weights=(0.7, 0.2, 0.1)), seed=3)
+    rows = mixture(tmp_path, 50, 70, 20, weights=(0.7, 0.2, 0.1))
+    order = data.Order(rows, seed=3)
     for n in (10, 100, 1000, 25_000):
-        counts = np.bincount([drawn[k][0] for k in range(n)], minlength=3)
+        counts = np.histogram([order[k] for k in range(n)], [0, *rows.ends])[0]
         assert np.abs(counts - n * np.array([0.7, 0.2, 0.1])).max() < 2
 
 
 def test_each_part_of_a_mixture_goes_through_its_epochs_without_repeats(tmp_path):
-    drawn = data.Drawn(mixture(tmp_path, 30, 7, weights=(1, 1)), seed=3)
-    picks = [drawn[k] for k in range(20_500)]  # over the borders of blocks
-    for part, n in ((0, 30), (1, 7)):
-        rows = [row for p, row in picks if p == part]
+    order = data.Order(mixture(tmp_path, 30, 7, weights=(1, 1)), seed=3)
+    picks = [order[k] for k in range(20_500)]  # over the borders of blocks
+    for start, n in ((0, 30), (30, 7)):
+        rows = [row - start for row in picks if start <= row < start + n]
         epochs = [rows[i : i + n] for i in range(0, len(rows) - n, n)]
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and epochs[0] != epochs[1]
 
@@ -644,6 +655,13 @@ def test_a_mixture_is_the_same_on_any_number_of_ranks_and_from_any_step(tmp_path
         assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), whole.batch(step)[0][0])
     assert not torch.equal(loader(rows, global_batch_size=8, micro_batch_size=8, seed=4).batch(0)[0],
                            whole.batch(0)[0])
+
+
+def test_without_weights_an_epoch_is_a_permutation_drawn_from_seed_and_epoch(tmp_path):
+    one = loader(stream(25_001 * 8))
+    for k, epoch in ((0, 0), (10_007, 0), (25_000, 0), (25_001, 1), (80_000, 3)):
+        order = np.random.default_rng((3, epoch)).permutation(25_001)
+        assert one.order[k] == order[k % 25_001]
 
 
 def test_epochs_are_counted_for_each_entry(tmp_path):
@@ -680,7 +698,7 @@ def test_a_file_in_two_entries_of_a_mixture_is_an_error(tmp_path, corpus):
 
 
 def test_shorter_rows_of_a_mixture_are_padded(tmp_path):
-    rows = data.Mixture([stream(17, tmp_path, "short"), stream(33, tmp_path, "long", block_size=16)], ["a", "b"])
+    rows = data.Mixture([stream(17, "short"), stream(33, "long", block_size=16)], ["a", "b"])
     x, y, positions = rows.row(1)
     assert x.tolist() == [*range(8, 16), *[0] * 8] and (y[8:] == IGNORE).all() and positions is None
     assert rows.row(2)[0].tolist() == list(range(16)) and rows.padding == pytest.approx(1 - (2 * 8 + 2 * 16) / (4 * 16))

@@ -7,8 +7,8 @@ import os
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
+from data import DataConfig
 from formats import files
 from plumbing.errors import UserError
 
@@ -17,27 +17,30 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 LIST = json.dumps(ROWS, indent=1).encode()
 
 
+def zstd(content):
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
 def read(path):
-    return [row for _, _, row in files.rows([path])]
+    return [row for _, row in files.rows([path])]
 
 
-@pytest.mark.parametrize("piece", [2**20, 7])  # 7 characters: every element is read in parts
 @pytest.mark.parametrize("name, content", [
     ("a.jsonl", LINES), ("a.ndjson", LINES), ("a.json", LIST), ("lines.json", LINES), ("list.jsonl", LIST),
     ("a.jsonl.gz", gzip.compress(LINES)), ("a.json.gz", gzip.compress(LIST)), ("A.JSONL.GZ", gzip.compress(LINES)),
-    ("a.json.zst", zstandard.compress(LIST)), ("empty.json", b"[]"), ("mark.json", b"\xef\xbb\xbf" + LIST),
-    ("two_frames.jsonl.zst", zstandard.compress(LINES[:5000]) + zstandard.compress(LINES[5000:]))])
-def test_json_is_read_whatever_its_form(tmp_path, monkeypatch, name, content, piece):
-    monkeypatch.setattr(files, "PIECE", piece)
+    ("a.json.zst", zstd(LIST)), ("empty.json", b"[]"), ("mark.json", b"\xef\xbb\xbf" + LIST),
+    ("two_frames.jsonl.zst", zstd(LINES[:5000]) + zstd(LINES[5000:]))])
+def test_json_is_read_whatever_its_form(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert read(tmp_path / name) == ([] if name == "empty.json" else ROWS)
 
 
-def test_numbers_are_of_the_line_where_a_row_begins(tmp_path):
-    (tmp_path / "a.json").write_bytes(LIST)
-    lines = LIST.decode().split("\n")
-    for _, number, row in files.rows([tmp_path / "a.json"]):
-        assert f'"text": "document {row["n"]},' in lines[number].encode().decode("unicode_escape")
+def test_places_are_lines_or_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + LINES)
+    (tmp_path / "b.json").write_bytes(LIST)
+    lines, rows = ([place for place, _ in files.rows([tmp_path / name])] for name in ("a.jsonl", "b.json"))
+    assert lines == [f"{tmp_path / 'a.jsonl'}, line {i + 2}" for i in range(len(ROWS))]
+    assert rows == [f"{tmp_path / 'b.json'}, row {i + 1}" for i in range(len(ROWS))]
 
 
 def test_parquet_and_both_forms_of_arrow_are_read(tmp_path):
@@ -47,17 +50,17 @@ def test_parquet_and_both_forms_of_arrow_are_read(tmp_path):
         with new(str(tmp_path / name), table.schema) as writer:
             writer.write_table(table, max_chunksize=300)
     for name in ("a.parquet", "stream.arrow", "file.arrow"):
-        numbers, rows = zip(*((number, row) for _, number, row in files.rows([tmp_path / name])), strict=True)
-        assert list(rows) == ROWS and numbers == tuple(range(1, 701))
+        places, rows = zip(*files.rows([tmp_path / name]), strict=True)
+        assert list(rows) == ROWS and places == tuple(f"{tmp_path / name}, row {i}" for i in range(1, 701))
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl.gz", gzip.compress(LINES)[:200], "a.jsonl.gz is damaged"),
-    ("a.jsonl.zst", zstandard.compress(LINES)[:-20], "a.jsonl.zst is damaged: it ends in the middle"),
+    ("a.jsonl.zst", zstd(LINES)[:-20], "a.jsonl.zst is damaged: Truncated"),
     ("a.jsonl.zst", b"no zstandard", "a.jsonl.zst is damaged"),
-    ("a.json", b'[{"n": 1},\n {"n": 2}\n {"n": 3}]', "a.json, line 2 is not JSON: Expecting ',' or"),
+    ("a.json", b'[{"n": 1},\n {"n": 2}\n {"n": 3}]', "a.json, line 3 is not JSON: Expecting ',' delimiter"),
     ("a.json", b'[{"n": 1},\n{"n": 2', "a.json, line 2 is not JSON"),
-    ("a.json", b"[3]", "line 1 is a number, expected an object"),
+    ("a.json", b"[3]", "row 1 is a number, expected an object"),
     ("a.jsonl", b'{"n": 1}\n\n"x"', "line 3 is a string, expected an object"),
     ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}', r"not UTF-8 text \(byte 25\)"),
     ("a.parquet", b"PAR1" + bytes(99) + b"PAR1", "a.parquet, after row 0: pyarrow cannot read it"),
@@ -70,21 +73,20 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         read(tmp_path / name)
 
 
-def test_an_element_that_never_ends_is_an_error_before_memory_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 10)
-    (tmp_path / "a.json").write_text('[{"n": 1},\n{"text": "' + "x" * 1000 + '"}]')
-    assert len(read(tmp_path / "a.json")) == 2
-    monkeypatch.setattr(files, "LONGEST_ELEMENT", 200)
-    with pytest.raises(UserError, match="a.json, line 2 is not JSON: Unterminated string"):
-        read(tmp_path / "a.json")
+def test_a_list_that_is_too_long_to_be_read_whole_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(LIST))
+    monkeypatch.setattr(files, "LONGEST_LIST", len(LIST.decode()))
+    assert read(tmp_path / "a.json.gz") == ROWS
+    monkeypatch.setattr(files, "LONGEST_LIST", len(LIST.decode()) - 1)
+    with pytest.raises(UserError, match="a.json.gz is a JSON list of more than .*: convert it to JSON lines"):
+        read(tmp_path / "a.json.gz")
 
 
-@pytest.mark.parametrize("name, package", [
-    ("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.txt.zst", "zstandard")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt.zst"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"some bytes")
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(UserError, match=f"needs {package}, which is not installed: pip install {package}"):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match="needs pyarrow, which is not installed: pip install pyarrow"):
         for pieces in files.documents([tmp_path / name], "text"):
             list(pieces)
 
@@ -125,6 +127,23 @@ def test_a_hub_snapshot_and_a_saved_dataset_train_on_their_data(tmp_path):
     assert found(tmp_path, "hub") == (["hub/data/train-0.parquet"], ["hub/LICENSE", "hub/README.md"])
     assert found(tmp_path, "saved") == (["saved/train/data-0.arrow"],
                                         ["saved/dataset_dict.json", "saved/train/state.json"])
+
+
+def test_of_a_folder_in_splits_training_takes_the_train_split_and_validation_the_others(tmp_path):
+    make(tmp_path, "hub/train-00000-of-00002.parquet", "hub/test-0.parquet", "hub/validation-0.parquet", "hub/x.jsonl")
+    make(tmp_path, "saved/train/data-0.arrow", "saved/test/data-0.arrow", "bins/a_train_0.bin", "bins/a_val_0.bin")
+    make(tmp_path, "code/train.py", "code/test/a.py", "test/a.jsonl", "test/b.jsonl")
+    assert found(tmp_path, "hub") == (["hub/train-00000-of-00002.parquet", "hub/x.jsonl"],
+                                      ["hub/test-0.parquet", "hub/validation-0.parquet"])
+    assert found(tmp_path, "saved") == (["saved/train/data-0.arrow"], ["saved/test/data-0.arrow"])
+    assert found(tmp_path, "bins", kinds={"tokens"}) == (["bins/a_train_0.bin"], ["bins/a_val_0.bin"])
+    assert found(tmp_path, "code")[0] == ["code/test/a.py", "code/train.py"]  # text is not divided
+    assert found(tmp_path, "test")[0] == ["test/a.jsonl", "test/b.jsonl"]
+    assert found(tmp_path, "hub/*.parquet")[1] == []  # named one by one
+    cfg = DataConfig(train=[str(tmp_path / "saved")], val=[str(tmp_path / "saved")])
+    resolved = files.resolve(cfg, files.TEXT)
+    assert ([p.parent.name for p in resolved.train], [p.parent.name for p in resolved.val]) == (["train"], ["test"])
+    assert resolved.unused == [] and resolved.note == ""
 
 
 def test_what_a_folder_holds_besides_is_named(tmp_path):

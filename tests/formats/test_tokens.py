@@ -93,7 +93,7 @@ def test_ids_are_read_once(tmp_path, monkeypatch):
     def read_again(*args):
         raise RuntimeError
 
-    monkeypatch.setattr(token_files, "survey", read_again)
+    monkeypatch.setattr(token_files.np, "ascontiguousarray", read_again)
     monkeypatch.setattr(token_files.Tokens, "measure_documents", read_again)
     again = prepare(tmp_path, "a.bin", eos_id=99)[0]
     assert (again.digest, again.document, again.largest) == (first.digest, first.document, first.largest)
@@ -108,8 +108,9 @@ def test_ids_are_read_once(tmp_path, monkeypatch):
     ("a.bin", llm_c(IDS, version=2), "header of llm.c with version 2"),
     ("a.bin", b"abc", "has 3 bytes: not uint16"),
     ("a.bin", b"PK\x03\x04" + bytes(2000), "is an archive"),
-    ("a.bin", b"nanofp8\x02" + bytes(5000), "is a shard of data.cache_dir"),
-    ("a.bin", b"\1\0", "fewer than 2 ids"), ("a.npy", b"x" * 100, "not a .npy file"),
+    ("a.bin", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ("a.bin", b"\1\0", "1 tokens for training and 0 for validation are too few"),
+    ("a.npy", b"x" * 100, "not a .npy file"), ("a.npy", b"", "not a .npy file"),
     ("a.txt", b"text", "does not read .txt, expected .bin, .npy")])
 def test_files_that_hold_no_ids_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
