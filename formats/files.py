@@ -52,8 +52,8 @@ def resolve(cfg, kinds):
     data.val may lie in a folder of data.train: such a file is not trained on, unless nothing else is left.
     Raises UserError where an entry names nothing that can be used.
     """
-    train, unused = find_files(cfg.train, kinds)
-    val, unused_val = find_files(cfg.val, kinds, held_out=True)
+    train, unused = find_files(cfg.train, kinds, skip=cfg.cache_dir)
+    val, unused_val = find_files(cfg.val, kinds, held_out=True, skip=cfg.cache_dir)
     if not cfg.train:
         train = embedded_files()
     held = {p.resolve() for p in val}
@@ -87,11 +87,11 @@ def identity(path):
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
-def find_files(patterns, kinds=frozenset(TEXT), held_out=False):
+def find_files(patterns, kinds=frozenset(TEXT), *, held_out=False, skip=""):
     """(files, unused): the files of these kinds that paths, folders and globs name, sorted within each, each once.
 
     unused: what else lies in the folders. Folders are searched recursively, links are followed, hidden files and
-    folders are skipped. Where a folder is divided into splits, held_out says which of them count.
+    folders are skipped, and so is the folder `skip`. Where a folder is divided into splits, held_out says which count.
     Raises UserError for an entry without a usable file and for a named file of another kind.
     """
     files, unused = {}, {}  # by resolved path
@@ -101,7 +101,7 @@ def find_files(patterns, kinds=frozenset(TEXT), held_out=False):
         path, named, around = Path(pattern).expanduser(), [], []
         for match in [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True))):
             if match.is_dir():
-                around += walk(match, set())
+                around += walk(match, {Path(skip).resolve()} if skip else set())
             elif match.is_file() and (match == path or path.suffix == match.suffix != ""):  # "*.csv", but not "*"
                 check_named_file(match, kinds)
                 named.append(match)

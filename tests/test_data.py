@@ -305,6 +305,12 @@ def test_digest_is_of_the_content_not_of_the_path(tmp_path, corpus):
     assert prepare(config(tmp_path, corpus))[0].digest == prepare(config(tmp_path / "other", copy))[0].digest
 
 
+def test_a_cache_in_a_folder_of_data_train_is_not_trained_on(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    one, two = (prepare(config(tmp_path, tmp_path))[0] for _ in range(2))
+    assert one.digest == two.digest and one.description == two.description and one.counts["files not used"] == 0
+
+
 def test_interrupted_tokenization_leaves_nothing(tmp_path, corpus):
     (tmp_path / "bad.txt").write_bytes(b"ok" * 100 + b"\xff\xfe")
     with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text \(byte 200\)"):
