@@ -136,7 +136,7 @@ def test_large_vocabularies_are_stored_in_four_bytes(tmp_path, corpus, monkeypat
     assert train.arrays[0].dtype == np.uint32 and train.largest == 100_000 and train.slice(0, 10**6).max() == 100_000
 
 
-def test_streams_run_across_shard_borders(tmp_path):
+def test_streams_run_across_shard_borders():
     tokens = stream(1000, shard=37)
     assert len(tokens.arrays) == 28
     assert everything(tokens).tolist() == list(range(1000))
@@ -557,7 +557,7 @@ def test_a_broken_jsonl_line_is_named(tmp_path, line, told):
         prepare(config(tmp_path, tmp_path / "d.jsonl"))
 
 
-def test_text_shorter_than_a_batch_is_an_error(tmp_path):
+def test_text_shorter_than_a_batch_is_an_error():
     with pytest.raises(ValueError, match="fills 3 rows of 8 tokens, one step needs global_batch_size=4: give more"):
         loader(stream(25))
     loader(stream(26, "enough"))
@@ -567,14 +567,14 @@ def test_text_shorter_than_a_batch_is_an_error(tmp_path):
 # batches
 
 
-def test_targets_are_the_next_tokens(tmp_path):
+def test_targets_are_the_next_tokens():
     x, y, positions = loader(stream(500), micro_batch_size=2).batch(5)
     assert x.shape == y.shape == (2, 2, 8) and x.dtype == torch.int64 and positions is None
     assert torch.equal(y[y != IGNORE], (x + 1)[y != IGNORE])
 
 
 @pytest.mark.parametrize("n", [33, 40, 41, 1000, 1003])  # whole windows, and ends of 1 to 7 tokens
-def test_an_epoch_has_every_token_as_target_exactly_once(tmp_path, n):
+def test_an_epoch_has_every_token_as_target_exactly_once(n):
     one = loader(stream(n), global_batch_size=1, micro_batch_size=1)
     for epoch in range(2):
         steps = range(epoch * one.rows.n_rows, (epoch + 1) * one.rows.n_rows)
@@ -582,7 +582,7 @@ def test_an_epoch_has_every_token_as_target_exactly_once(tmp_path, n):
         assert sorted(targets.tolist()) == list(range(1, n))
 
 
-def test_epochs_are_in_different_orders_and_seeds_too(tmp_path):
+def test_epochs_are_in_different_orders_and_seeds_too():
     tokens = stream(4000)
     order = lambda **keys: [int(x[0, 0, 0]) for x, *_ in map(  # noqa: E731
         loader(tokens, global_batch_size=1, **keys).batch, range(1000))]
@@ -592,7 +592,7 @@ def test_epochs_are_in_different_orders_and_seeds_too(tmp_path):
 
 
 @pytest.mark.parametrize("world_size, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (8, 1)])
-def test_global_batches_are_the_same_for_any_number_of_ranks(tmp_path, world_size, micro):
+def test_global_batches_are_the_same_for_any_number_of_ranks(world_size, micro):
     tokens = stream(1000)
     whole = loader(tokens, global_batch_size=8, micro_batch_size=8)
     ranks = [loader(tokens, global_batch_size=8, micro_batch_size=micro, rank=r, world_size=world_size)
@@ -602,7 +602,7 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(tmp_path, world_siz
         assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), whole.batch(step)[0][0])
 
 
-def test_any_step_is_reached_without_the_steps_before(tmp_path):
+def test_any_step_is_reached_without_the_steps_before():
     tokens = stream(100_000)
     walked, jumped = loader(tokens), loader(tokens)
     for step in range(300):
@@ -611,7 +611,7 @@ def test_any_step_is_reached_without_the_steps_before(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_sees_each_window_once_on_any_number_of_ranks(tmp_path, world_size):
+def test_evaluation_sees_each_window_once_on_any_number_of_ranks(world_size):
     tokens = stream(1003)
     parts = [list(eval_batches(tokens, n=0, micro_batch_size=4, rank=r, world_size=world_size))
              for r in range(world_size)]
@@ -620,7 +620,7 @@ def test_evaluation_sees_each_window_once_on_any_number_of_ranks(tmp_path, world
     assert sorted(targets.tolist()) == list(range(1, 1003))
 
 
-def test_evaluation_of_n_windows_spreads_them_over_the_stream(tmp_path):
+def test_evaluation_of_n_windows_spreads_them_over_the_stream():
     batches = list(eval_batches(stream(1001, block_size=10), n=5, micro_batch_size=2))
     starts = [int(x[0]) for xs, ys, _ in batches for x, y in zip(xs, ys, strict=True) if (y != IGNORE).any()]
     assert starts == [0, 200, 400, 600, 800]
@@ -630,21 +630,21 @@ def test_evaluation_of_n_windows_spreads_them_over_the_stream(tmp_path):
 # mixtures
 
 
-def mixture(tmp_path, *sizes, weights=(3, 1)):
+def mixture(*sizes, weights=(3, 1)):
     parts = [stream(n * 8 + 1, f"part_{i}") for i, n in enumerate(sizes)]
     return data.Mixture(parts, [f"entry {i}" for i in range(len(parts))], list(weights))
 
 
-def test_a_mixture_draws_in_proportion_from_the_first_steps_on(tmp_path):
-    rows = mixture(tmp_path, 50, 70, 20, weights=(0.7, 0.2, 0.1))
+def test_a_mixture_draws_in_proportion_from_the_first_steps_on():
+    rows = mixture(50, 70, 20, weights=(0.7, 0.2, 0.1))
     order = data.Order(rows, seed=3)
     for n in (10, 100, 1000, 25_000):
         counts = np.histogram([order[k] for k in range(n)], [0, *rows.ends])[0]
         assert np.abs(counts - n * np.array([0.7, 0.2, 0.1])).max() < 2
 
 
-def test_each_part_of_a_mixture_goes_through_its_epochs_without_repeats(tmp_path):
-    order = data.Order(mixture(tmp_path, 30, 7, weights=(1, 1)), seed=3)
+def test_each_part_of_a_mixture_goes_through_its_epochs_without_repeats():
+    order = data.Order(mixture(30, 7, weights=(1, 1)), seed=3)
     picks = [order[k] for k in range(20_500)]  # over the borders of blocks
     for start, n in ((0, 30), (30, 7)):
         rows = [row - start for row in picks if start <= row < start + n]
@@ -652,8 +652,8 @@ def test_each_part_of_a_mixture_goes_through_its_epochs_without_repeats(tmp_path
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
-def test_a_mixture_is_the_same_on_any_number_of_ranks_and_from_any_step(tmp_path):
-    rows = mixture(tmp_path, 40, 25)
+def test_a_mixture_is_the_same_on_any_number_of_ranks_and_from_any_step():
+    rows = mixture(40, 25)
     whole = loader(rows, global_batch_size=8, micro_batch_size=8)
     ranks = [loader(rows, global_batch_size=8, rank=r, world_size=4) for r in range(4)]
     for step in (0, 3, 1249, 1250, 9):  # 1250: the second block
@@ -663,15 +663,15 @@ def test_a_mixture_is_the_same_on_any_number_of_ranks_and_from_any_step(tmp_path
                            whole.batch(0)[0])
 
 
-def test_without_weights_an_epoch_is_a_permutation_drawn_from_seed_and_epoch(tmp_path):
+def test_without_weights_an_epoch_is_a_permutation_drawn_from_seed_and_epoch():
     one = loader(stream(25_001 * 8))
     for k, epoch in ((0, 0), (10_007, 0), (25_000, 0), (25_001, 1), (80_000, 3)):
         order = np.random.default_rng((3, epoch)).permutation(25_001)
         assert one.order[k] == order[k % 25_001]
 
 
-def test_epochs_are_counted_for_each_entry(tmp_path):
-    rows = mixture(tmp_path, 50, 25)
+def test_epochs_are_counted_for_each_entry():
+    rows = mixture(50, 25)
     assert loader(rows).epochs(100) == "6.00 epochs of entry 0, 4.00 epochs of entry 1"  # 400 rows, 300 and 100
     assert loader(rows.parts[0]).epochs(10) == "0.80 epochs"
 
@@ -703,7 +703,7 @@ def test_a_file_in_two_entries_of_a_mixture_is_an_error(tmp_path, corpus):
         prepare(config(tmp_path, corpus, corpus / "00.py", weights=[1.0, 1.0]))
 
 
-def test_shorter_rows_of_a_mixture_are_padded(tmp_path):
+def test_shorter_rows_of_a_mixture_are_padded():
     rows = data.Mixture([stream(17, "short"), stream(33, "long", block_size=16)], ["a", "b"])
     x, y, positions = rows.row(1)
     assert x.tolist() == [*range(8, 16), *[0] * 8] and (y[8:] == IGNORE).all() and positions is None
