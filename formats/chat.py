@@ -9,6 +9,8 @@ own. A conversation longer than a row loses its end; one without a target is lef
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from formats import files
 from formats.files import VAL_EVERY, type_of
 from formats.packing import make_rows, sample_limit
 from formats.template import Template
+from formats.text import in_order
 from formats.tokenizer import get_tokenizer
 from plumbing import disk
 from plumbing.errors import UserError
@@ -26,6 +29,8 @@ from plumbing.errors import UserError
 FORMS = [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
          "observation": "tool", **{role: role for role in ("user", "assistant", "system", "tool")}}
+# what is counted, as it appears on the screen
+CUT, DROPPED, LEFT_OUT = "conversations cut at the end", "dropped, having no target", "messages the template drops"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -51,19 +56,18 @@ def read_messages(value, name):
                 raise UserError(f"`{at}.from` is {speaker!r}, expected one of {', '.join(ROLES)}")
             message = {"role": ROLES[speaker], "content": message.pop("value", None), **message}
         check(message.get("role"), f"{at}.role", str)
-        calls = message.get("tool_calls")
-        for k, call in enumerate(check(calls, f"{at}.tool_calls", list) if calls is not None else []):
+        calls = check(message.get("tool_calls") or [], f"{at}.tool_calls", list)
+        for k, call in enumerate(calls):
             function = check(call, f"{at}.tool_calls[{k}]", dict).get("function", call)
             check(function, f"{at}.tool_calls[{k}].function", dict)
             check(function.get("name"), f"{at}.tool_calls[{k}].name", str)
         content = message.get("content")
-        if content is None and calls:
-            message.pop("content", None)
-        elif isinstance(check(content, f"{at}.content", str, list), list):
-            for k, part in enumerate(content):
-                if check(part, f"{at}.content[{k}]", dict).get("type") != "text":
-                    raise UserError(f"`{at}.content[{k}]` is of type {part.get('type')!r}: only text is trained on")
-                check(part.get("text"), f"{at}.content[{k}].text", str)
+        if content is not None or not calls:
+            check(content, f"{at}.content", str, list)
+        for k, part in enumerate(content if isinstance(content, list) else []):
+            if check(part, f"{at}.content[{k}]", dict).get("type") != "text":
+                raise UserError(f"`{at}.content[{k}]` is of type {part.get('type')!r}: only text is trained on")
+            check(part.get("text"), f"{at}.content[{k}].text", str)
         messages.append(message)
     if not messages:
         raise UserError(f"`{name}` is empty")
@@ -74,38 +78,35 @@ def read_conversation(row):
     """(messages, tools or None, names of the fields used) of a row. UserError names the field that cannot be used."""
     form = next((form for form in FORMS if all(row.get(name) is not None for name in form)), None)
     if form is None:
-        found = [name for form in FORMS for name in form if name in row]
-        if found:
-            form = next(form for form in FORMS if found[0] in form)
-            missing = [f"`{name}` is null" if name in row else f"it has no `{name}`"
-                       for name in form if row.get(name) is None]
-            raise UserError(" and ".join(missing))
-        raise UserError("it has no conversation (" + ", ".join(" and ".join(form) for form in FORMS)
-                        + "): it has " + (", ".join(row) or "no fields"))
-    used = set(form)
-    if form in FORMS[:2]:
-        messages = read_messages(row[form[0]], form[0])
-    else:
-        asks, says = ([{"role": role, "content": row[name]}] if isinstance(row[name], str) else
-                      read_messages(check(row[name], name, str, list) and row[name], name)
-                      for role, name in zip(("user", "assistant"), form, strict=True))
-        if row.get("input") and form == FORMS[3]:
-            asks[0]["content"] += "\n\n" + check(row["input"], "input", str)
-            used.add("input")
-        messages = asks + says
+        partial = next((form for form in FORMS if not row.keys().isdisjoint(form)), ())
+        missing = [f"`{name}` is null" if name in row else f"it has no `{name}`"
+                   for name in partial if row.get(name) is None]
+        forms = ", ".join(" and ".join(form) for form in FORMS)
+        raise UserError(" and ".join(missing)
+                        or f"it has no conversation ({forms}): it has {', '.join(row) or 'no fields'}")
+    used, messages = {*form, "tools"}, []
+    for role, name in zip(("user", "assistant"), form, strict=False):
+        if len(form) == 1:
+            messages = read_messages(row[name], name)
+        elif isinstance(check(row[name], name, str, list), str):
+            messages.append({"role": role, "content": row[name]})
+        else:
+            messages += read_messages(row[name], name)
+    if row.get("input") and form == FORMS[3]:
+        messages[0]["content"] += "\n\n" + check(row["input"], "input", str)
+        used.add("input")
     if row.get("system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": check(row["system"], "system", str)})
         used.add("system")
-    tools = row.get("tools") or None
+    tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) or None
+            tools = json.loads(tools or "null")
         except json.JSONDecodeError as error:
             raise UserError(f"`tools` is a string but not JSON: {error.msg}") from error
-    if tools is not None:
-        for i, tool in enumerate(check(tools, "tools", list)):
-            check(tool, f"tools[{i}]", dict)
-    return messages, tools, used | {"tools"}
+    for i, tool in enumerate(check(tools or [], "tools", list)):
+        check(tool, f"tools[{i}]", dict)
+    return messages, tools or None, used
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -113,28 +114,35 @@ def read_conversation(row):
 
 
 def tokenize(paths, template, train_on, limit):
-    """(list of (ids, loss), counts) of files of conversations. counts: what was cut, dropped and not used."""
-    samples, cut, dropped, left_out, fields = [], 0, 0, 0, {}
-    for place, row in tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None):
+    """(list of (ids, loss), {what was cut or dropped: number}, other remarks) of files of conversations."""
+
+    def encode(place_and_row):
+        place, row = place_and_row
         try:
             messages, tools, used = read_conversation(row)
             if tools and not template.takes_tools:
                 raise UserError(f"it has `tools`, which {template.name} does not take")
-            ids, loss, n_left_out = template.encode(messages, tools, train_on)
+            return template.encode(messages, tools, train_on), used
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
-        left_out += n_left_out
-        fields |= dict.fromkeys(name for name in row if name not in used)
-        if len(ids) > limit + 1:
-            cut += 1
-            ids, loss = ids[: limit + 1], loss[: limit + 1]
-        loss[:1] = False  # nothing comes before it
-        if loss.any():
-            samples.append((ids.astype(np.int32), loss))
-        else:
-            dropped += 1
-    return samples, {"cut": cut, "dropped": dropped, "left out": left_out, "fields": list(fields),
-                     "date": f"{date.today():%d %b %Y}" if "strftime_now" in "".join(template.sources) else None}
+
+    counts, samples, unused = dict.fromkeys((CUT, DROPPED, LEFT_OUT), 0), [], {}
+    rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (_, row), ((ids, loss, n_left_out), used) in in_order(pool, encode, rows, 4 * os.cpu_count()):
+            unused |= dict.fromkeys(name for name in row if name not in used)
+            counts[LEFT_OUT] += n_left_out
+            counts[CUT] += len(ids) > limit + 1
+            ids, loss = ids[: limit + 1].astype(np.int32), loss[: limit + 1]
+            loss[:1] = False  # nothing comes before it
+            if loss.any():
+                samples.append((ids, loss))
+            else:
+                counts[DROPPED] += 1
+    remarks = [f"fields not used: {', '.join(unused)}"] if unused else []
+    if "strftime_now" in "".join(template.sources):
+        remarks.append(f"the template's date is {date.today():%d %b %Y}")
+    return samples, counts, remarks
 
 
 def stored(paths, template, cfg, limit):
@@ -142,32 +150,17 @@ def stored(paths, template, cfg, limit):
     identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths], cfg.train_on, limit,
                 template.tokenizer.fingerprint, template.sources, template.variables]
     key = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
-    folder = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}")
-    if not folder.is_dir():
-        samples, counts = tokenize(paths, template, cfg.train_on, limit)
-        with disk.replacing(folder) as made:
-            made.mkdir()
-            np.save(made / "sizes.npy", np.array([len(ids) for ids, _ in samples], np.int64))
-            np.save(made / "ids.npy", np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in samples)]))
-            np.save(made / "loss.npy", np.concatenate([np.empty(0, bool), *(loss for _, loss in samples)]))
-            (made / "counts.json").write_text(json.dumps(counts))
-    sizes = np.load(folder / "sizes.npy")
-    if not len(sizes):  # an empty file cannot be mapped
-        return [], json.loads((folder / "counts.json").read_text())
-    ids, loss = (np.asarray(np.load(folder / name, mmap_mode="r")) for name in ("ids.npy", "loss.npy"))
-    ends = np.cumsum(sizes)
-    samples = [(ids[end - size : end], loss[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
-    return samples, json.loads((folder / "counts.json").read_text())
-
-
-def remarks(counts, template, limit):
-    """What was cut, dropped and not used, as text for the screen."""
-    found = [("cut", f"conversations lost their end, being longer than {limit} tokens"),
-             ("dropped", "were dropped, having no target"),
-             ("left out", f"messages are not in the text of {template.name}")]
-    text = "".join(f"; {counts[key]:,} {what}" for key, what in found if counts[key])
-    text += f"; fields not used: {', '.join(counts['fields'])}" if counts["fields"] else ""
-    return text + (f"; the template's date is {counts['date']}" if counts["date"] else "")
+    path = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}.npz")
+    if not path.exists():
+        samples, *about = tokenize(paths, template, cfg.train_on, limit)
+        ids, loss = zip((np.empty(0, np.int32), np.empty(0, bool)), *samples, strict=True)
+        with disk.replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, sizes=[len(part) for part in ids], ids=np.concatenate(ids), loss=np.concatenate(loss),
+                     about=json.dumps(about))
+    made = np.load(path)
+    ends = np.cumsum(made["sizes"])[:-1]  # the first is the empty one
+    ids, loss = (np.split(made[name], ends)[1:] for name in ("ids", "loss"))
+    return list(zip(ids, loss, strict=True)), *json.loads(str(made["about"]))
 
 
 def read_template(cfg, tokenizer):
@@ -185,22 +178,22 @@ def prepare(cfg, block_size, seed):
     """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
     tokenizer, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
     template, found = read_template(cfg, tokenizer), files.resolve(cfg, files.ROWS)
-    train, counts = stored(found.train, template, cfg, limit)
+    train, counts, remarks = stored(found.train, template, cfg, limit)
     if found.val:
-        val, val_counts = stored(found.val, template, cfg, limit)
-        counts = {key: value or val_counts[key] if key in ("fields", "date") else value + val_counts[key]
-                  for key, value in counts.items()}
+        val, val_counts, val_remarks = stored(found.val, template, cfg, limit)
+        counts = {what: n + val_counts[what] for what, n in counts.items()}
+        remarks = list(dict.fromkeys(remarks + val_remarks))
     else:
         train, val = [s for i, s in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]
+    remarks = "".join(f"; {text}" for text in [f"{n:,} {what}" for what, n in counts.items() if n] + remarks)
     if not train or not val:
         raise UserError(f"data: {len(train)} conversations for training and {len(val)} for validation are too few "
-                        f"(without data.val, one of {VAL_EVERY} is for validation)" + remarks(counts, template, limit))
+                        f"(without data.val, one of {VAL_EVERY} is for validation)" + remarks)
     train, val = make_rows(cfg, block_size, seed, train, val)
     train.description = (
         f"chat, {train.n_samples:,} conversations in {train.n_rows:,} rows of {train.block_size} tokens, "
         f"{train.padding:.1%} of them padding, {train.counts['targets'] / train.counts['tokens']:.0%} of the text is "
         f"trained on, {val.n_samples:,} for validation in {val.n_rows:,} rows, tokenizer {tokenizer.described}, "
-        f"{template.name}" + found.note + remarks(counts, template, limit))
-    train.counts |= {"cut at the end": counts["cut"], "dropped, having no target": counts["dropped"],
-                     "messages that the template leaves out": counts["left out"], "files not used": len(found.unused)}
+        f"{template.name}" + found.note + remarks)
+    train.counts |= counts | {"files not used": len(found.unused)}
     return train, val, tokenizer

@@ -459,13 +459,13 @@ def test_what_is_cut_dropped_and_not_used_is_counted(folder, tmp_path):
     train, val, tokenizer = data.prepare(config(folder, path, tmp_path / "more"), 128, 1)
     # nothing is left to train on where the answer lies behind what fits, or is missing; 1 of 20 is for validation
     assert (train.n_samples, val.n_samples) == (38, 2)
-    assert "40 conversations lost their end, being longer than 128 tokens" in train.description
-    assert "40 were dropped, having no target" in train.description and "fields not used: source" in train.description
+    assert "; 40 conversations cut at the end" in train.description
+    assert "; 40 dropped, having no target" in train.description and "fields not used: source" in train.description
     assert "1 file not used (notes.txt)" in train.description
-    assert train.counts["cut at the end"] == train.counts["dropped, having no target"] == 40
+    assert train.counts["conversations cut at the end"] == train.counts["dropped, having no target"] == 40
     cut = next(ids for ids, loss in map(train.sample, range(train.n_samples)) if len(ids) > 100)
     assert len(cut) == 129 and tokenizer.decode(cut).endswith("hello hello")
-    with pytest.raises(ValueError, match="too few .*20 were dropped, having no target"):
+    with pytest.raises(ValueError, match="too few .*; 20 dropped, having no target"):
         data.prepare(config(folder, write(tmp_path / "asks.jsonl", *[{"messages": PAIR[:1]}] * 20)), 128, 1)
 
 
@@ -474,7 +474,7 @@ def test_messages_that_the_template_leaves_out_are_counted(folder, tmp_path, tok
     template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}")
     path = write(tmp_path / "rows.jsonl", *[{"messages": [SYSTEM, *PAIR]}] * 20)
     train, _, _ = data.prepare(config(folder, path, chat_template=str(template)), 128, 1)
-    assert f"20 messages are not in the text of {template}" in train.description
+    assert f"{template}; 20 messages the template drops" in train.description
     assert written(*train.sample(0), tokenizer) == "add: 1 2</s>«3</s>»"
     everything, _, _ = data.prepare(config(folder, path, chat_template=str(template), train_on="all"), 128, 1)
     assert written(*everything.sample(0), tokenizer) == "a«dd: 1 2</s>3</s>»"  # nothing comes before the first token
