@@ -70,15 +70,16 @@ class Samples:
         self.counts = {"documents": len(samples), "tokens": int(sizes.sum()),
                        "targets": sum(int(loss[1:].sum()) for _, loss in samples)}
         lengths = sizes - 1  # a sample's last id is a target only
-        order = np.random.default_rng(seed).permutation(len(samples)) if packed else np.arange(len(samples))
-        packs = best_fit(lengths[order].tolist(), block_size) if packed else [[i] for i in range(len(samples))]
-        self.rows = [order[pack] for pack in packs]  # of each row: its samples
+        self.rows = np.arange(len(samples))[:, None]  # of each row: its samples
+        if packed:
+            order = np.random.default_rng(seed).permutation(len(samples))
+            self.rows = [order[pack] for pack in best_fit(lengths[order].tolist(), block_size)]
         self.n_rows = len(self.rows)
         self.padding = 1 - int(lengths.sum()) / (self.n_rows * block_size)  # share of a row that is no text
         self.document = float((lengths**2).sum() / lengths.sum())  # the length that attention sees, mean over tokens
         self.longest = int(lengths.max())
-        left = [block_size - int(lengths[row].sum()) for row in self.rows]
-        self.most_documents = max(len(row) - (-n // self.longest) for row, n in zip(self.rows, left, strict=True))
+        # what is left of a row counts as documents of the longest length, see row()
+        self.most_documents = max(len(row) - int(lengths[row].sum() - block_size) // self.longest for row in self.rows)
         self.largest = max(int(ids.max()) for ids, _ in samples)
         h = hashlib.blake2b(repr((block_size, packed, seed if packed else 0)).encode(), digest_size=16)
         for array in itertools.chain(*samples, [sizes], self.rows):
@@ -90,10 +91,9 @@ class Samples:
         return self.samples[i]
 
     def row(self, i):
-        """(x, y, positions) of row i, int64 (block_size,): y is IGNORE but for targets, positions 0 at each sample.
-
-        positions: None where a row is one sample. What is left at the end of a row is documents without targets, no
-        longer than the longest sample, because attention is compiled for that length.
+        """(x, y, positions) of row i, int64 (block_size,): y is IGNORE but for targets, positions 0 at each sample, or
+        None where a row is one sample. What is left at the end of a row is documents without targets, no longer than the
+        longest sample, because attention is compiled for that length.
         """
         x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
         positions, at = np.arange(self.block_size), 0

@@ -7,9 +7,9 @@ and becomes its id; one in a message gets a BREAK after each character and stays
 special token unless sanitize_control_tokens is set.)
 
 Targets are what the assistant says and the token that ends its turn. A template with {% generation %} says itself where
-that is. For the others, marks around the words of each message show where they end up; the turn begins after the text
-that add_generation_prompt adds, and ends with the last special token that follows the words whether or not the
-conversation goes on.
+that is. For the others, marks around the words of each message show where they end up, and one question with its reply
+shows what is around a turn: it begins after the text that add_generation_prompt adds, and ends with the special tokens
+that follow the words whether or not the conversation goes on.
 """
 
 import json
@@ -114,7 +114,7 @@ class Template:
         self.marked_special = re.compile(f"({SPECIAL}(?:{pattern}))")
         if tokenizer.full is not None:
             self.full, self.real_ids = self.with_marked_specials(tokenizer.full)
-        self.headers, self.ends = self.find_headers(), {}  # ends: what end_of_turn() found
+        self.headers, self.ending = self.find_turn()
 
     def with_marked_specials(self, full):
         """(a copy of a tokenizers.Tokenizer that finds special tokens behind SPECIAL only, the real id of each id)."""
@@ -133,15 +133,26 @@ class Template:
             real_ids[copy.token_to_id(SPECIAL + text)] = self.tokenizer.specials[text]
         return copy, real_ids
 
-    def find_headers(self):
-        """How an assistant's turn may begin: the text that asks for a reply, also without reasoning that it opens."""
+    def find_turn(self):
+        """(texts that may begin a reply, text that ends one), of a conversation of one question.
+
+        A reply begins with what asks for it, or with that up to the reasoning that it opens. It ends with the special
+        tokens that follow it whether or not the conversation goes on, else with the first one that follows it.
+        """
+        reply = {"role": "assistant", "content": CLOSE}
         try:
             unasked, asked = (self.render([QUESTION], None, prompt) for prompt in (False, True))
+            alone, inside = (self.render([QUESTION, reply, *more], None).partition(CLOSE)[2]
+                             for more in ([], [QUESTION]))
         except UserError:  # encode() will show the reason
-            return []
+            return [], ""
         header = asked[len(os.path.commonprefix([unasked, asked])) :]
         opening = OPENS_REASONING.search(header, 1)
-        return [header, header[: opening.start()]] if opening else [header] if header else []
+        headers = [header, header[: opening.start()]] if opening else [header]
+        always = os.path.commonprefix([alone, inside])
+        ends = [special.end() for special in self.marked_special.finditer(always)]
+        ends = ends or [special.end() for special in self.marked_special.finditer(alone)][:1]
+        return list(filter(None, headers)), alone[: ends[-1]] if ends else ""
 
     def render(self, messages, tools, prompt=False):
         """The text of messages, with marks."""
@@ -184,7 +195,7 @@ class Template:
                 raise UserError(f"{self.name} turns the words of a message around: {ADVICE}")
             if messages[i]["role"] == "assistant":
                 begin = low + self.begin_of_turn(plain[low:first], is_name)
-                spans.append((begin, last + self.end_of_turn(marked, i, tools, plain[last:high])))
+                spans.append((begin, last + self.end_of_turn(plain[last:high])))
             low = max(low, last)
         n_marked = sum(message != original for message, original in zip(marked, messages, strict=True))
         return plain, spans, n_marked - len(words)
@@ -201,22 +212,12 @@ class Template:
             raise UserError(f"{self.name} does not show where the assistant's turn begins: {ADVICE}")
         return len(text.rstrip(" "))  # a space before a word is in its token
 
-    def end_of_turn(self, marked, i, tools, text):
-        """Where the turn of message i ends in the text between its words and the next: behind the last special token
-        that follows them in a shorter conversation too, or if the message is the last, in a longer one.
-        """
-        is_last = i + 1 == len(marked)
-        if (text, is_last) not in self.ends:
-            other, same = [*marked, QUESTION] if is_last else marked[: i + 1], text
-            try:
-                after = self.render(other, tools).rpartition(chr(WORDS + 2 * i + 1))[2]
-                same = os.path.commonprefix([text, take_out_marks(after)[0]])
-            except UserError:  # nothing can follow the last message
-                if not is_last:
-                    raise
-            ends = [special.end() for special in self.marked_special.finditer(same)]
-            self.ends[text, is_last] = max(ends, default=0)
-        return self.ends[text, is_last]
+    def end_of_turn(self, text):
+        """Where an assistant's turn ends in the text between its last mark and the next words."""
+        if self.ending in text:
+            return text.index(self.ending) + len(self.ending)
+        special = self.marked_special.search(text)  # such as <|eom_id|>
+        return special.end() if special else 0
 
     # ------------------------------------------------------------------------------------------------------------
     # ids
@@ -240,9 +241,7 @@ class Template:
 
     def end_of_reply(self):
         """The id of the special token that follows the assistant's words, or None."""
-        words = "a reply"
-        text = self.render([QUESTION, {"role": "assistant", "content": words}], None)
-        special = self.marked_special.search(text, text.rfind(words) + 1)
+        special = self.marked_special.search(self.ending)
         return special and self.tokenizer.specials[special[0].removeprefix(SPECIAL)]
 
     def encode_text(self, text, spans=()):
