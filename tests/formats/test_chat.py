@@ -124,6 +124,18 @@ TEMPLATES = {
             {{- '\n' }}
         {%- endfor %}
         {{- '<|assistant|>\n' if add_generation_prompt else eos_token }}""",
+    "gpt-oss: the last reply ends with a token of its own": """
+        {%- for m in messages %}
+            {{- '<|head|>' + m.role + '<|/head|>' }}
+            {%- if m.role == 'assistant' %}
+                {%- generation %}
+                    {{- m.content + (eos_token if loop.last and not add_generation_prompt else '<|end|>') }}
+                {%- endgeneration %}
+            {%- else %}
+                {{- m.content + '<|end|>' }}
+            {%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '<|head|>assistant<|/head|>' }}{% endif %}""",
     "qwen 3: drops earlier reasoning, adds an empty one": """
         {%- if tools %}
             {{- '<|im_start|>system\n# Tools\n' }}
