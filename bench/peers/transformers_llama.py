@@ -50,7 +50,7 @@ def build(args, sizes, words, recipe, ranks):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **{theirs: getattr(sizes, ours) for ours, theirs in families.SIZES.items()},
+        **{key: getattr(sizes, field) for key, field in families.FIELDS.items() if key not in families.OPTIONAL},
         max_position_embeddings=args.tokens, use_cache=False, attn_implementation="sdpa")
     with torch.device(ranks.device):
         model = LlamaForCausalLM(config).to(torch.bfloat16)

@@ -283,8 +283,7 @@ def test_fp8_trains_every_switch(switches):
 # config.json
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
-ACTIONS = {action: [key for key, (found, _) in families.KEYS.items() if found == action]
-           for action in ("follow", "check", "report", "ignore")}
+ALL_KEYS = set().union(*families.KEYS.values())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -295,13 +294,13 @@ def test_published_models_load_by_their_config_json_with_the_published_size(name
     with torch.device("meta"):
         model = models.Transformer(models.ModelConfig(**values))
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert set(published) <= set(families.KEYS)
+    assert set(published) <= ALL_KEYS
 
 
 @pytest.mark.parametrize("architecture", families.ARCHITECTURES)
 def test_every_field_of_the_config_class_in_transformers_has_a_row(architecture):
     fields = getattr(transformers, architecture.replace("ForCausalLM", "Config")).__annotations__
-    assert set(fields) - {"model_type"} <= set(families.KEYS) and len(fields) > 15
+    assert set(fields) - {"model_type"} <= ALL_KEYS and len(fields) > 15
 
 
 CHANGES = {  # a change of every key that is followed: (family, what else config.json says, another value)
@@ -326,7 +325,7 @@ CHANGES = {  # a change of every key that is followed: (family, what else config
     "layer_types": ("qwen_3", {"sliding_window": 5, "use_sliding_window": True}, ["sliding_attention"] * 3),
     "no_rope_layers": ("smollm_3", {}, [1] * 5),
     "no_rope_layer_interval": ("smollm_3", {"no_rope_layers": None}, 3),
-    **{key: ("granite_3", {}, 0.7) for key in families.MULTIPLIERS.values()},
+    **{key: ("granite_3", {}, 0.7) for key in families.MULTIPLIERS},
 }
 ELSEWHERE = {"dtype", "torch_dtype", "quantization_config"}  # tests of stored_dtype and of FP8 folders
 
@@ -337,7 +336,7 @@ def read(folder, **changes):
     return architecture, *families.read_switches(source, architecture)
 
 
-@pytest.mark.parametrize("key", ACTIONS["follow"])
+@pytest.mark.parametrize("key", families.KEYS["follow"])
 def test_every_key_that_is_followed_changes_the_model(copy, key):
     if key in ELSEWHERE:
         return
@@ -348,7 +347,7 @@ def test_every_key_that_is_followed_changes_the_model(copy, key):
 def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
     expected = read(copy("qwen_3", "plain"))
     assert not expected[2] and not expected[3]
-    for action, keys in ACTIONS.items():
+    for action, keys in families.KEYS.items():
         for key in keys if action != "follow" else ():
             _, values, problems, notes = read(copy("qwen_3", key), **{key: 0.5})
             assert values == expected[1]
@@ -450,7 +449,7 @@ def test_the_folder_decides_all_but_block_size(folders):
 def test_values_of_any_type_are_an_error_or_a_model_but_no_traceback(folders, family):
     source, architecture = hf.read_config(folders[family])
     refused = 0
-    for key in [*ACTIONS["follow"], *ACTIONS["check"]]:
+    for key in [*families.KEYS["follow"], *families.KEYS["check"]]:
         for value in ("x", "", -1, 0, 1.5, True, [], ["x"], [0], {}, {"rope_type": 3}, {"type": "yarn"},
                       {"rope_type": "linear", "factor": "x"}, None):
             values, problems, _ = families.read_switches(source | {key: value}, architecture)
