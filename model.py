@@ -58,8 +58,7 @@ class ModelConfig:
 
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
-        sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim")
-        for name in sizes:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim"):
             if getattr(self, name) < 1:
                 yield {f"model.{name}"}, f"model.{name}={getattr(self, name)} must be at least 1"
         if self.n_kv_head >= 1 and self.n_head % self.n_kv_head:
@@ -294,35 +293,26 @@ def check_ids(cfg, largest):
 # initial values
 
 
-RESIDUAL = ("attn.out", "mlp.down")  # projections into the residual stream: initial weights scaled by depth
-
-
 @torch.no_grad()
 def init_weights(model, seed):
     """Fill every parameter and buffer, by the kind of module that has it.
 
-    Weights of linear layers and embeddings: normal(0, 0.02), RESIDUAL ones divided by sqrt(2 * n_layer); of norms: 1;
-    biases: 0. Another module with parameters of its own fills them in a method `init_parameters(self)`; UserError if it
-    has none. The values depend on the seed and on the parameter's index, never on the number of ranks: each rank draws
-    the whole tensor (one at a time) and keeps its rows.
-    Source of the scaling: GPT-2 (Radford et al. 2019, section 2.3).
+    Weights of linear layers and embeddings: normal(0, 0.02), of projections into the residual stream divided by
+    sqrt(2 * n_layer) as in GPT-2; of norms: 1; biases: 0. Another module with parameters of its own fills them in a
+    method `init_parameters(self)`; UserError if it has none. The values depend on the seed and on the parameter's
+    index, never on the number of ranks: each rank draws the whole tensor (one at a time) and keeps its rows.
     """
     init_buffers(model)
-    device = model.cos.device
-    for module in model.modules():
-        if hasattr(module, "init_parameters"):
-            module.init_parameters()
     for i, (name, p) in enumerate(model.named_parameters()):
         module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)
         if hasattr(module, "init_parameters"):
-            continue
-        if isinstance(module, nn.Linear | nn.Embedding) and leaf == "weight":
-            std = 0.02
-            if layer_kind(module_name) in RESIDUAL:
-                std /= math.sqrt(2 * model.cfg.n_layer)
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
-            full = torch.empty(p.shape, device=device, dtype=torch.float32).normal_(std=std, generator=generator)
+            module.init_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding) and leaf == "weight":
+            residual = layer_kind(module_name) in ("attn.out", "mlp.down")
+            std = 0.02 / math.sqrt(2 * model.cfg.n_layer) if residual else 0.02
+            generator = torch.Generator(p.device).manual_seed(seed * 1_000_003 + i)
+            full = torch.empty(p.shape, device=p.device).normal_(std=std, generator=generator)
             plain_local(p).copy_(shard_rows(full, p))
         elif isinstance(module, nn.Linear | nn.RMSNorm | nn.LayerNorm) and leaf in ("weight", "bias"):
             plain_local(p).fill_(1.0 if leaf == "weight" else 0.0)
@@ -338,13 +328,13 @@ def init_buffers(model):
     A module with buffers rebuilds them in a method `init_buffers(self)`. UserError if it has none, or fills only some.
     """
     model.tie_weights()
-    for b in model.buffers():
-        if b.is_floating_point():
-            b.fill_(math.nan)
+    for b in filter(torch.is_floating_point, model.buffers()):
+        b.fill_(math.nan)
     for name, module in model.named_modules():
-        if hasattr(module, "init_buffers"):
-            module.init_buffers()
-        for leaf, b in module.named_buffers(recurse=False):
-            if not hasattr(module, "init_buffers") or b.is_floating_point() and b.isnan().any():
-                raise UserError(f"nothing fills buffer {f'{name}.{leaf}'.lstrip('.')}: give {type(module).__name__} a "
-                                "method init_buffers(self) that computes its buffers")
+        rebuild = getattr(module, "init_buffers", None)
+        if rebuild:
+            rebuild()
+        for leaf, b in module.named_buffers(name, recurse=False):
+            if not rebuild or b.isnan().any():
+                raise UserError(f"nothing fills buffer {leaf}: give {type(module).__name__} a method "
+                                "init_buffers(self) that computes its buffers")

@@ -5,13 +5,12 @@ families.py reads config.json, every tensor has its place. model_config() report
 before any slow step. Each rank reads only the rows that it holds. Pickles are never loaded.
 """
 
-import itertools
 import json
 import re
 import sys
-from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,15 +22,11 @@ from plumbing.errors import UserError
 from plumbing.ranks import process_rank
 from plumbing.sharding import plain_local, shard_rows
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 # ----------------------------------------------------------------------------------------------------------------
 # config.json
-
-
-def note(folder, lines):
-    """Print what the user should know about a folder, on rank 0, to stderr: sample.py's text goes to stdout."""
-    if process_rank() == 0:
-        for line in lines:
-            print(f"{folder}: {line}", file=sys.stderr)
 
 
 def is_lfs_pointer(path):
@@ -80,9 +75,9 @@ def stored_dtype(folder):
     source, _ = read_config(folder)
     name = source.get("dtype") or source.get("torch_dtype")
     if name is None:
-        tensors = weight_files(folder)[1].values()
-        stored = next((tensor[1] for tensor in tensors if tensor and tensor[1] in ("F32", "BF16", "F16")), "F32")
-        name = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[stored]
+        names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+        stored, _ = stored_tensors(folder)
+        name = next((names[tensor.dtype] for tensor in stored.values() if tensor.dtype in names), "float32")
     name = str(name).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"{folder}: dtype={name!r} in config.json is not supported, only float32, bfloat16, float16")
@@ -94,35 +89,42 @@ def model_config(folder, wanted=None):
 
     wanted: a ModelConfig to take block_size from (without one: the longest, up to 8192); what else it has unlike
     ModelConfig's defaults must be as in the folder. Raises one UserError that lists all that is unsupported,
-    contradictory, missing or broken. Prints what a folder's reader should know (note).
+    contradictory, missing or broken. Rank 0 prints what a folder's reader should know.
     """
     source, architecture = read_config(folder)
     values, problems, notes = read_switches(source, architecture)
-    if problems:
-        raise UserError("\n".join(f"{folder}: {p}" for p in problems))
+    refuse(folder, problems)
     longest = source.get("max_position_embeddings") or 2048
     block_size = wanted.block_size if wanted else min(longest, 8192)
     cfg = models.ModelConfig(**values, block_size=block_size)
-    impossible = [message for _, message in cfg.problems()]
-    problems += impossible
-    if not impossible:
-        weight_problems, weight_notes = check_weights(folder, layout(cfg, architecture), source)
-        problems, notes = problems + weight_problems, notes + weight_notes
-        if cfg.tie_embeddings and not weight_problems and not head_is_embedding(folder):
-            cfg.tie_embeddings = False
-            notes.append("config.json says tie_word_embeddings, but lm_head.weight has other values than the "
-                         "embedding: not tied, as in transformers 5")
+    refuse(folder, [message for _, message in cfg.problems()])
+    stored, problems = stored_tensors(folder)
+    if stored or not problems:
+        problems += check_weights(stored, layout(cfg, architecture), source.get("quantization_config"), notes)
+    if cfg.tie_embeddings and not problems and not head_is_embedding(stored):
+        cfg.tie_embeddings = False
+        notes.append("config.json says tie_word_embeddings, but lm_head.weight has other values than the embedding: "
+                     "not tied, as in transformers 5")
+    if Path(folder, SINGLE).is_file() and Path(folder, INDEX).is_file():
+        notes.append(f"it has both {SINGLE} and an index: the index is ignored, as in transformers")
     if cfg.block_size > longest:
         problems.append(f"model.block_size={cfg.block_size} is more than its max_position_embeddings={longest}")
     for f in fields(cfg):
         mine, theirs = getattr(wanted or cfg, f.name), getattr(cfg, f.name)
         if mine not in (theirs, getattr(models.ModelConfig(), f.name)):
             problems.append(f"model.{f.name}={mine}, but the folder has {theirs}: of model.*, set block_size alone")
-    if problems:
-        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise UserError("\n".join(f"{folder}: {p}" for p in problems[:20] + more))
-    note(folder, notes)
+    refuse(folder, problems)
+    for line in notes if process_rank() == 0 else ():
+        print(f"{folder}: {line}", file=sys.stderr)  # sample.py's text goes to stdout
     return cfg
+
+
+def refuse(folder, problems):
+    """UserError with the first 20 problems of a folder, if it has any."""
+    if len(problems) > 20:
+        problems = [*problems[:20], f"and {len(problems) - 20} more"]
+    if problems:
+        raise UserError("\n".join(f"{folder}: {problem}" for problem in problems))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -139,107 +141,103 @@ def layout(cfg, architecture):
         module, kind = name.rsplit(".", 1)
         if (ours := re.sub(r"\d+", "*", module)) not in names:
             raise UserError(f"{architecture} has no place for {ours}: add its names to families.ARCHITECTURES")
-        pieces = names[ours]
-        sizes = rows.get(len(pieces), [len(p)])
-        for piece, n, first in zip(pieces, sizes, itertools.accumulate([0, *sizes]), strict=False):
-            piece = piece.replace("*", "".join(re.findall(r"\d+", module)))
-            found[f"{piece}.{kind}"] = name, first, (n, *p.shape[1:])
+        first, layer = 0, "".join(re.findall(r"\d+", module))
+        for piece, n in zip(names[ours], rows.get(len(names[ours]), [len(p)]), strict=True):
+            found[f"{piece.replace('*', layer)}.{kind}"] = name, first, (n, *p.shape[1:])
+            first += n
     return found
 
 
-def weight_files(folder):
-    """({tensor: its file}, {tensor: (shape, dtype) in that file, None if it cannot be read}, problems) of a folder.
+class Stored(NamedTuple):
+    """A tensor of a folder. shape and dtype are None if its file cannot be read."""
 
-    model.safetensors goes before an index, as in transformers.
-    """
-    index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
-    where, found, problems = {}, {}, []
-    if single.is_file():
-        files = [single]
+    path: Path
+    shape: tuple | None = None
+    dtype: str | None = None
+
+
+def stored_tensors(folder):
+    """({name: Stored}, problems) of a folder. model.safetensors goes before an index, as in transformers."""
+    index, weight_map, stored, problems = Path(folder, INDEX), {}, {}, []
+    if Path(folder, SINGLE).is_file():
+        files = [Path(folder, SINGLE)]
     elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            return {}, {}, [f"{index.name} has no weight_map that names the files: download it again"]
-        where = {name: Path(folder, file) for name, file in weight_map.items()}
-        files = sorted(set(where.values()))
+            return {}, [f"{INDEX} has no weight_map that names the files: download it again"]
+        files = [Path(folder, file) for file in sorted(set(weight_map.values()))]
     else:
         pickles = [p.name for p in sorted(Path(folder).iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
-        return {}, {}, ["it has neither model.safetensors nor model.safetensors.index.json" + (
+        return {}, [f"it has neither {SINGLE} nor {INDEX}" + (
             f"; {pickles[0]} is a pickle, which can run code, so it is never loaded: convert it" if pickles else "")]
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     part = file.get_slice(name)
-                    found[name], where[name] = (tuple(part.get_shape()), part.get_dtype()), path
+                    stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype())
         except (OSError, SafetensorError) as error:
             if path.is_file() and is_lfs_pointer(path):
                 problems.append(f"{path.name} is a Git LFS pointer, not the weights: run git lfs pull there")
             else:
                 problems.append(f"{path.name} is missing or broken: {error}")
-            found |= dict.fromkeys(name for name in where if where[name] == path)
-    return where, found, problems
+            stored |= {name: Stored(path) for name, file in weight_map.items() if Path(folder, file) == path}
+    return stored, problems
 
 
-def check_weights(folder, expected, source):
-    """(problems, notes): what keeps the tensors of layout() from being read, and what one should know of them."""
-    _, found, problems = weight_files(folder)
-    if problems and not found:  # nothing that can be compared
-        return problems, []
-    anchor, notes = "model.norm.weight", []
-    if anchor not in found:  # all tensors under other names are one problem, not hundreds
-        wrapped = [name.removesuffix(anchor) for name in found if name.endswith(f".{anchor}")]
-        if wrapped:
-            return [f"the names of its tensors begin with {wrapped[0]!r}, as of a wrapped model (torch.compile, PEFT): "
-                    "save the model inside the wrapper, with adapters merged"], []
-        if anchor.removeprefix("model.") in found:
+def check_weights(stored, expected, quantization, notes):
+    """What keeps the tensors of layout() from being read; what else one should know of them goes to notes."""
+    anchor = "model.norm.weight"
+    if anchor not in stored:  # all tensors under other names are one problem, not hundreds
+        for name in stored:
+            if name.endswith(f".{anchor}"):
+                return [f"the names of its tensors begin with {name.removesuffix(anchor)!r}, as of a wrapped model "
+                        "(torch.compile, PEFT): save the model inside the wrapper, with adapters merged"]
+        if anchor.removeprefix("model.") in stored:
             return ["the names of its tensors lack 'model.', as of a model without its lm_head (AutoModel): save the "
-                    "whole model (AutoModelForCausalLM)"], []
-    config = source.get("quantization_config")
-    readable = {name: tensor for name, tensor in found.items() if tensor}
-    if why := quantized.problem(config, readable):
-        return [why], []
+                    "whole model (AutoModelForCausalLM)"]
+    if why := quantized.problem(quantization, stored):
+        return [why]
+    problems, harmless = [], set(expected)
     for name, (_, _, shape) in expected.items():
-        stored_shape, dtype = found.get(name) or (None, None)
-        scale = quantized.scale_of(name, found)
-        if name not in found:
+        if name not in stored:
             problems.append(f"{name} {shape} is missing")
-        elif found[name] and stored_shape != shape:
-            problems.append(f"{name} has shape {stored_shape}, by config.json it should have {shape}")
-        elif dtype == "F8_E4M3" and scale is None:
-            problems.append(f"{name} is in FP8, but its scale is missing")
-        elif dtype == "F8_E4M3" and found[scale] and not quantized.fits(
-                shape, found[scale][0], quantized.block_size(config)):
-            problems.append(f"{scale} has shape {found[scale][0]}, which fits no scales of a weight {shape}")
-        elif found[name] and dtype not in ("F32", "BF16", "F16", "F8_E4M3"):
-            problems.append(f"{name} is {dtype}, only F32, BF16, F16 and F8_E4M3 can be read")
-    # some files hold what follows from config.json: rotary frequencies, the embedding again as the head tied to it
-    harmless = {"lm_head.weight"} if found.get("lm_head.weight") == found.get("model.embed_tokens.weight") else set()
-    harmless |= {quantized.scale_of(name, found) for name in expected}
-    activation = [name for name in found if name.endswith(quantized.ACTIVATION_SCALES)]
-    if activation:
+        elif stored[name].dtype and stored[name].shape != shape:
+            problems.append(f"{name} has shape {stored[name].shape}, by config.json it should have {shape}")
+        elif stored[name].dtype not in (None, "F32", "BF16", "F16", "F8_E4M3"):
+            problems.append(f"{name} is {stored[name].dtype}, only F32, BF16, F16 and F8_E4M3 can be read")
+        elif stored[name].dtype == "F8_E4M3":
+            scale = quantized.scale_of(name, stored)
+            harmless.add(scale)
+            if scale is None:
+                problems.append(f"{name} is in FP8, but its scale is missing")
+            elif stored[scale].dtype and not quantized.fits(
+                    shape, stored[scale].shape, quantized.block_size(quantization)):
+                problems.append(f"{scale} has shape {stored[scale].shape}, which fits no scales of a weight {shape}")
+    if activation := [name for name in stored if name.endswith(quantized.ACTIVATION_SCALES)]:
         notes.append(f"{len(activation)} fixed scales of activations are ignored: {activation[0]}, ...")
-    harmless.update(activation)
-    problems += [f"{name} is not part of this architecture" for name in found
-                 if name not in expected and name not in harmless and not name.endswith("rotary_emb.inv_freq")]
-    if Path(folder, "model.safetensors").is_file() and Path(folder, "model.safetensors.index.json").is_file():
-        notes.append("it has both model.safetensors and an index: the index is ignored, as in transformers")
-    if config:
-        n = sum(dtype == "F8_E4M3" for _, dtype in readable.values())
-        notes.append(f"{n} weights in FP8 ({config.get('quant_method')}), dequantized as they are loaded")
-    return problems, notes
+    # some files hold what follows from config.json: rotary frequencies, the embedding again as the head tied to it
+    harmless.update(activation, (name for name in stored if name.endswith("rotary_emb.inv_freq")))
+    if HEAD in stored and EMBEDDING in stored and stored[HEAD][1:] == stored[EMBEDDING][1:]:
+        harmless.add(HEAD)
+    problems += [f"{name} is not part of this architecture" for name in stored if name not in harmless]
+    if quantization:
+        n = sum(tensor.dtype == "F8_E4M3" for tensor in stored.values())
+        notes.append(f"{n} weights in FP8 ({quantization.get('quant_method')}), dequantized as they are loaded")
+    return problems
 
 
-def head_is_embedding(folder):
+def read(stored, name, rows=None):
+    """A tensor of a folder, or a slice of its rows, which is all that is read."""
+    with torch.device("cpu"), safe_open(stored[name].path, "pt") as file:
+        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+
+def head_is_embedding(stored):
     """Whether a tied model's lm_head.weight, if the files have one at all, equals its embedding."""
-    where, found, _ = weight_files(folder)
-    head, embed = "lm_head.weight", "model.embed_tokens.weight"
-    if head not in found:
-        return True
-    with torch.device("cpu"), safe_open(where[head], "pt") as head_file, safe_open(where[embed], "pt") as embed_file:
-        pair = head_file.get_slice(head), embed_file.get_slice(embed)
-        n = found[head][0][0]
-        return all(torch.equal(*(part[i : i + 4096] for part in pair)) for i in range(0, n, 4096))
+    n_rows = stored[HEAD].shape[0] if HEAD in stored else 0
+    pieces = [slice(i, i + 4096) for i in range(0, n_rows, 4096)]
+    return all(torch.equal(read(stored, HEAD, rows), read(stored, EMBEDDING, rows)) for rows in pieces)
 
 
 @torch.no_grad()
@@ -249,24 +247,21 @@ def load(folder, model, optimizer=None):
     Each rank reads the rows that it holds, and of those one tensor's at a time. Dtypes convert, FP8 weights are
     dequantized. UserError for nan.
     """
-    where, found, _ = weight_files(folder)
+    stored, _ = stored_tensors(folder)
     params = dict(model.named_parameters())
     masters = optimizer.masters if optimizer else {}
     source, architecture = read_config(folder)
     block = quantized.block_size(source.get("quantization_config"))
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(where.values())}
-        for name, (ours, first, shape) in layout(model.cfg, architecture).items():
-            held = shard_rows(torch.arange(params[ours].shape[0]), params[ours])
-            begin, end = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
-            start, stop = max(begin, first), min(end, first + shape[0])
-            if start < stop:
-                rows = files[where[name]].get_slice(name)[start - first : stop - first]
-                if rows.dtype == torch.float8_e4m3fn:
-                    scale = quantized.scale_of(name, found)
-                    rows = quantized.dequantize(rows, files[where[scale]].get_tensor(scale), start - first, shape[0],
-                                                block)
-                for target in (plain_local(params[ours]), *([masters[ours]] if ours in masters else [])):
-                    target[start - begin : stop - begin].copy_(rows)
-    if bad := [name for name, p in params.items() if plain_local(p).isnan().any()]:
-        raise UserError(f"{folder} holds nan, in {', '.join(bad[:3])}: download it again")
+    for name, (ours, first, shape) in layout(model.cfg, architecture).items():
+        held = shard_rows(torch.arange(params[ours].shape[0]), params[ours])
+        begin, end = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
+        start, stop = max(begin, first), min(end, first + shape[0])
+        if start < stop:
+            rows = read(stored, name, slice(start - first, stop - first))
+            if rows.dtype == torch.float8_e4m3fn:
+                scale = read(stored, quantized.scale_of(name, stored))
+                rows = quantized.dequantize(rows, scale, start - first, shape[0], block)
+            for target in (plain_local(params[ours]), *([masters[ours]] if ours in masters else [])):
+                target[start - begin : stop - begin].copy_(rows)
+    if with_nan := [name for name, p in params.items() if plain_local(p).isnan().any()]:
+        raise UserError(f"{folder} holds nan, in {', '.join(with_nan[:3])}: download it again")

@@ -12,26 +12,22 @@ WEIGHT_SCALES = ("_scale_inv", "_scale")  # what follows the weight's name
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_scale_ub")  # fixed scales of activations, for inference
 # tensors that only other quantizations have: GPTQ and AWQ, bitsandbytes, compressed-tensors' integers, MXFP4
 FOREIGN = ("qweight", "qzeros", "g_idx", "absmax", "quant_map", "weight_packed", "weight_zero_point", "weight_blocks")
+READABLE = (None, "F64", "F32", "BF16", "F16", "F8_E4M3")  # dtypes of weights; None: of a file that is unreadable
 BLOCK = 128
 
 
-def problem(config, tensors):
+def problem(config, stored):
     """Why this quantization cannot be read, one sentence, or None.
 
-    config: quantization_config of config.json or None. tensors: {name: (shape, dtype)} of the files.
+    config: quantization_config of config.json or None. stored: {name: Stored} of the files.
     """
-    method = (config or {}).get("quant_method")
-    if config and method not in METHODS:
-        return f"quantization {method!r} is not supported, only {', '.join(METHODS)} with e4m3 weights"
-    foreign = [name for name in tensors if name.rsplit(".", 1)[-1] in FOREIGN]
-    foreign += [name for name, (_, dtype) in tensors.items()
-                if name.endswith("weight") and dtype not in ("F64", "F32", "BF16", "F16", "F8_E4M3")]
-    if foreign:
-        dtype = tensors[foreign[0]][1]
-        return f"{foreign[0]} ({dtype}) is of a quantization that is not supported, only e4m3 weights with scales are"
-    fp8 = [name for name, (_, dtype) in tensors.items() if dtype == "F8_E4M3"]
-    if fp8 and not config:
-        return f"{fp8[0]} is in FP8, but config.json has no quantization_config that says how its scales are meant"
+    if config and config.get("quant_method") not in METHODS:
+        return f"quantization {config.get('quant_method')!r} is not supported, only {', '.join(METHODS)}, e4m3 weights"
+    for name, (_, _, dtype) in stored.items():
+        if name.rsplit(".", 1)[-1] in FOREIGN or name.endswith("weight") and dtype not in READABLE:
+            return f"{name} ({dtype}) is of a quantization that is not supported, only e4m3 weights with scales are"
+        if dtype == "F8_E4M3" and not config:
+            return f"{name} is in FP8, but config.json has no quantization_config that says how its scales are meant"
     return None
 
 
