@@ -58,19 +58,19 @@ class ModelConfig:
 
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim"):
-            if getattr(self, name) < 1:
-                yield {f"model.{name}"}, f"model.{name}={getattr(self, name)} must be at least 1"
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim",
+                     "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield {f"model.{name}"}, f"model.{name}={value} must be at least 1"
         if self.n_kv_head >= 1 and self.n_head % self.n_kv_head:
             yield {"model.n_head", "model.n_kv_head"}, (f"model.n_head={self.n_head} must be a multiple of "
                                                         f"model.n_kv_head={self.n_kv_head}")
         turned = int(self.head_dim * self.rope_fraction)
-        if self.head_dim % 2:
-            yield {"model.head_dim"}, f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs"
-        elif not 0 < self.rope_fraction <= 1 or turned % 2 or turned < min(2, self.head_dim):
-            yield {"model.rope_fraction", "model.head_dim"}, (
-                f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of "
-                f"model.head_dim={self.head_dim}")
+        if self.head_dim % 2 or turned % 2 or turned < min(2, self.head_dim) or self.rope_fraction > 1:
+            yield {"model.head_dim", "model.rope_fraction"}, (
+                f"rotary positions turn pairs: model.head_dim={self.head_dim} must be even, and "
+                f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of it")
         if self.rope_theta <= 0 or self.norm_eps < 0:
             yield {"model.rope_theta", "model.norm_eps"}, (
                 f"model.rope_theta={self.rope_theta} must be above 0, model.norm_eps={self.norm_eps} not negative")
@@ -79,8 +79,6 @@ class ModelConfig:
         if self.attention_multiplier is not None and (self.rope_fraction != 1 or self.no_rope_interval):
             yield {"model.attention_multiplier", "model.rope_fraction", "model.no_rope_interval"}, (
                 "model.attention_multiplier needs rotary positions in every layer and over the whole head")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            yield {"model.sliding_window"}, f"model.sliding_window={self.sliding_window} must be at least 1, or None"
 
 
 # Published models by their config.json, and two of our own. Each is called: llama3_1_8b(block_size=2048). block_size is
@@ -205,11 +203,10 @@ class Transformer(nn.Module):
         self.cos, self.sin = rope_tables(self.cfg, self.cos.device)
 
     def forward(self, tokens, targets=None, loss_chunks=1, positions=None, bounds=None):
-        """Logits of `tokens`, or with `targets` the summed cross-entropy.
+        """(B, T, V) logits of `tokens`, or with `targets` the summed cross-entropy in nats, a float32 scalar.
 
-        tokens, targets: (B, T) int64; targets equal to IGNORE do not count. Returns (B, T, V) logits, or the sum over
-        all counted targets in nats, a float32 scalar: a sum, because ranks with unequal numbers of targets have to
-        divide by the global count. loss_chunks > 1 computes the loss in that many pieces (see ChunkedLoss).
+        tokens, targets: (B, T) int64; targets equal to IGNORE do not count. A sum, because ranks with unequal numbers
+        of targets have to divide by the global count. loss_chunks: pieces that the loss is computed in (ChunkedLoss).
         positions: (B, T) int64, each token's position in its own document, for packed rows: attention stays within
         documents. bounds: document_bounds(positions), computed before positions went to the GPU.
         """
@@ -231,8 +228,7 @@ class Transformer(nn.Module):
         if loss_chunks == 1:
             return self.head_loss(x, targets)
         if not torch.is_grad_enabled():
-            chunks = zip(x.chunk(loss_chunks), targets.chunk(loss_chunks), strict=True)
-            return sum(self.head_loss(*chunk) for chunk in chunks)
+            return sum(map(self.head_loss, x.chunk(loss_chunks), targets.chunk(loss_chunks)))
         return ChunkedLoss.apply(x, targets, loss_chunks, self.head_loss, self.norm.weight, self.lm_head.weight)
 
     def logits(self, x):
@@ -258,9 +254,8 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x, targets, n_chunks, head_loss, *weights):
         total, grads = x.new_zeros((), dtype=torch.float32), None
         grad_x = torch.empty_like(x)
-        for x_i, targets_i, grad_x_i in zip(
-            x.chunk(n_chunks), targets.chunk(n_chunks), grad_x.chunk(n_chunks), strict=True
-        ):
+        pieces = zip(*(tensor.chunk(n_chunks) for tensor in (x, targets, grad_x)), strict=True)
+        for x_i, targets_i, grad_x_i in pieces:
             x_i = x_i.detach().requires_grad_()
             with torch.enable_grad():
                 loss = head_loss(x_i, targets_i)
@@ -312,7 +307,7 @@ def init_weights(model, seed):
             residual = layer_kind(module_name) in ("attn.out", "mlp.down")
             std = 0.02 / math.sqrt(2 * model.cfg.n_layer) if residual else 0.02
             generator = torch.Generator(p.device).manual_seed(seed * 1_000_003 + i)
-            full = torch.empty(p.shape, device=p.device).normal_(std=std, generator=generator)
+            full = torch.normal(0.0, std, p.shape, generator=generator, device=p.device, dtype=torch.float32)
             plain_local(p).copy_(shard_rows(full, p))
         elif isinstance(module, nn.Linear | nn.RMSNorm | nn.LayerNorm) and leaf in ("weight", "bias"):
             plain_local(p).fill_(1.0 if leaf == "weight" else 0.0)
