@@ -29,18 +29,20 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # config.json
 
 
-def is_lfs_pointer(path):
-    with open(path, "rb") as file:
-        return file.read(24) == b"version https://git-lfs."
+def failure(path, error):
+    """What to say of a file whose reader raised `error`."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(24) == b"version https://git-lfs.":
+                return "is a Git LFS pointer, not the file itself: run git lfs pull there"
+    return f"cannot be read: {error}"
 
 
 def read_json(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        if path.is_file() and is_lfs_pointer(path):
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull there") from error
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} {failure(path, error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object")
     return found
@@ -114,8 +116,8 @@ def model_config(folder, wanted=None):
         if mine not in (theirs, getattr(models.ModelConfig(), f.name)):
             problems.append(f"model.{f.name}={mine}, but the folder has {theirs}: of model.*, set block_size alone")
     refuse(folder, problems)
-    for line in notes if process_rank() == 0 else ():
-        print(f"{folder}: {line}", file=sys.stderr)  # sample.py's text goes to stdout
+    if process_rank() == 0 and notes:
+        print("\n".join(f"{folder}: {line}" for line in notes), file=sys.stderr)  # sample.py's text goes to stdout
     return cfg
 
 
@@ -177,10 +179,7 @@ def stored_tensors(folder):
                     part = file.get_slice(name)
                     stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype())
         except (OSError, SafetensorError) as error:
-            if path.is_file() and is_lfs_pointer(path):
-                problems.append(f"{path.name} is a Git LFS pointer, not the weights: run git lfs pull there")
-            else:
-                problems.append(f"{path.name} is missing or broken: {error}")
+            problems.append(f"{path.name} {failure(path, error)}")
             stored |= {name: Stored(path) for name, file in weight_map.items() if Path(folder, file) == path}
     return stored, problems
 
@@ -198,7 +197,7 @@ def check_weights(stored, expected, quantization, notes):
                     "whole model (AutoModelForCausalLM)"]
     if why := quantized.problem(quantization, stored):
         return [why]
-    problems, harmless = [], set(expected)
+    problems, harmless, block = [], set(expected), quantized.block_size(quantization)
     for name, (_, _, shape) in expected.items():
         if name not in stored:
             problems.append(f"{name} {shape} is missing")
@@ -206,13 +205,11 @@ def check_weights(stored, expected, quantization, notes):
             problems.append(f"{name} has shape {stored[name].shape}, by config.json it should have {shape}")
         elif stored[name].dtype not in (None, "F32", "BF16", "F16", "F8_E4M3"):
             problems.append(f"{name} is {stored[name].dtype}, only F32, BF16, F16 and F8_E4M3 can be read")
+        elif stored[name].dtype == "F8_E4M3" and (scale := quantized.scale_of(name, stored)) is None:
+            problems.append(f"{name} is in FP8, but its scale is missing")
         elif stored[name].dtype == "F8_E4M3":
-            scale = quantized.scale_of(name, stored)
             harmless.add(scale)
-            if scale is None:
-                problems.append(f"{name} is in FP8, but its scale is missing")
-            elif stored[scale].dtype and not quantized.fits(
-                    shape, stored[scale].shape, quantized.block_size(quantization)):
+            if stored[scale].dtype and not quantized.fits(shape, stored[scale].shape, block):
                 problems.append(f"{scale} has shape {stored[scale].shape}, which fits no scales of a weight {shape}")
     if activation := [name for name in stored if name.endswith(quantized.ACTIVATION_SCALES)]:
         notes.append(f"{len(activation)} fixed scales of activations are ignored: {activation[0]}, ...")

@@ -22,7 +22,8 @@ def problem(config, stored):
     config: quantization_config of config.json or None. stored: {name: Stored} of the files.
     """
     if config and config.get("quant_method") not in METHODS:
-        return f"quantization {config.get('quant_method')!r} is not supported, only {', '.join(METHODS)}, e4m3 weights"
+        return (f"quantization {config.get('quant_method')!r} is not supported, only {', '.join(METHODS)} with e4m3 "
+                "weights")
     for name, (_, _, dtype) in stored.items():
         if name.rsplit(".", 1)[-1] in FOREIGN or name.endswith("weight") and dtype not in READABLE:
             return f"{name} ({dtype}) is of a quantization that is not supported, only e4m3 weights with scales are"

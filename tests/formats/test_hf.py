@@ -536,7 +536,7 @@ def test_one_message_for_all_tensors_under_other_names(copy):
 def test_pointers_adapters_and_empty_indices_have_one_message(copy, tmp_path):
     folder = copy("qwen_3")
     (folder / "model.safetensors").write_text(POINTER)
-    assert error(folder).endswith("model.safetensors is a Git LFS pointer, not the weights: run git lfs pull there")
+    assert error(folder).endswith("model.safetensors is a Git LFS pointer, not the file itself: run git lfs pull there")
     (folder / "model.safetensors").unlink()
     for content in ("{}", '{"weight_map": []}', '{"weight_map": {}}'):
         (folder / "model.safetensors.index.json").write_text(content)
