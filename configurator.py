@@ -84,9 +84,13 @@ class Config:
         if self.seed >= 2**40:  # times a million it has to fit into 64 bits
             yield {"seed"}, f"seed={self.seed} must be below 2**40"
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
-            path = Path(folder).absolute()
+            path = Path(folder).resolve()
             existing = next(p for p in (path, *path.parents) if p.exists())
-            if not existing.is_dir():
+            if not folder:
+                yield {key}, f"{key} is empty: name a folder (is a shell variable not set?)"
+            elif path == REPO or REPO / "config" in (path, *path.parents):  # its config.py would hide config/
+                yield {key}, f"{key}={folder} is a folder of the code: name another one, such as out/run"
+            elif not existing.is_dir():
                 yield {key}, f"{key}={folder}: {existing} is a file, name a folder"
             elif key == "out_dir" and not os.access(existing, os.W_OK):
                 yield {key}, f"{key}={folder}: {existing} cannot be written to, name another folder"

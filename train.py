@@ -30,7 +30,7 @@ from eval import Evaluation
 from formats import hf
 from optim import AdamW, get_lr
 from plumbing import cudagraph, entry, logs
-from plumbing.compiling import compile_and_checkpoint
+from plumbing.compiling import check_compiler, compile_and_checkpoint
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
 from plumbing.ranks import device_mesh, find_ranks, join_process_group
@@ -51,6 +51,8 @@ def main():
     if config.data.tokenizer == "auto":
         config.data.tokenizer = "bytes" if from_scratch else config.init_from
     logs.check_trackers(config)
+    if config.compile.enabled:
+        check_compiler(device)
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:  # cuBLAS is deterministic only with a workspace of fixed size
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -228,6 +230,8 @@ def main():
               "compile_s": compile_s, "block_size": row_length, "tokens_per_step": tokens_per_step,
               "flops_per_token": flops_per_token, "fp8_flops": fp8_flops, "peak_flops": peak_flops,
               "auto_filtered": auto_filtered}
+    if record["git_commit"] is None:
+        say("run.json names no commit: git is not installed, or does not track this code")
     if ranks.is_main:
         metrics = logs.open_metrics(out_dir)
         if checkpoint.latest(out_dir) != newest_checkpoint:

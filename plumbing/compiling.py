@@ -1,5 +1,8 @@
 """torch.compile and recompute (activation checkpointing) of each transformer block."""
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -8,6 +11,8 @@ import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from plumbing.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -36,6 +41,19 @@ POLICIES = {
     ("selective", "drop"): (RECOMPUTE, COMPILER_RECOMPUTES, SAVE,           COMPILER_RECOMPUTES),
     ("selective", None):   (RECOMPUTE, COMPILER_RECOMPUTES, SAVE,           COMPILER_RECOMPUTES),
 }  # ("none", None) leaves all to autograd or the compiler, and "full" recomputes all
+
+
+def check_compiler(device):
+    """Raise UserError if torch.compile cannot build its code: on a GPU Triton's launchers in C, on a CPU C++."""
+    compilers = [os.environ.get("CC", "gcc"), "clang"] if device.type == "cuda" else [os.environ.get("CXX", "g++")]
+    header, missing = os.path.join(sysconfig.get_path("include"), "Python.h"), None
+    if not any(map(shutil.which, compilers)):
+        missing = f"a compiler ({' or '.join(compilers)} on the PATH)"
+    elif not os.path.exists(header):
+        missing = f"Python's headers ({header})"
+    if missing:
+        raise UserError(f"compile.enabled=True needs {missing}: install it (apt-get install g++ python3-dev), or set "
+                        "compile.enabled=False, which is slower")
 
 
 def compile_and_checkpoint(model, compile_cfg, activation_checkpoint, fp8_copies=None):

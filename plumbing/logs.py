@@ -26,13 +26,17 @@ def provenance():
 
 
 def git_commit():
-    """The commit of this code, with "+changes" if files differ from it; None outside of a git checkout."""
-    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **options)
-    if commit.returncode:
+    """The commit of this code, with "+changes" if files differ from it.
+
+    None if git is not installed or does not track this code: a repository around it is then another project's.
+    """
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", __file__).returncode:
         return None
-    changes = subprocess.run(["git", "status", "--porcelain"], **options).stdout.strip()
-    return commit.stdout.strip() + ("+changes" if changes else "")
+    changes = git("status", "--porcelain", ".").stdout.strip()
+    return git("rev-parse", "HEAD").stdout.strip() + ("+changes" if changes else "")
 
 
 def changed_code(previous_run):
@@ -115,13 +119,19 @@ def read_metrics(out_dir):
 
 
 def open_metrics(out_dir, lock=fcntl.LOCK_EX):
-    """out_dir/metrics.jsonl for appending, locked until it is closed. Raises UserError if a run holds the lock."""
+    """out_dir/metrics.jsonl for appending, locked until it is closed. Raises UserError if a run holds the lock.
+
+    On a file system without locks (some network file systems), a line on the screen says so.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     file = (out_dir / "metrics.jsonl").open("a")
     try:
         fcntl.flock(file, lock | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is writing to {out_dir}: wait until it ends, or set another out_dir") from None
+    except OSError as error:
+        if lock == fcntl.LOCK_EX:  # rank 0 alone takes it
+            print(f"{out_dir} cannot be locked ({error.strerror}): start no second run in it", flush=True)
     return file
 
 
