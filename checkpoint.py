@@ -131,6 +131,8 @@ def writing(folder):
     try:
         yield
     except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # a quota, for instance, as safetensors says it
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
         if shutil.disk_usage(folder).free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise

@@ -141,7 +141,7 @@ def main():
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
             config.fp8.auto_filtered = auto_filtered
         check_fp8(tokens=tokens_per_pass)
-        if config.fp8.self_check:
+        if fp8.needs_self_check(config.fp8):
             say(proof.self_check(config, micro_batches(1)[0], device))
         fp8.convert(model, config.fp8, shards=n_shards)
         fp8_flops = proof.covered_flops(model) / flops_per_token

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from plumbing.errors import RunStopped, UserError
 from plumbing.ranks import process_rank
 
-FULL = {errno.ENOSPC, errno.EDQUOT}  # these errors name no file
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # these errors name no file
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
