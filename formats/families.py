@@ -166,9 +166,8 @@ def no_rope_layers(interval, n_layer):
 
 def read_window(source, by_layer, values, problems):
     """Set values["sliding_window"], one for all layers. by_layer: the family has windows in some layers only."""
-    window, kinds = source.get("sliding_window"), set(source.get("layer_types", ()))
-    if by_layer and not source.get("use_sliding_window"):
-        window = None
+    window = source.get("sliding_window") if source.get("use_sliding_window", not by_layer) else None
+    kinds = set(source.get("layer_types", ()))
     if by_layer and window and not kinds:
         full = source.get("max_window_layers", 28)  # so many layers have none, then all have it
         kinds = {"full_attention" if i < full else "sliding_attention" for i in range(values["n_layer"])}
@@ -194,13 +193,12 @@ def read_rope(rope, source, architecture, problems):
         problems.append(f"rope_type={kind!r} is not supported for {architecture}")
         return None
     names, longest = ROPE[kind], source.get("max_position_embeddings")
-    original = (source.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-                or longest)
+    original = source.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", longest))
     more = {"mscale": float, "mscale_all_dim": float, "truncate": bool} if kind == "yarn" else {}
     known = {key: ROPE_TYPES[field] for field, key in (LENGTHS | names).items()} | more
     given = {key: value for key, value in rope.items()
              if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
-    if original:
+    if original is not None:
         given["original_max_position_embeddings"] = original
     problems += [f"{key} of rope_type={kind!r} is not supported" for key in given if key not in known]
     if wrong := wrong_types(given, known):
@@ -209,7 +207,7 @@ def read_rope(rope, source, architecture, problems):
 
     factor, ratio = given.get("factor"), longest / original if longest and original else None
     if kind == "longrope":
-        if factor not in (None, ratio) and "attention_factor" not in given:
+        if factor and ratio not in (None, factor) and original > 1 and "attention_factor" not in given:
             given["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         given["factor"] = ratio or factor
     if kind == "yarn":

@@ -206,7 +206,7 @@ def test_export_gives_back_the_bits_that_were_loaded(copy, tmp_path, family, sty
 
 
 SCRATCH = {
-    "LlamaForCausalLM": dict(qkv_bias=True, out_bias=True, mlp_bias=True,
+    "LlamaForCausalLM": dict(head_dim=12, qkv_bias=True, out_bias=True, mlp_bias=True,
                              rope_scaling=models.RopeScaling(kind="linear")),
     "MistralForCausalLM": dict(sliding_window=9, rope_scaling=models.RopeScaling(
         kind="yarn", factor=2.0, original_max_position=32, attention_factor=1.3)),
@@ -303,6 +303,12 @@ def test_every_field_of_the_config_class_in_transformers_has_a_row(architecture)
     assert set(fields) - {"model_type"} <= ALL_KEYS and len(fields) > 15
 
 
+def test_every_key_is_in_one_table():
+    assert sum(map(len, families.KEYS.values())) == len(ALL_KEYS)
+    assert families.OPTIONAL.keys() <= families.KEYS["follow"].keys()
+    assert {key for family in families.ARCHITECTURES.values() for key in family.reads} == families.OPTIONAL.keys()
+
+
 CHANGES = {  # a change of every key that is followed: (family, what else config.json says, another value)
     "architectures": ("qwen_3", {"model_type": None}, ["LlamaForCausalLM"]),
     "model_type": ("qwen_3", {"architectures": None}, "llama"),
@@ -390,6 +396,8 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
      "layer_types with full_attention are not"),
     ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types with full_attention are not"),
     ("phi_4", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope', but no short_factor"),
+    ("phi_4", {"rope_parameters": LONGROPE | {"factor": 3.0}, "original_max_position_embeddings": 1},
+     "model.rope_scaling.original_max_position=1 at least 2"),
     ("phi_4", {"rope_scaling": LLAMA3}, "rope_type='llama3' is not supported for Phi3ForCausalLM"),
 ])
 def test_an_unsupported_feature_is_named(copy, family, change, told):
