@@ -1,5 +1,10 @@
 """logs.py, disk.py, ranks.py: reported speed and time against a clock of the test's own, files whole or not there."""
 
+import itertools
+import json
+import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,3 +110,29 @@ def test_ranks_and_devices_are_those_of_torchrun(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert find_ranks("auto") == find_ranks("cuda") == Ranks(5, 8, torch.device("cuda", 1)) and current == [1, 1]
+
+
+def test_metrics_of_a_killed_run_are_read_and_continued_at_any_step(tmp_path):
+    for attempt in range(3):
+        out_dir = tmp_path / str(attempt)
+        writer = os.fork()
+        if writer == 0:
+            try:
+                metrics = logs.open_metrics(out_dir)
+                for step in itertools.count(1):  # rows longer than a file's buffer
+                    logs.write([{"step": step, "loss": 1.0}, {"step": step, "fp8_layer": "x" * 30000}], metrics, [])
+            finally:
+                os._exit(1)
+        path = out_dir / "metrics.jsonl"
+        while not path.exists() or path.stat().st_size < 10**6:
+            time.sleep(0.01)
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        os.truncate(path, path.stat().st_size - 7)  # a kill in the middle of a write is rare: this leaves the same
+        steps = [row["step"] for row in logs.read_metrics(out_dir)]
+        assert steps == sorted([*range(1, steps[-1] + 1)] * 2)[: len(steps)] and len(steps) > 30
+        with logs.open_metrics(out_dir) as metrics:  # the kill has released the lock
+            logs.continue_metrics(metrics, steps[-2])
+            logs.write([{"step": steps[-2] + 1}], metrics, [])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert rows[-1]["step"] == steps[-2] + 1 and rows[-2]["step"] == steps[-2]
