@@ -81,11 +81,12 @@ def main():
         if process.returncode:
             raise RunStopped(f"train.py ended with status {process.returncode}")
         rows = logs.read_metrics(folder)
-        versions = json.loads(Path(folder, "run.json").read_text())["versions"]
+        run = json.loads(Path(folder, "run.json").read_text())
     early, late = (summary(samples, args.steps * a // 10, args.steps * b // 10) for a, b in ((1, 2), (9, 10)))
     grown = [key for key, factor in ALLOWED.items() if late[key] > factor * early[key]]
-    report = {"command": command, "versions": versions, "date": time.strftime("%Y-%m-%d"), "second_tenth": early,
-              "last_tenth": late, "grown": grown, "metrics_rows": len(rows),
+    report = {"command": command, "hardware": run["hardware"], "versions": run["versions"],
+              "git_commit": run["git_commit"], "date": time.strftime("%Y-%m-%d"), "metrics_rows": len(rows),
+              "second_tenth": early, "last_tenth": late, "grown": grown,
               "samples": samples[:: max(1, len(samples) // 100)]}
     for key in ALLOWED:
         print(f"{key}: {early[key]:.2f} in the second tenth, {late[key]:.2f} in the last")

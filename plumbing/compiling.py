@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from plumbing.errors import UserError
@@ -51,9 +52,11 @@ def check_compiler(device):
         missing = f"a compiler ({' or '.join(compilers)} on the PATH)"
     elif not os.path.exists(header):
         missing = f"Python's headers ({header})"
+    elif not os.access(cache_dir(), os.W_OK):  # makes it, or raises an OSError that names it
+        missing = f"a folder to write to ({cache_dir()}; TORCHINDUCTOR_CACHE_DIR names another one)"
     if missing:
-        raise UserError(f"compile.enabled=True needs {missing}: install it (apt-get install g++ python3-dev), or set "
-                        "compile.enabled=False, which is slower")
+        raise UserError(f"compile.enabled=True needs {missing}: provide it (compilers and headers: apt-get install "
+                        "g++ python3-dev), or set compile.enabled=False, which is slower")
 
 
 def compile_and_checkpoint(model, compile_cfg, activation_checkpoint, fp8_copies=None):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import runpy
 import shutil
@@ -68,7 +69,7 @@ def test_the_commit_of_a_repository_around_this_code_is_not_the_codes(tmp_path):
 
 def test_compile_without_a_compiler_is_one_line(tiny_run, empty_path, tmp_path):
     result = main_here(train.main, *tiny_run, f"--out_dir={tmp_path / 'run'}", "--compile.enabled=True")
-    assert "needs a compiler (g++ on the PATH): install it" in one_line(result)
+    assert "needs a compiler (g++ on the PATH): provide it" in one_line(result)
 
 
 def test_the_compiler_of_a_gpu_is_one_for_c(empty_path):
@@ -84,6 +85,17 @@ def test_compile_without_the_headers_of_python_is_one_line(tmp_path, monkeypatch
     monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(UserError, match="Python's headers .* python3-dev"):
+        check_compiler(torch.device("cpu"))
+
+
+def test_a_cache_of_compiled_code_that_cannot_be_written_is_one_line(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    result = main_here(train.main, *tiny_run, f"--out_dir={tmp_path / 'run'}", "--compile.enabled=True")
+    assert "file/cache: Not a directory: name another path" in one_line(result)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))  # root may write anywhere
+    with pytest.raises(UserError, match="a folder to write to .*TORCHINDUCTOR_CACHE_DIR"):
         check_compiler(torch.device("cpu"))
 
 
