@@ -16,6 +16,7 @@ import model as models
 from checks import estimate, proof
 from fp8 import FP8Config
 from plumbing.compiling import CompileConfig, compile_and_checkpoint
+from plumbing.errors import RunStopped
 
 FP8 = torch.float8_e4m3fn, torch.float8_e5m2
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -486,3 +487,21 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
             warnings.simplefilter("ignore")
             run = lambda model=model, x=x: model(x, x).backward()  # noqa: E731
             assert proof.verify_step(model, cfg, run, shards=0, tokens=128, loss_chunks=1) == per_layer * 8
+
+
+@pytest.mark.parametrize("version, emulate, checked", [
+    ("2.13.0", False, False), ("2.14.1+cu130", False, True), ("2.14.1", True, False)])
+def test_torch_2_14_compares_real_fp8_with_eager_unasked(monkeypatch, version, emulate, checked):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert fp8.needs_self_check(FP8Config(enabled=True, emulate=emulate)) == checked
+    assert fp8.needs_self_check(FP8Config(enabled=True, emulate=emulate, self_check=True))
+
+
+def test_a_torch_that_torchao_cannot_patch_is_refused(monkeypatch):
+    """For https://github.com/triton-lang/triton/issues/11111 torchao changes how Inductor writes a maximum."""
+    monkeypatch.setattr("torchao.float8._inductor_patch._patch_inductor_min_max_codegen", lambda: None)
+    monkeypatch.setattr("torch._inductor.codegen.triton.TritonOverrides.maximum",
+                        lambda a, b: f"tl.maximum({a}, {b}, tl.PropagateNan.ALL)")
+    build(emulated())
+    with pytest.raises(RunStopped, match="cannot work around a Triton bug"):
+        build(FP8Config(enabled=True))
