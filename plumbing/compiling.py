@@ -47,7 +47,7 @@ POLICIES = {
 def check_compiler(device):
     """Raise UserError if torch.compile cannot build its code: on a GPU Triton's launchers in C, on a CPU C++."""
     compilers = [os.environ.get("CC", "gcc"), "clang"] if device.type == "cuda" else [os.environ.get("CXX", "g++")]
-    header, missing = os.path.join(sysconfig.get_path("include"), "Python.h"), None
+    header, missing = os.path.join(sysconfig.get_config_var("INCLUDEPY"), "Python.h"), None
     if not any(map(shutil.which, compilers)):
         missing = f"a compiler ({' or '.join(compilers)} on the PATH)"
     elif not os.path.exists(header):

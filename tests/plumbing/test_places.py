@@ -83,7 +83,7 @@ def test_the_compiler_of_a_gpu_is_one_for_c(empty_path):
 
 def test_compile_without_the_headers_of_python_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", sys.executable)
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
     with pytest.raises(UserError, match="Python's headers .* python3-dev"):
         check_compiler(torch.device("cpu"))
 
