@@ -16,7 +16,7 @@ from conftest import REPO, build, main_here, metrics, run, run_many, train_here
 import checkpoint
 import configurator
 import data
-import formats.text as text_format
+import formats.tokens as token_format
 import model as models
 import sample
 import train
@@ -851,13 +851,13 @@ def test_a_run_resumed_by_other_code_says_so(tiny_run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("split", ["train", "val", "questions"])
 def test_tokens_that_the_model_lacks_are_told_before_training(tiny_run, tmp_path, monkeypatch, split):
-    init, args = text_format.Tokens.__init__, [*tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272"]
+    init, args = token_format.Tokens.__init__, [*tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272"]
 
     def with_largest(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.largest = 300 if split == ("val" if len(self) < 10000 else "train") else 255
 
-    monkeypatch.setattr(text_format.Tokens, "__init__", with_largest)
+    monkeypatch.setattr(token_format.Tokens, "__init__", with_largest)
     if split == "questions":
         monkeypatch.setattr(hellaswag, "questions", lambda _: ([], [{"query": "a", "endings": ["b"]}]))
         monkeypatch.setattr(hellaswag, "encode", lambda *_: (np.array([1, 300]), 1, 0))
