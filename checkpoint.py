@@ -40,9 +40,8 @@ from plumbing.ranks import barrier
 from plumbing.sharding import like, plain_local
 
 SHARD_BYTES = 2**31  # about the size of an exported file, and about the memory that an export needs
-# files that an export copies from the folder that training started from
-CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*",
-           "generation_config.json")
+# files that an export copies from the folder of the run's tokenizer
+CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*")
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks for
 
@@ -255,16 +254,20 @@ def export(out_dir, folder, in_fp8=False):
         temporary.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
         for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(temporary / "config.json", file)
-        if config.init_from != "scratch":
-            for path in {p for pattern in CARRIED for p in Path(config.init_from).glob(pattern) if p.is_file()}:
-                shutil.copy(path, temporary)
+        tokenizer = Path(config.data.tokenizer).expanduser()  # a folder, or a name or file, which is not copied
+        carried = [path for pattern in CARRIED for path in tokenizer.glob(pattern)] if tokenizer.is_dir() else []
+        carried += Path(config.init_from).glob("generation_config.json") if config.init_from != "scratch" else []
+        for path in {path for path in carried if path.is_file()}:
+            shutil.copy(path, temporary)
+        if config.data.chat_template:
+            shutil.copy(Path(config.data.chat_template).expanduser(), temporary / "chat_template.jinja")
     print(f"{newest} as {written['architectures'][0]} in {folder}: {len(file_of)} tensors, {total / 1e9:.2f} GB")
     if in_fp8:
         print(f"{len(fp8_weights)} weights in FP8 with a scale for each 128 x 128 block")
     if uneven := [name for name in fp8_weights if any(n % quantized.BLOCK for n in layout[name][2])]:
         print(f"{len(uneven)} of them, such as {min(uneven)}, have sizes that 128 does not divide: their last blocks "
               "are smaller, which eval.py and sample.py read, but not every engine")
-    if config.init_from == "scratch":
+    if not tokenizer.is_dir():
         print(f"it holds no tokenizer: sample.py --from={folder} --tokenizer={config.data.tokenizer}")
 
 

@@ -27,12 +27,14 @@ from model import IGNORE, check_ids
 from plumbing import entry
 from plumbing.errors import UserError
 
+FORMATS = {"text": text.prepare, "chat": chat.prepare, "hellaswag": hellaswag.prepare, "tokens": tokens.prepare}
+
 
 @dataclass(kw_only=True)
 class DataConfig:
     """Where tokens come from."""
 
-    format: Literal["text", "chat", "hellaswag", "tokens"] = "text"  # documents, conversations, questions, or token ids
+    format: Literal[tuple(FORMATS)] = "text"  # documents, conversations, questions, or token ids
     train: list[str] = field(default_factory=list)  # files, folders, globs, each file once; []: built in
     val: list[str] = field(default_factory=list)  # the same for validation; []: every 20th document of train
     weights: list[float] = field(default_factory=list)  # how often entries of train are drawn, relative; []: by size
@@ -95,9 +97,6 @@ class Rows(Protocol):
 
     def sample(self, i: int):
         """(ids, loss) of sample i in the order of the files, before packing and shuffling; loss is true for targets."""
-
-
-FORMATS = {"text": text.prepare, "chat": chat.prepare, "hellaswag": hellaswag.prepare, "tokens": tokens.prepare}
 
 
 def prepare(cfg, block_size, seed):
@@ -328,6 +327,9 @@ def main():
     config = configurator.load(sys.argv[1:], look)
     if config.data.tokenizer == "auto":
         config.data.tokenizer = "bytes" if config.init_from == "scratch" else str(Path(config.init_from).expanduser())
+    named = files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))[0]
+    if look.out and Path(look.out).resolve() in [path.resolve() for path in named]:
+        raise UserError(f"--out={look.out} is a file of the data: name another")
     rows, val_rows, tokenizer = prepare(config.data, config.model.block_size, config.seed)
     if config.init_from == "scratch":
         check_ids(config.model, max(rows.largest, val_rows.largest))

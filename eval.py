@@ -5,7 +5,7 @@
 
 The prediction is the ending whose tokens are likeliest given the context: by the sum of their log-probabilities (acc),
 or by that sum over the ending's length in characters (acc_norm, the number usually quoted). Ranks share the questions;
-each holds the whole model, in bf16 where its weights are stored in bf16, else in float32.
+each holds the whole model, in the dtype that the folder's config.json names (float16 too), or that the run trained in.
 """
 
 import json

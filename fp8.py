@@ -41,7 +41,7 @@ import importlib.metadata
 import logging
 import math
 import os
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -250,6 +250,32 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
 # 2) conversion
 
 
+# torchao's names of the two operands of each matmul
+OPERANDS = {"output": ("input", "weight"), "grad_input": ("grad_output", "weight_for_grad_input"),
+            "grad_weight": ("grad_output_for_grad_weight", "input_for_grad_weight")}
+
+
+def torchao_config(recipe, cfg):
+    """The Float8LinearConfig that computes what a Recipe says."""
+    from torchao.float8.config import CastConfig, Float8GemmConfig, Float8LinearConfig, ScalingGranularity, ScalingType
+
+    granularity = {"tensor": ScalingGranularity.TENSORWISE, "row": ScalingGranularity.AXISWISE}
+    casts, by_row = {}, False
+    gradient = recipe.grad_input or recipe.grad_weight
+    for matmul, operands in OPERANDS.items():
+        for operand, cast in zip(operands, getattr(recipe, matmul) or (None, None), strict=True):
+            if cast is None:  # torchao wants the dtype of the tensor's other cast here too
+                dtype = gradient[0].dtype if gradient and operand.startswith("grad_output") else E4M3
+                config = CastConfig(scaling_type=ScalingType.DISABLED, target_dtype=dtype)
+            else:
+                config = CastConfig(scaling_granularity=granularity[cast.scaling], target_dtype=cast.dtype)
+                by_row |= cast.scaling == "row"
+            casts[f"cast_config_{operand}"] = config
+    accumulation = Float8GemmConfig(use_fast_accum=cfg.grad_fast_accum)
+    return Float8LinearConfig(**casts, gemm_config_grad_input=accumulation, gemm_config_grad_weight=accumulation,
+                              emulate=cfg.emulate, round_scales_to_power_of_2=by_row)
+
+
 def convert(model, cfg, *, shards):
     """Replace linear layers by torchao's Float8Linear, in place, each with the recipe that recipe_of says.
 
@@ -257,19 +283,17 @@ def convert(model, cfg, *, shards):
     GatherInFP8. Each converted layer has the name of its recipe as `.recipe`.
     """
     from torch._inductor.codegen.triton import TritonOverrides
-    from torchao.float8 import Float8GemmConfig, Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import convert_to_float8_training
 
     recipes = {fqn: recipe_of(fqn, cfg) for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
-    accumulation = Float8GemmConfig(use_fast_accum=cfg.grad_fast_accum)
     for name, recipe in RECIPES.items():
         layers = {fqn for fqn in recipes if recipes[fqn] == name}
         if not layers:
             continue
         for switch in recipe.inductor:
             setattr(torch._inductor.config, switch, True)
-        config = replace(Float8LinearConfig.from_recipe_name(name), emulate=cfg.emulate,
-                         gemm_config_grad_input=accumulation, gemm_config_grad_weight=accumulation)
-        convert_to_float8_training(model, config=config, module_filter_fn=lambda _, fqn: fqn in layers)  # noqa: B023
+        convert_to_float8_training(model, config=torchao_config(recipe, cfg),
+                                   module_filter_fn=lambda _, fqn: fqn in layers)  # noqa: B023
     # torchao's patch of Inductor (MIN_TORCHAO) does not say so where it finds nothing to patch
     if not cfg.emulate and "PropagateNan" in TritonOverrides.maximum("a", "b"):
         raise RunStopped(f"torchao {importlib.metadata.version('torchao')} cannot work around a Triton bug in torch "

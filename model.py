@@ -145,7 +145,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B*T, F) each
-        return self.down(F.silu(gate) * up)  # hf.py says "hidden_act": "silu" of what it exports
+        return self.down(F.silu(gate) * up)  # families.py writes "hidden_act": "silu"
 
 
 class Block(nn.Module):

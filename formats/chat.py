@@ -29,6 +29,7 @@ from plumbing.errors import UserError
 FORMS = [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
          "observation": "tool", **{role: role for role in ("user", "assistant", "system", "tool")}}
+KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "ipython", "function"}
 # what is counted, as it appears on the screen
 CUT, DROPPED, LEFT_OUT = "conversations cut at the end", "dropped, having no target", "messages the template drops"
 
@@ -122,15 +123,21 @@ def tokenize(paths, template, train_on, limit):
             messages, tools, used = read_conversation(row)
             if tools and not template.takes_tools:
                 raise UserError(f"it has `tools`, which {template.name} does not take")
-            return template.encode(messages, tools, train_on), used
+            keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
+            ignored = [key for key in keys if not template.reads(key)]
+            if "tool_calls" in ignored and any(message.get("tool_calls") for message in messages):
+                raise UserError(f"it has `tool_calls`, which {template.name} does not take")
+            ignored = [name for name in row if name not in used] + [f"`{key}` of messages" for key in ignored]
+            return template.encode(messages, tools, train_on), ignored, [message["role"] for message in messages]
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
 
-    counts, samples, unused = dict.fromkeys((CUT, DROPPED, LEFT_OUT), 0), [], {}
+    counts, samples, unused, roles = dict.fromkeys((CUT, DROPPED, LEFT_OUT), 0), [], {}, {}
     rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (_, row), ((ids, loss, n_left_out), used) in in_order(pool, encode, rows, 4 * os.cpu_count()):
-            unused |= dict.fromkeys(name for name in row if name not in used)
+        for _, ((ids, loss, n_left_out), ignored, speakers) in in_order(pool, encode, rows, 4 * os.cpu_count()):
+            unused |= dict.fromkeys(ignored)
+            roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)
             counts[LEFT_OUT] += n_left_out
             counts[CUT] += len(ids) > limit + 1
             ids, loss = ids[: limit + 1].astype(np.int32), loss[: limit + 1]
@@ -140,6 +147,8 @@ def tokenize(paths, template, train_on, limit):
             else:
                 counts[DROPPED] += 1
     remarks = [f"fields not used: {', '.join(unused)}"] if unused else []
+    if roles:
+        remarks.append(f"roles that are not trained on: {', '.join(map(repr, roles))} (a typing error?)")
     if "strftime_now" in "".join(template.sources):
         remarks.append(f"the template's date is {date.today():%d %b %Y}")
     return samples, counts, remarks
@@ -171,6 +180,8 @@ def read_template(cfg, tokenizer):
             source = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template={cfg.chat_template}: {error}") from error
+        if not source.strip():
+            raise UserError(f"data.chat_template={cfg.chat_template} is empty: name a Jinja file, or leave it out")
     return Template(tokenizer, source, cfg.chat_template)
 
 

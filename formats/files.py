@@ -182,14 +182,17 @@ def check_named_file(path, kinds):
         return
     if kind == "tokens":
         raise UserError(f"{path}: {path.suffix} holds tokens: set data.format=tokens, or name files of text ({wanted})")
-    if kind is not None or "text" not in kinds or path.suffix.lower() in (".csv", ".tsv"):
-        raise UserError(f"{path}: this format of data does not read {path.suffix or 'files without a suffix'}, "
+    packed = path.suffix.lower() in (".gz", ".zst")
+    suffix = Path(path.stem if packed else path).suffix.lower()
+    whole_suffix = suffix + path.suffix.lower() * packed or "files without a suffix"
+    if kind is not None or "text" not in kinds or suffix in (".csv", ".tsv") or packed and suffix in KINDS:
+        raise UserError(f"{path}: this format of data does not read {whole_suffix}, "
                         f"expected {wanted}: convert it")
     with open_binary(path) as file:
-        head = file.peek(4096)[:4096]
+        head = b"".join(readable(path, (file.peek(4096)[:4096] for _ in range(1))))
     if b"\0" in head:
         raise UserError(f"{path} is a binary file of unknown kind, expected {wanted}")
-    if re.match(rb"\s*(\{|\[\s*\{)\s*\"", head.removeprefix(codecs.BOM_UTF8)):
+    if re.match(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"])", head.removeprefix(codecs.BOM_UTF8)):
         raise UserError(f"{path} holds JSON but is not named so: rename it to end in .jsonl or .json")
 
 
@@ -313,6 +316,8 @@ def parse_json(text, path, line):
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {line + error.lineno - 1} is not JSON: {error.msg} (expected one object per "
                         "line, or a list of objects)") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{path}, line {line} cannot be read as JSON: {error}") from error
 
 
 def table_rows(path, kind, bar=None):
@@ -335,7 +340,7 @@ def table_rows(path, kind, bar=None):
                     for row in batch.slice(start, 256).to_pylist():
                         number += 1
                         yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: dates beyond 9999
         raise UserError(f"{path}, after row {number}: pyarrow cannot read it as {kind}: {error}") from error
 
 

@@ -59,8 +59,15 @@ def read(paths):
     items = []
     for number, (place, raw) in enumerate(files.rows(paths)):
         where = f"{place}: no HellaSwag question"
+        whole = raw.get("ctx_a") is None
+        texts = [(name, raw[name]) for name in ("activity_label", *(("ctx",) if whole else ("ctx_a", "ctx_b")))
+                 if name in raw]
+        if isinstance(raw.get("endings"), list):
+            texts += [("endings", ending) for ending in raw["endings"]]
+        for name, value in texts:
+            if not isinstance(value, str):
+                raise UserError(f"{where}: `{name}` holds {files.type_of(value)}, expected text")
         try:
-            whole = raw.get("ctx_a") is None
             context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
             item = {"ind": raw.get("ind", number), "query": clean(f"{raw['activity_label']}: {context}"),
                     "endings": [clean(ending) for ending in raw["endings"]]}

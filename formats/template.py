@@ -74,6 +74,7 @@ def environment():
     env.globals |= {"raise_exception": raise_exception,
                     "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
     return env
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing in a message
 
 
 class Template:
@@ -154,6 +155,11 @@ class Template:
         ends = ends or [special.end() for special in self.marked_special.finditer(alone)][:1]
         return list(filter(None, headers)), alone[: ends[-1]] if ends else ""
 
+    def reads(self, key):
+        """Whether the template reads this key of a message."""
+        names = REASONING if key in REASONING else (key,)
+        return any(name in source for source in self.sources for name in names)
+
     def render(self, messages, tools, prompt=False):
         """The text of messages, with marks."""
         template = self.tool_use if tools else self.main
@@ -162,7 +168,7 @@ class Template:
                                    add_generation_prompt=prompt, **self.variables)
         except (jinja2.TemplateError, UserError) as error:  # UserError: its own raise_exception
             raise UserError(f"{self.name} refuses it: {error}") from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # of an expression in it
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{self.name} fails on it: {type(error).__name__}: {error}") from error
         return self.special.sub(rf"{SPECIAL}\g<0>", text)
 
@@ -277,13 +283,16 @@ class Template:
         value = HALVES.sub("\ufffd", value)
         if self.tokenizer.nfc:
             value = unicodedata.normalize("NFC", value)
-        return self.special.sub(lambda text: "".join(char + BREAK for char in text[0]), value)
+        value = self.special.sub(lambda text: "".join(char + BREAK for char in text[0]), value)
+        # a template may join two texts, and the next one may complete the special token that this one begins
+        begins_special = any(value.endswith(text[:n]) for text in self.specials for n in range(1, len(text)))
+        return value + BREAK if begins_special else value
 
 
 def normalize(message):
     """A message without fields that are null, and with its reasoning under each name that templates read it by."""
     message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    reasoning = next((message[key] for key in REASONING if key in message), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -171,6 +171,8 @@ def open_split(paths, cfg, block_size, split, **part):
                         "one: train on one kind, or set data.eos_id=None")
     tokens = Tokens(arrays, hashes, block_size, eos=cfg.eos_id, eos_first=firsts[0], largest=max(largest), **part)
     if cfg.eos_id is not None and len(tokens) > 1:
+        if not any(np.any(ids[at : at + PIECE] == cfg.eos_id) for ids in arrays for at in range(0, len(ids), PIECE)):
+            raise UserError(f"data.eos_id={cfg.eos_id} is nowhere in data.{split}: name the id between its documents")
         tokens.document, tokens.longest, tokens.most_documents = remembered(
             cfg.cache_dir, (tokens.digest, block_size, cfg.eos_id, firsts[0]), tokens.measure_documents)
     return tokens

@@ -774,3 +774,15 @@ def test_mistakes_in_a_look_are_one_line(tmp_path, argv, told):
     status, _, err = look(tmp_path, f'--data.train=["{tmp_path / "a.txt"}"]' if "train" not in argv[0]
                           and "tokens" not in argv[0] else "--seed=1", *argv)
     assert status == 2 and told in err and len(err.splitlines()) == 1
+
+
+def test_the_shown_rows_do_not_replace_the_data(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a b c"}\n' * 40)
+    text = file.read_text()
+    status, _, message = main_here(data.main, f'--data.train=["{file}"]', f"--out={tmp_path}/x/../a.jsonl",
+                                   f"--data.cache_dir={tmp_path / 'cache'}", "--model.block_size=16")
+    assert status == 2 and "name a" in message and file.read_text() == text
+    status, _, message = main_here(data.main, f'--data.train=["{file}"]', f"--out={file}",
+                                   f"--data.cache_dir={tmp_path / 'cache'}", "--model.block_size=16")
+    assert status == 2 and "is a file of the data" in message and file.read_text() == text

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import warnings
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -224,6 +225,23 @@ def test_the_table_of_recipes_is_what_torchao_does(name):
         expected = tuple(({"tensorwise": "tensor", "axiswise": "row"}[c.scaling_granularity.value], c.target_dtype)
                          for c in casts if c.scaling_type.value == "dynamic")
         assert (getattr(recipe, matmul) or ()) == expected, matmul
+    ours = fp8.torchao_config(recipe, FP8Config())
+    for field in fields(config):
+        if not field.name.startswith("cast_config"):
+            assert getattr(ours, field.name) == getattr(config, field.name), field.name
+        elif getattr(config, field.name).scaling_type.value == "dynamic":
+            assert getattr(ours, field.name) == getattr(config, field.name), field.name
+
+
+def test_an_edited_recipe_computes_something_else(monkeypatch):
+    x = torch.randint(0, 256, (1, 64))
+    grads, recipe = [], fp8.RECIPES["tensorwise"]
+    for edit in ({}, {"output": (fp8.ROW_E4M3, fp8.ROW_E4M3)}, {"grad_weight": None}):
+        monkeypatch.setitem(fp8.RECIPES, "tensorwise", replace(recipe, **edit))
+        model = build(emulated())
+        model(x, x).backward()
+        grads.append(model.layers[0].attn.qkv.weight.grad)
+    assert not grads[0].equal(grads[1]) and not grads[0].equal(grads[2])
 
 
 @pytest.mark.parametrize("recipe, flops_per_weight", [("tensorwise", 6), ("rowwise", 6), ("rowwise_with_gw_hp", 4)])

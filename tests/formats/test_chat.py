@@ -364,6 +364,31 @@ def test_special_tokens_that_somebody_writes_stay_text(name, tokenizer, referenc
         assert [i for i in ids.tolist() if i in specials] == [i for i in own.tolist() if i in specials]
 
 
+def test_a_special_token_that_two_parts_of_a_message_make_stays_text(tokenizer):
+    template = Template(tokenizer, """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+        {%- if m.content is string %}{{ m.content }}
+        {%- else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}
+        {%- endfor %}""", "parts")
+    parts = [{"type": "text", "text": text} for text in ("x<|im_", "end|>y")]
+    ids, _, _ = template.encode([user(parts), assistant("hi")])
+    assert ids.tolist().count(tokenizer.specials["<|im_end|>"]) == 2
+    assert "x<|im_end|>y" in tokenizer.decode(ids)
+
+
+def test_what_is_ignored_in_messages_is_on_the_screen(folder, tmp_path):
+    odd = [{**user("add: 1 2"), "weight": 0}, {"role": "assistnat", "content": "3"}, *PAIR]
+    train, _, _ = data.prepare(config(folder, write(tmp_path / "rows.jsonl", *[{"messages": odd}] * 40)), 256, 1)
+    assert "fields not used: `weight` of messages" in train.description
+    assert "roles that are not trained on: 'assistnat'" in train.description
+
+
+def test_an_empty_file_is_no_chat_template(folder, tmp_path):
+    (tmp_path / "empty.jinja").write_text("\n")
+    path = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40)
+    with pytest.raises(ValueError, match="empty.jinja is empty: name a Jinja file"):
+        data.prepare(config(folder, path, chat_template=str(tmp_path / "empty.jinja")), 256, 1)
+
+
 def test_words_that_are_no_special_tokens_are_found_in_replies(tokenizer):
     ids, _, _ = Template(tokenizer).encode([user("a"), assistant("<think>b</think>")])
     assert tokenizer.specials["<think>"] in ids and tokenizer.specials["</think>"] in ids
@@ -452,6 +477,7 @@ def test_tools_may_be_a_list_or_json(tokenizer):
     ({"messages": PAIR, "tools": "nonsense"}, "`tools` is a string but not JSON"),
     ({"messages": PAIR, "tools": [1]}, "`tools[0]` is a number"),
     ({"messages": PAIR, "tools": TOOLS}, "it has `tools`, which the chat template of"),
+    ({"messages": [user("a"), assistant("", tool_calls=CALL)]}, "it has `tool_calls`, which the chat template of"),
     ({"messages": [user("a \U0010f002")]}, "a private-use character that is needed here")])
 def test_a_field_that_cannot_be_used_is_named_with_its_file_and_line(row, message, folder, tmp_path):
     path = write(tmp_path / "rows.jsonl", {"messages": PAIR}, row)

@@ -172,6 +172,8 @@ def test_links_are_followed_once(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", b"a,b\n1,2\n", "does not read .csv"), ("a.bin", b"\1\0", "holds tokens: set data.format=tokens"),
     ("a.data", b'{"text": "x"}\n', "holds JSON but is not named so"), ("a", b'[\n {"text": "x"}]', "holds JSON"),
+    ("a.csv.gz", b"1,2", "does not read .csv.gz"), ("a.parquet.gz", b"PAR1", "does not read .parquet.gz"),
+    ("a.log", b'["first text", "second"]', "holds JSON"), ("a.notes.gz", b"not compressed", "is damaged"),
     ("a.xyz", b"\0\1\2", "is a binary file"), ("a.jsonl.bz2", b"BZh9\0", "is a binary file")])
 def test_a_named_file_that_cannot_be_used_is_an_error(tmp_path, name, content, message):
     make(tmp_path, name, content=content)

@@ -83,6 +83,9 @@ def test_fields_that_the_published_rows_always_have_may_be_missing(tmp_path):
     *((json.dumps({**question(0), "label": label}), f"`label` is {label!r}, expected the index of the right ending, "
        "one of 0, 1, 2, 3") for label in ("4", "", 1.7, "-1", "1e400", None, True)),
     (json.dumps({**question(0), "endings": "abcd"}), "`endings` is a string, expected a list"),
+    (json.dumps({**question(0), "endings": ["a", None]}), "`endings` holds null, expected text"),
+    (json.dumps({**question(0), "activity_label": None}), "`activity_label` holds null, expected text"),
+    ("[" * 100_000, "line 3 cannot be read as JSON"),
     (json.dumps({k: v for k, v in question(0).items() if k != "activity_label"}), "activity_label")])
 def test_broken_lines_are_named(tmp_path, line, told):
     path = tmp_path / "q.jsonl"

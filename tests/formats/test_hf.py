@@ -15,6 +15,7 @@ import configurator
 import fp8
 import model as models
 import sample
+from data import DataConfig
 from formats import families, hf, quantized
 from optim import AdamW, OptimConfig
 from plumbing.errors import UserError
@@ -171,9 +172,30 @@ def test_packed_documents_have_the_logits_that_each_has_alone(folders, family):
 def save_run(out_dir, model, init_from="scratch", **config):
     """What train.py leaves of a model in out_dir."""
     config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32", **config)
+    if config.data.tokenizer == "auto":  # as train.py resolves it
+        config.data.tokenizer = "bytes" if init_from == "scratch" else str(init_from)
     checkpoint.save(out_dir, 1, model, None, {}, keep=0)
     Path(out_dir, "config.py").write_text(configurator.to_python(config))
     return out_dir
+
+
+def test_an_export_has_the_tokenizer_and_the_template_that_the_run_used(copy, tmp_path, capsys):
+    folder, other, template = copy("llama_2"), tmp_path / "other", tmp_path / "mine.jinja"
+    other.mkdir()
+    for place, text in ((folder, "of the model"), (other, "of the run")):
+        (place / "tokenizer.json").write_text(text)
+        (place / "chat_template.jinja").write_text(text)
+    template.write_text("of a key")
+    model = loaded(folder, wanted=models.ModelConfig(block_size=64))
+    for i, (keys, expected) in enumerate((({"tokenizer": str(other)}, ["of the run"] * 2),
+                                          ({"chat_template": str(template)}, ["of the model", "of a key"]))):
+        out = save_run(tmp_path / f"out{i}", model, folder, data=DataConfig(**keys))
+        checkpoint.export(out, tmp_path / f"exported{i}")
+        found = [(tmp_path / f"exported{i}" / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")]
+        assert found == expected
+    checkpoint.export(save_run(tmp_path / "named", model, folder, data=DataConfig(tokenizer="gpt2")), tmp_path / "bare")
+    assert not (tmp_path / "bare" / "tokenizer.json").exists()
+    assert "it holds no tokenizer: sample.py" in capsys.readouterr().out
 
 
 def tensors(folder):

@@ -137,3 +137,9 @@ def test_files_of_llm_c_and_others_are_not_mixed_where_their_borders_differ(tmp_
 def test_a_tokenizer_that_lacks_the_ids_is_named(tmp_path):
     (tmp_path / "a.bin").write_bytes((IDS + 1000).astype("<u2").tobytes())
     assert "tokenizer bytes has no ids above 256" in prepare(tmp_path, "a.bin")[0].description
+
+
+def test_an_eos_that_is_nowhere_is_an_error(tmp_path):
+    (tmp_path / "a.bin").write_bytes(IDS.astype("<u2").tobytes())
+    with pytest.raises(UserError, match="data.eos_id=60000 is nowhere in data.train"):
+        prepare(tmp_path, "a.bin", eos_id=60000)
