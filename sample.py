@@ -13,7 +13,6 @@ training has shown the model nothing longer.
 """
 
 import codecs
-import itertools
 import math
 import os
 import sys
@@ -142,13 +141,28 @@ def load_model(folder, device, tokenizer=None):
     return model.eval(), get_tokenizer(tokenizer or config.data.tokenizer), config
 
 
+# What a generation_config.json may ask for that is not done here, and the value that asks for nothing
+NOT_FOLLOWED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "min_length": 0,
+                "suppress_tokens": None, "begin_suppress_tokens": None, "bad_words_ids": None, "num_beams": 1}
+
+
 def stop_ids(tokenizer, *folders):
-    """The ids that end a text: the tokenizer's EOS, and eos_token_id of model folders, as transformers' generate."""
+    """The ids that end a text: the tokenizer's EOS, and eos_token_id of model folders.
+
+    Of generation_config.json if a folder has one, else of config.json, as in transformers. Prints what else
+    generation_config.json asks for and sample.py does not do.
+    """
     found = {tokenizer.eos}
-    for folder, name in itertools.product(folders, ("config.json", "generation_config.json")):
-        path = Path(folder, name).expanduser()
-        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+    for folder in dict.fromkeys(map(str, folders)):
+        paths = [Path(folder, name).expanduser() for name in ("generation_config.json", "config.json")]
+        settings = next((read_json(path) for path in paths if path.is_file()), {})
+        eos = settings.get("eos_token_id")
         found |= set(eos) if isinstance(eos, list) else {eos}
+        ignored = [f"{key}={settings[key]}" for key, neutral in NOT_FOLLOWED.items()
+                   if settings.get(key) not in (None, neutral)]
+        if ignored:
+            print(f"{folder}: generation_config.json asks for {', '.join(ignored)}, which is not done here",
+                  file=sys.stderr)
     return found - {None}
 
 

@@ -182,6 +182,16 @@ def test_the_text_begins_with_bos_and_goes_on_as_in_transformers(folder, referen
     assert status == 0 and out == expected != other
 
 
+def test_generation_config_alone_says_what_ends_a_text_and_what_is_not_followed_is_named(folder, tmp_path, capsys):
+    tokenizer = get_tokenizer(str(folder))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 35}')
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [1, 2], "repetition_penalty": 1.05, "num_beams": 1, "top_p": 0.8}')
+    assert sample.stop_ids(tokenizer, tmp_path, str(tmp_path)) == {tokenizer.eos, 1, 2}
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "asks for repetition_penalty=1.05, which is not done here" in shown
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_text_ends_where_the_folder_says(name, folder, reference, tmp_path):
     _, model = reference
