@@ -327,9 +327,10 @@ def main():
     config = configurator.load(sys.argv[1:], look)
     if config.data.tokenizer == "auto":
         config.data.tokenizer = "bytes" if config.init_from == "scratch" else str(Path(config.init_from).expanduser())
-    named = files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))[0]
-    if look.out and Path(look.out).resolve() in [path.resolve() for path in named]:
-        raise UserError(f"--out={look.out} is a file of the data: name another")
+    if look.out:
+        named, _ = files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))
+        if Path(look.out).resolve() in [path.resolve() for path in named]:
+            raise UserError(f"--out={look.out} is a file of the data: name another")
     rows, val_rows, tokenizer = prepare(config.data, config.model.block_size, config.seed)
     if config.init_from == "scratch":
         check_ids(config.model, max(rows.largest, val_rows.largest))

@@ -156,7 +156,7 @@ def tokenize(paths, template, train_on, limit):
 
 def stored(paths, template, cfg, limit):
     """tokenize(), from cfg.cache_dir if it was done there before: ranks share the work, and a resumed run its dates."""
-    identity = [[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths], cfg.train_on, limit,
+    identity = [[files.identity(path) for path in paths], cfg.train_on, limit,
                 template.tokenizer.fingerprint, template.sources, template.variables]
     key = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     path = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}.npz")
