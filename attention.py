@@ -2,8 +2,8 @@
 
 A query sees itself and earlier tokens: only those of its own document in packed rows, only the nearest ones with a
 sliding window. GPUs have kernels for all three (cuDNN for whole rows, variable-length flash attention for documents and
-windows); other devices use a mask. `flash4=True` selects FlashAttention 4 for Hopper and Blackwell, which is faster and
-has to be installed. Shapes: B batch, T time, H query heads, K key/value heads, D width of a head.
+windows); other devices use a mask. FlashAttention 4 for Hopper and Blackwell is faster, and is used where it is
+installed. Shapes: B batch, T time, H query heads, K key/value heads, D width of a head.
 
 A new kernel: a function with the arguments of `attend`, which `select_kernel` gives to the blocks, and its operator in
 `SAVED_OPS`, so that selective recompute keeps its output.
@@ -85,11 +85,15 @@ def attention_mask(x, cfg, positions, bounds):
 
 
 def select_kernel(model, config, device):
-    """Give a Transformer's blocks the kernel that a configurator.Config asks for. UserError if it cannot run here."""
-    if config.flash4:
-        flash4.check(config, device)
-        for block in model.layers:
-            block.attn.attend = flash4.attend
+    """Give a Transformer's blocks the kernel of attention that a configurator.Config asks for, and return its name.
+
+    Raises UserError if it cannot run here.
+    """
+    if not flash4.usable(config, device):
+        return "PyTorch's"
+    for block in model.layers:
+        block.attn.attend = flash4.attend
+    return "FlashAttention 4"
 
 
 def attend(q, k, v, mask=None, window=None):

@@ -65,7 +65,7 @@ class Config:
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recompute in backward: cheap ops, or all
     check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU
-    flash4: bool = False  # attention by FlashAttention 4, if installed: faster on Hopper, most for packed documents
+    flash4: bool | None = None  # attention by FlashAttention 4: True: or fail, False: never, None: where installed
     cuda_graph: bool = False  # record a pass as one CUDA graph: small models, one GPU; its memory stays reserved
     loss_chunks: int = 1  # compute the loss in this many pieces, so that all logits never exist at once
     deterministic: bool = False  # bitwise repeatable kernels only (torch.use_deterministic_algorithms)

@@ -86,7 +86,7 @@ def main():
     start_step = previous_run["step"]
     with torch.device("meta"):  # shapes and names, without memory
         model = models.Transformer(config.model).to(dtype)
-    attention.select_kernel(model, config, device)
+    say(f"attention: {attention.select_kernel(model, config, device)}")
     cudagraph.check(config, n_shards, device)
     check_fp8 = functools.partial(fp8.check, config.fp8, model, device=device, compiled=config.compile.enabled,
                                   shards=n_shards, loss_chunks=config.loss_chunks)

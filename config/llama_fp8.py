@@ -3,6 +3,10 @@
 A large FP8 GPU trains the shape of Llama-3.1-8B, any other machine a small model with emulated FP8 (same numerics, no
 speedup). Both train on the sources of Python's standard library, byte by byte. A serious 8B run needs real text
 (data.train) and a real tokenizer (data.tokenizer); its steps take the same time.
+
+Every key that is faster at no measurable cost in loss is on (docs/performance.md has each one's number). Not used:
+lm_head in FP8 (fp8.filter_fqns=[]) is 2% faster but costs loss; cuda_graph is 0.7% faster but leaves no memory for
+anything beside the captured pass. FlashAttention 4 is used where it is installed.
 """
 
 import os
@@ -22,18 +26,20 @@ fp8 = FP8Config(enabled=True, recipe_name="tensorwise", enable_fsdp_float8_all_g
                 precompute_float8_dynamic_scale_for_fsdp=even, filter_fqns=["lm_head"], emulate=not gpu)
 
 if gib > 75:
-    # 8.03e9 parameters. bf16 weights, gradients and moments: 8 bytes per parameter, 60 GiB, which leaves 18 GiB for
-    # activations on one 80 GB card. With float32 masters and moments: 16 bytes per parameter, 120 GiB over all ranks,
-    # plus about 20 on each for activations and gathered weights: 4 cards of 80 GB, or 2 of 140.
-    # 1 sequence x 8192 tokens x ranks. No accumulation on one card: it would keep 15 GiB of gradients beside the
-    # activations (activation_checkpoint="full" makes room for them and costs 13% of the speed).
+    # 8.03e9 parameters, 8192 tokens x ranks. GiB on one 80 GB card: bf16 weights 15, FP8 moments 15, activations saved
+    # for backward 26, FP8 copies of them 13, logits of 8192 tokens and their gradient 4: 73 in all. Backward allocates
+    # gradients while it frees activations, which accumulation on one card would not let it do: that takes
+    # activation_checkpoint="full", 13% slower. With float32 masters and moments: 16 bytes per parameter, 120 GiB over
+    # all ranks, plus about 20 on each for activations and gathered weights: 4 cards of 80 GB, or 2 of 140.
     master = 120 + 20 * ranks < 0.95 * gib * ranks
     choice = f"{ranks} x {gib:.0f} GiB with FP8: Llama-3.1-8B shape, {'float32' if master else 'bf16'} master weights"
+    fp8.keep_casts = fp8.grad_fast_accum = True
     config = Config(
         model=model.llama3_1_8b(), fp8=fp8, compile=CompileConfig(enabled=True),
-        optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=100,
+        optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=100, fp8_moments=True,
                           weights="fp32_master" if master else "stochastic_rounding"),
-        global_batch_size=ranks, micro_batch_size=1, activation_checkpoint="selective", loss_chunks=4,
+        global_batch_size=ranks, micro_batch_size=1,
+        reduce_dtype="bfloat16", reshard_after_forward=False,  # several GPUs: half the bytes to reduce, one gather
         out_dir="out/llama_8b_fp8", max_steps=1000, eval_interval=250, eval_sequences=16, log_interval=5,
         checkpoint_interval=500)
 else:

@@ -15,11 +15,16 @@ MIN_VERSION = "4.0.0b36"  # the version that was tested; earlier ones take other
 INSTALL = "pip install --pre flash-attn-4 'nvidia-cutlass-dsl[cu13]'"
 
 
-def check(config, device):
-    """UserError if this machine or the model of a configurator.Config cannot use it."""
+def usable(config, device):
+    """Whether a configurator.Config trains with it: flash4=None: where it can; True: always; False: never.
+
+    Raises UserError where flash4=True cannot be done, and for an installation that cannot be imported.
+    """
+    if config.flash4 is False:
+        return False
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     widest = {9: 256, 10: 128}.get(generation)  # Hopper, Blackwell
-    width = config.model.head_dim
+    width, problem = config.model.head_dim, None
     try:
         installed = importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
@@ -34,9 +39,16 @@ def check(config, device):
         problem = f"it is not installed: {INSTALL} (cu12 for a torch with CUDA 12)"
     elif TorchVersion(installed) < MIN_VERSION:
         problem = f"flash-attn-4 {installed} is too old: {INSTALL}"
-    else:
-        return
-    raise UserError(f"flash4=True: {problem}; or set flash4=False")
+    if problem:
+        if config.flash4:
+            raise UserError(f"flash4=True: {problem}; or set flash4=False")
+        return False
+    try:
+        import flash_attn.cute.interface  # noqa: F401
+    except Exception as error:  # CUDA libraries of its own raise errors of many kinds
+        raise UserError(f"flash-attn-4 {installed} cannot be imported ({type(error).__name__}: {error}): {INSTALL}, "
+                        "or set flash4=False") from error
+    return True
 
 
 def attend(q, k, v, mask=None, window=None):

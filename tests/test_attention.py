@@ -15,6 +15,7 @@ import model as models
 from configurator import Config, ModelConfig
 from plumbing import flash4
 from plumbing.compiling import CompileConfig, compile_and_checkpoint, recompute
+from plumbing.errors import UserError
 
 
 def visible(q, k, cu_seqlens, window):
@@ -119,7 +120,7 @@ def test_the_operators_shapes_are_known_without_running_them(planted):
 GPU = SimpleNamespace(type="cuda")
 
 
-@pytest.mark.parametrize("keys, generation, told", [
+@pytest.mark.parametrize("keys, generation, message", [
     ({}, None, "kernels for Hopper and Blackwell GPUs only"), ({}, 8, "kernels for Hopper and Blackwell GPUs only"),
     ({"dtype": "float32"}, 9, "dtype=bfloat16, not float32"),
     ({"model": ModelConfig(head_dim=36)}, 9, "up to 256 on this GPU, not model.head_dim=36"),
@@ -127,7 +128,7 @@ GPU = SimpleNamespace(type="cuda")
     ({}, 9, "it is not installed: pip install --pre flash-attn-4"),
     ({"installed": "4.0.0b4"}, 9, "flash-attn-4 4.0.0b4 is too old: pip install"),
 ])
-def test_flash4_that_cannot_run_is_told(keys, generation, told, monkeypatch):
+def test_flash4_where_it_cannot_run_is_an_error_if_asked_for_and_else_not_used(keys, generation, message, monkeypatch):
     keys = dict(keys)
     installed = keys.pop("installed", None)
 
@@ -139,21 +140,37 @@ def test_flash4_that_cannot_run_is_told(keys, generation, told, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     monkeypatch.setattr(importlib.metadata, "version", version)
     device, nothing = GPU if generation else torch.device("cpu"), SimpleNamespace(layers=[])
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=message):
         attention.select_kernel(nothing, Config(flash4=True, **keys), device)
-    attention.select_kernel(nothing, Config(**keys), device)
-    if generation == 9:
-        installed = "4.0.0"
-        attention.select_kernel(nothing, Config(flash4=True), GPU)
+    assert attention.select_kernel(nothing, Config(**keys), device) == "PyTorch's"
 
 
-def test_train_says_so(tiny_run, capsys):
-    with pytest.raises(ValueError, match="flash4=True: it has kernels for Hopper"):
+@pytest.mark.parametrize("flash4_key", [None, True])
+def test_flash4_is_used_where_it_is_installed_and_false_turns_it_off(flash4_key, planted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0")
+    block = SimpleNamespace(attn=SimpleNamespace(attend=None))
+    model = SimpleNamespace(layers=[block])
+    assert attention.select_kernel(model, Config(flash4=False), GPU) == "PyTorch's" and block.attn.attend is None
+    assert attention.select_kernel(model, Config(flash4=flash4_key), GPU) == "FlashAttention 4"
+    assert block.attn.attend is flash4.attend
+
+
+def test_an_installation_that_cannot_be_imported_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(UserError, match=r"flash-attn-4 4.0.0 cannot be imported \(ModuleNotFoundError: .*flash4=False"):
+        attention.select_kernel(SimpleNamespace(layers=[]), Config(), GPU)
+
+
+def test_train_stops_where_flash4_is_asked_for_and_cannot_run(tiny_run):
+    with pytest.raises(UserError, match="flash4=True: it has kernels for Hopper"):
         train_here(*tiny_run, "--flash4=True")
 
 
 def test_a_run_with_flash4_computes_attention_with_it(tiny_run, tmp_path, planted, monkeypatch):
-    monkeypatch.setattr(flash4, "check", lambda config, device: None)
+    monkeypatch.setattr(flash4, "usable", lambda config, device: True)
     train_here(*tiny_run, "--flash4=True", "--max_steps=1", "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}")
     assert planted.backwards == 2 * (2 + 1)  # layers x micro-batches, and the first pass
     assert planted.forwards > planted.backwards  # evaluation
@@ -165,7 +182,7 @@ def test_the_kernels_are_timed_for_rows_documents_and_windows(tmp_path):
     report = json.loads((tmp_path / "attention.json").read_text())
     assert [(row["case"], row["kernel"]) for row in report["rows"]] == [
         (case, "PyTorch's") for case in ("rows", "documents", "documents, window")]
-    assert report["q"] == [8, 64, 4, 32] and report["k"] == [8, 64, 2, 32] and "flash4=True: it has" in done.stdout
+    assert report["q"] == [8, 64, 4, 32] and report["k"] == [8, 64, 2, 32] and "flash4 cannot run here" in done.stdout
 
 
 @pytest.mark.gpu

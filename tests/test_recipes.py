@@ -70,13 +70,11 @@ def test_recipes_are_the_published_models_and_keep_the_contract(name, ranks, mon
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_the_fast_config_fits_and_is_fast(ranks, monkeypatch, h100):
-    config = load("llama_8b_fast", ranks, monkeypatch)
-    assert config.model == models.llama3_1_8b() and config.fp8.filter_fqns == ["lm_head"] and config.flash4
+def test_the_front_door_fits_and_is_fast(ranks, monkeypatch, h100):
+    config = load("llama_fp8", ranks, monkeypatch)
+    assert config.model == models.llama3_1_8b() and config.fp8.filter_fqns == ["lm_head"] and config.flash4 is None
     assert config.fp8.keep_casts and config.fp8.grad_fast_accum and config.optim.fp8_moments and not config.fp8.emulate
     assert estimate.memory(config, ranks if ranks > 1 else 0, 1) < 0.95 * 79.2
-    default = load("llama_fp8", ranks, monkeypatch)
-    assert not (default.flash4 or default.fp8.keep_casts or default.optim.fp8_moments)
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))

@@ -61,14 +61,14 @@ def test_memory_counts_a_block_that_somebody_made_leaner(monkeypatch):
 
 
 def llama_8b(**changes):
-    """What config/llama_fp8.py is on one 80 GB card."""
+    """What config/llama_fp8.py was on one 80 GB card before it had the fast keys."""
     return Config(**{**dict(model=models.llama3_1_8b(), micro_batch_size=1, global_batch_size=1, loss_chunks=4,
                             fp8=FP8Config(enabled=True, filter_fqns=["lm_head"]), activation_checkpoint="selective",
                             optim=OptimConfig(weights="stochastic_rounding")), **changes})
 
 
 def with_fast_keys(config, **more):
-    """What config/llama_8b_fast.py adds, as far as memory goes."""
+    """What config/llama_fp8.py has today, as far as memory goes."""
     return replace(config, optim=replace(config.optim, fp8_moments=True), activation_checkpoint="none", loss_chunks=1,
                    fp8=replace(config.fp8, keep_casts=True), **more)
 
