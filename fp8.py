@@ -112,7 +112,7 @@ class FP8Config:
     enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (tensorwise only)
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
-    keep_casts: bool = False  # save forward's casts of inputs and weights for backward instead of casting again
+    keep_casts: bool = False  # backward reads the casts of forward; weights are cast once a step, not once a pass
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
     auto_filter: bool = False  # time the layers at start-up and leave those that FP8 does not speed up in bf16
     grad_fast_accum: bool = False  # fast accumulation in backward matmuls, as in forward: 2% faster, row-wise 10%
@@ -276,11 +276,12 @@ def torchao_config(recipe, cfg):
                               emulate=cfg.emulate, round_scales_to_power_of_2=by_row)
 
 
-def convert(model, cfg, *, shards):
+def convert(model, cfg, *, shards, accumulation=1):
     """Replace linear layers by torchao's Float8Linear, in place, each with the recipe that recipe_of says.
 
     Call it before fully_shard, on the meta device. With all-gather configured and shards > 0, weights become
-    GatherInFP8. Each converted layer has the name of its recipe as `.recipe`.
+    GatherInFP8. With cfg.keep_casts, several passes per step (accumulation) and shards == 0, the layers are CastOnce.
+    Each converted layer has the name of its recipe as `.recipe`.
     """
     from torch._inductor.codegen.triton import TritonOverrides
     from torchao.float8 import convert_to_float8_training
@@ -306,6 +307,8 @@ def convert(model, cfg, *, shards):
             dtype = RECIPES[linear.recipe].output[1].dtype
             weight = gather_in_fp8()(linear.weight, linear.linear_mm_config, dtype)
             linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+        elif cfg.keep_casts and accumulation > 1 and not shards:
+            linear.__class__ = cast_once()
 
 
 def needs_self_check(cfg):
@@ -331,20 +334,27 @@ def cast_to_fp8(x, scale, dtype):
     return (x.float() * scale).clamp(-limit, limit).to(dtype)
 
 
+def one_pass_cast(x, scale, dtype):
+    """cast_to_fp8 outside of compiled blocks: eager, it passes over x four times, which cost 12% of an H100's step."""
+    return (compiled_cast() if x.is_cuda else cast_to_fp8)(x, scale, dtype)
+
+
+@functools.cache
+def compiled_cast():
+    return torch.compile(cast_to_fp8, dynamic=True)
+
+
 @functools.cache
 def gather_in_fp8():
     """The weight class that FSDP2 gathers in FP8. Built on first use, so that bf16 runs need no torchao."""
     from torchao.float8.float8_utils import amax_to_scale
     from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
-    # FSDP2 calls fsdp_pre_all_gather outside of the compiled blocks. An eager cast passes over the shard four times and
-    # cost 12% of a step on an H100; a compiled one passes once.
-    compiled_cast = torch.compile(cast_to_fp8, dynamic=True)
-
     class GatherInFP8(WeightWithDynamicFloat8CastTensor):
         """A weight shard that is cast to FP8 just before each all-gather: torchao's class with three changes.
 
-        A compiled cast, an amax in one pass instead of two, and a precomputed scale that __tensor_unflatten__ keeps.
+        A compiled cast (FSDP2 calls fsdp_pre_all_gather outside of the compiled blocks), an amax in one pass instead of
+        two, and a precomputed scale that __tensor_unflatten__ keeps.
         """
 
         @classmethod
@@ -367,16 +377,58 @@ def gather_in_fp8():
                 amax = torch.linalg.vector_norm(self._tensor, math.inf)
                 torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=mesh.get_group())
                 scale = amax_to_scale(amax, self._dtype)
-            cast = compiled_cast if self._tensor.is_cuda else cast_to_fp8
-            return (cast(self._tensor, scale, self._dtype),), (scale,)
+            return (one_pass_cast(self._tensor, scale, self._dtype),), (scale,)
 
     torch.serialization.add_safe_globals([GatherInFP8])
     return GatherInFP8
 
 
-def precompute_scales(model, cfg, *, shards):
-    """Compute the scales of all weights gathered in FP8 with one all-reduce. Call it whenever weights change."""
+@functools.cache
+def cast_once():
+    """The layer class whose weight is cast once per optimizer step, by prepare_weights: torchao's, with that change."""
+    from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
+    from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
+    from torchao.float8.float8_utils import amax_to_scale
+
+    @torch._dynamo.allow_in_graph
+    class AsCast(torch.autograd.Function):
+        """The FP8 tensor of a weight's cast and scale. Its gradient is the weight's."""
+
+        @staticmethod
+        def forward(ctx, weight, cast, scale, mm_config):
+            return Float8TrainingTensor(cast, scale, weight.dtype, mm_config, GemmInputRole.WEIGHT)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, None, None, None
+
+    class CastOnce(Float8Linear):
+        cast = scale = None  # of the weight, in FP8 and 0-d float32
+
+        def forward(self, x):
+            weight = AsCast.apply(self.weight, self.cast, self.scale, self.linear_mm_config)
+            y = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
+            return y if self.bias is None else y + self.bias
+
+        def cast_weight(self):
+            if self.cast is None:
+                self.cast, self.scale = torch.empty_like(self.weight, dtype=E4M3), self.weight.new_empty(()).float()
+            self.scale.copy_(amax_to_scale(torch.linalg.vector_norm(self.weight, math.inf), E4M3))
+            self.cast.copy_(one_pass_cast(self.weight, self.scale, E4M3))
+
+    return CastOnce
+
+
+@torch.no_grad()
+def prepare_weights(model, cfg, *, shards):
+    """Compute what passes of one step share of the FP8 weights. Call it whenever weights change.
+
+    That is the scales of weights gathered in FP8, with one all-reduce, if they are precomputed; and CastOnce's casts.
+    """
     if cfg.enabled and cfg.precompute_float8_dynamic_scale_for_fsdp and shards:
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
         precompute_float8_dynamic_scale_for_fsdp(model)
+    for linear in model.modules() if cfg.enabled and cfg.keep_casts else ():
+        if isinstance(linear, cast_once()):
+            linear.cast_weight()

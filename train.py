@@ -143,7 +143,7 @@ def main():
         check_fp8(tokens=tokens_per_pass)
         if fp8.needs_self_check(config.fp8):
             say(proof.self_check(config, micro_batches(1)[0], device))
-        fp8.convert(model, config.fp8, shards=n_shards)
+        fp8.convert(model, config.fp8, shards=n_shards, accumulation=accumulation)
         fp8_flops = proof.covered_flops(model) / flops_per_token
         say(proof.table(model, config.fp8, fp8_flops, shards=n_shards))
         converted = list(fp8.float8_linears(model))
@@ -180,7 +180,7 @@ def main():
         hf.load(config.init_from, model, optimizer)
         say(f"weights: {config.init_from}")
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
-    fp8.precompute_scales(model, config.fp8, shards=n_shards)
+    fp8.prepare_weights(model, config.fp8, shards=n_shards)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {estimated_gib:.1f} GiB estimated per "
         "rank with gradients, optimizer and activations")
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
@@ -266,14 +266,16 @@ def main():
             log(*health)
             say(f"step {step}/{config.max_steps} | {telemetry.worst(health)}")
         loss = torch.zeros((), device=device)
-        for micro_batch in batch:
+        for i, micro_batch in enumerate(batch, 1):
+            if n_shards and not config.reshard_after_forward:  # gather, and cast to FP8, once for all passes of a step
+                model.set_reshard_after_backward(i == accumulation)
             loss += run_pass(*micro_batch, n_targets)
             if accumulation > 1:
                 optimizer.accumulate()
         loss, grad_norm = ranks.sum(loss) / n_targets, optimizer.grad_norm()
         lr = get_lr(config.optim, step, config.max_steps)
         optimizer.step(lr, grad_norm, guard.check(step, loss, grad_norm))
-        fp8.precompute_scales(model, config.fp8, shards=n_shards)
+        fp8.prepare_weights(model, config.fp8, shards=n_shards)
         progress.update()
 
         logs_now = first or last or step % config.log_interval == 0  # the first also compiles AdamW

@@ -413,6 +413,41 @@ def test_kept_casts_are_not_made_again_and_change_nothing(activation_checkpoint)
     assert all(sqnr(a, b) > 25 for a, b in zip(*grads, strict=True))
 
 
+def test_weights_cast_once_give_the_same_gradients_until_they_change(monkeypatch):
+    casts, cast = [], fp8.one_pass_cast
+    monkeypatch.setattr(fp8, "one_pass_cast", lambda x, *args: casts.append(x.shape) or cast(x, *args))
+    cfg = emulated(keep_casts=True)
+    models_of = {}
+    for accumulation in (1, 2):
+        with torch.device("meta"):
+            model = models.Transformer(models.ModelConfig(**TINY, qkv_bias=True))
+        fp8.convert(model, cfg, shards=0, accumulation=accumulation)
+        model.to_empty(device="cpu")
+        models.init_weights(model, 1)
+        models_of[accumulation] = model
+    every_pass, once = models_of.values()
+
+    def gradients(model):
+        for seed in (0, 1):  # two passes of a step
+            x = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(seed))
+            model(x, x).backward()
+        found = [p.grad for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = None
+        return found
+
+    for change in (0.0, 0.5):
+        for model in models_of.values():
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(change * p.abs().mean())
+        if change:
+            assert not all(map(torch.equal, gradients(once), gradients(every_pass)))  # still cast before the change
+        fp8.prepare_weights(once, cfg, shards=0)
+        assert all(map(torch.equal, gradients(once), gradients(every_pass)))
+    assert len(casts) == 2 * len(fp8.float8_linears(once))
+
+
 @pytest.fixture
 def mesh(tmp_path):
     """Of one rank."""

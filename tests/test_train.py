@@ -17,6 +17,7 @@ import checkpoint
 import configurator
 import data
 import formats.tokens as token_format
+import fp8
 import model as models
 import sample
 import train
@@ -385,7 +386,7 @@ fp8.nn = SimpleNamespace(**vars(fp8.nn))
 fp8.nn.Parameter = lambda w, requires_grad: torch.nn.Parameter(w._tensor)""",
                           "these weights are not set up for it: layers.0.attn.qkv (high precision)"),
     "never_precomputes": ("""
-fp8.precompute_scales = lambda *args, **kwargs: None""", "not set up for it: layers.0.attn.qkv (no precomputed scale)"),
+fp8.prepare_weights = lambda *args, **kwargs: None""", "not set up for it: layers.0.attn.qkv (no precomputed scale)"),
 }
 
 
@@ -409,7 +410,7 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, ranks)
                 except RuntimeError as error:
                     told[name] = str(error)
                 for place, names in kept:
-                    for key in ("fsdp_pre_all_gather", "fsdp_post_all_gather", "nn", "precompute_scales"):
+                    for key in ("fsdp_pre_all_gather", "fsdp_post_all_gather", "nn", "prepare_weights"):
                         if key in names:
                             setattr(place, key, names[key])
             if torch.distributed.get_rank() == 0:
@@ -933,3 +934,16 @@ def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path, moment):
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (130, "interrupted")
     assert "Traceback" not in done.stderr
     assert len(list((tmp_path / "out").glob("checkpoints/step_*3"))) == (moment == "saving")
+
+
+@pytest.mark.parametrize("reshards, gathers", [(False, 1), (True, 4)], ids=["kept", "freed"])
+def test_kept_weights_are_gathered_once_for_all_passes_of_a_step(reshards, gathers, tiny_run, tmp_path, monkeypatch):
+    seen, cast = [], fp8.one_pass_cast
+    monkeypatch.setattr(fp8, "one_pass_cast", lambda x, *args: seen.append(None) or cast(x, *args))
+    keys = [*FP8, *GATHER, *ONE_SHARD, f"--reshard_after_forward={reshards}", "--eval_interval=0",
+            "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}"]
+    train_here(*tiny_run, *keys, "--max_steps=1")
+    one_step = len(seen)
+    train_here(*tiny_run, *keys, "--max_steps=2", "--resume=never")
+    layers = 2 * 4
+    assert len(seen) - 2 * one_step == gathers * layers  # forward and backward of each of two passes, if freed
