@@ -1,10 +1,11 @@
-"""Files that a user names, and the rows and documents in them.
+"""The files that a user names, and the rows and documents in them.
 
-A suffix decides how a file is read (KINDS); each but Parquet and Arrow may be compressed (.gz, .zst). Files are read in
-pieces, so that memory does not grow with their size; a JSON list, which is read whole, has a limit.
+A suffix decides how a file is read (KINDS); text and JSON may also be compressed (.gz, .zst). Files are read in pieces,
+so that memory does not grow with their size; a JSON list, which is read whole, has a limit.
 """
 
 import codecs
+import contextlib
 import glob
 import gzip
 import io
@@ -29,10 +30,9 @@ ABOUT = {"readme", "license", "licence", "notice",  # files about the others, wh
          "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 SPLITS = {"held out": {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"},
           "train": {"train", "training"}}  # as `datasets` reads them in names (its data_files.py)
-CHAT_FIELDS = {"messages", "conversations", "instruction", "prompt"}
 VAL_EVERY = 20  # every 20th document is for validation where data.val names none
 PIECE = 2**20  # characters or bytes read at once
-LONGEST_LIST = 2**30  # characters of a JSON list
+LONGEST_LIST = 2**30  # bytes of a JSON list
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -42,23 +42,21 @@ LONGEST_LIST = 2**30  # characters of a JSON list
 class Files(NamedTuple):
     train: list  # of Path
     val: list  # of Path; empty: some of train's documents are for validation
-    unused: list  # files in the folders that were named which are not data of this format, or of another split
-    note: str  # for the screen: what is left out, "" if nothing
+    unused: list  # files in the named folders that are not data of this format, or belong to another split
+    note: str  # what is left out, for the screen; "" if nothing is
 
 
 def resolve(cfg, kinds):
-    """The Files that data.train and data.val of a DataConfig name, of these kinds.
+    """The Files of these kinds that data.train and data.val of a DataConfig name.
 
     data.val may lie in a folder of data.train: such a file is not trained on, unless nothing else is left.
-    Raises UserError where an entry names nothing that can be used.
+    Raises UserError for an entry that names no usable file.
     """
     train, unused = find_files(cfg.train, kinds, skip=cfg.cache_dir)
     val, unused_val = find_files(cfg.val, kinds, held_out=True, skip=cfg.cache_dir)
-    if not cfg.train:
-        train = embedded_files()
+    train = train if cfg.train else embedded_files()
     held = {p.resolve() for p in val}
-    apart = [p for p in train if p.resolve() not in held]
-    note = ""
+    apart, note = [p for p in train if p.resolve() not in held], ""
     if not apart:
         apart, note = train, ", all of them validation text too"
     elif len(apart) < len(train):
@@ -82,7 +80,7 @@ def number_of(paths):
 
 
 def identity(path):
-    """What tells one version of a file from another: path, size and time of change."""
+    """What distinguishes one version of a file from another: path, size and time of change."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
@@ -108,13 +106,13 @@ def find_files(patterns, kinds=frozenset(TEXT), *, held_out=False, skip=""):
             else:
                 around.append(match)
         found = named + of_split([p for p in around if is_data(p, kinds)], held_out)
-        others = set(around).difference(found)
+        others = sorted(set(around).difference(found))
         if not found:
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"
-                            + describe_unused(sorted(others)))
+                            + describe_unused(others))
         for p in found:
             files.setdefault(p.resolve(), p)
-        for p in sorted(others):
+        for p in others:
             unused.setdefault(p.resolve(), p)
     return list(files.values()), [p for real, p in unused.items() if real not in files]
 
@@ -124,21 +122,11 @@ def walk(folder, visited):
     if folder.resolve() in visited:
         return
     visited.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_dir():
             yield from walk(path, visited)
-        elif not path.name.startswith("."):
+        else:
             yield path
-
-
-def split_of(path):
-    """The split after which a file of rows or tokens, or else its folder, is named: a key of SPLITS, or None."""
-    for name in (path.stem, path.parent.name):
-        words = set(re.split("[^a-z]+", name.lower()))
-        for split, names in SPLITS.items():
-            if words & names and kind_of(path) != "text":
-                return split
-    return None
 
 
 def of_split(paths, held_out):
@@ -150,13 +138,22 @@ def of_split(paths, held_out):
     return [path for path, split in zip(paths, splits, strict=True) if split != other]
 
 
+def split_of(path):
+    """The split that the name of a file of rows or tokens, or else of its folder, tells: a key of SPLITS, or None."""
+    for name in (path.stem, path.parent.name):
+        words = set(re.split("[^a-z]+", name.lower()))
+        for split, names in SPLITS.items():
+            if words & names and kind_of(path) != "text":
+                return split
+    return None
+
+
 def kind_of(path):
-    """The kind of a file by its suffix, or None; .gz and .zst are looked through."""
-    suffix = path.suffix.lower()
-    if suffix in (".gz", ".zst"):
-        inner = KINDS.get(Path(path.stem).suffix.lower())
-        return inner if inner in ("text", "json") else None
-    return KINDS.get(suffix)
+    """The kind of a file by its suffix, or None; .gz and .zst are looked through where they may be."""
+    if path.suffix.lower() in (".gz", ".zst"):
+        kind = KINDS.get(Path(path.stem).suffix.lower())
+        return kind if kind in ("text", "json") else None
+    return KINDS.get(path.suffix.lower())
 
 
 def suffixes(kinds):
@@ -176,20 +173,16 @@ def is_data(path, kinds):
 
 
 def check_named_file(path, kinds):
-    """UserError for a file that was named but is of another kind. Unknown suffixes pass as text if they are text."""
-    kind, wanted = kind_of(path), suffixes(kinds)
-    if kind in kinds:
+    """Raise UserError for a named file of another kind. A file with an unknown suffix may be any text."""
+    if kind_of(path) in kinds:
         return
-    if kind == "tokens":
-        raise UserError(f"{path}: {path.suffix} holds tokens: set data.format=tokens, or name files of text ({wanted})")
-    packed = path.suffix.lower() in (".gz", ".zst")
-    suffix = Path(path.stem if packed else path).suffix.lower()
-    whole_suffix = suffix + path.suffix.lower() * packed or "files without a suffix"
-    if kind is not None or "text" not in kinds or suffix in (".csv", ".tsv") or packed and suffix in KINDS:
-        raise UserError(f"{path}: this format of data does not read {whole_suffix}, "
-                        f"expected {wanted}: convert it")
-    with open_binary(path) as file:
-        head = b"".join(readable(path, (file.peek(4096)[:4096] for _ in range(1))))
+    wanted = suffixes(kinds)
+    tables = {".csv", ".tsv"} | {suffix for suffix, kind in KINDS.items() if kind != "text"}
+    if "text" not in kinds or tables.intersection(map(str.lower, path.suffixes)):
+        raise UserError(f"{path} is of a kind that this data.format does not read, expected {wanted}: convert it, or "
+                        "set another data.format")
+    with open_binary(path) as file, damage_named(path):
+        head = file.peek(4096)[:4096]
     if b"\0" in head:
         raise UserError(f"{path} is a binary file of unknown kind, expected {wanted}")
     if re.match(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"])", head.removeprefix(codecs.BOM_UTF8)):
@@ -208,7 +201,7 @@ def embedded_files():
 
 
 class CountedFile(io.FileIO):
-    """A file that reports the bytes that are read from it to a progress bar."""
+    """A file that reports the bytes read from it to a progress bar."""
 
     def __init__(self, path, bar):
         super().__init__(path)
@@ -233,31 +226,20 @@ def open_binary(path, bar=None):
 
 
 def package(name, path):
-    """An optional package that a file needs. UserError if it is not installed."""
+    """An optional package that a file needs. Raises UserError if it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:
         raise UserError(f"{path} needs {name}, which is not installed: pip install {name}") from error
 
 
-def bad_byte(path):
-    """The position of the first byte that is not UTF-8."""
-    position = 0
-    file = io.TextIOWrapper(open_binary(path), encoding="utf-8", errors="surrogateescape", newline="")
-    while piece := file.read(PIECE):
-        valid = re.match("[^\udc80-\udcff]*", piece)[0]
-        position += len(valid.encode())
-        if len(valid) < len(piece):
-            break
-    return position
-
-
-def readable(path, read):
-    """The items of a generator that reads a file; UserError where the file is damaged."""
+@contextlib.contextmanager
+def damage_named(path):
+    """Raise UserError where reading a file shows that it is damaged, or not UTF-8."""
     try:
-        yield from read
+        yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {bad_byte(path)}): convert it, or leave it out") from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it, or leave it out") from error
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the operating system, not of a decompressor
             raise
@@ -277,11 +259,11 @@ def rows(files, bar=None):
         kind = kind_of(path)
         if kind not in ROWS:
             raise UserError(f"{path} has no rows, expected {suffixes(ROWS)}")
-        read = json_values(path, bar) if kind == "json" else table_rows(path, kind, bar)
-        for place, row in readable(path, read):
-            if not isinstance(row, dict):
-                raise UserError(f"{place} is {type_of(row)}, expected an object with named fields")
-            yield place, row
+        with open_binary(path, bar) as file, damage_named(path):
+            for place, row in json_values(path, file) if kind == "json" else table_rows(path, file):
+                if not isinstance(row, dict):
+                    raise UserError(f"{place} is {type_of(row)}, expected an object with named fields")
+                yield place, row
 
 
 def type_of(value):
@@ -291,74 +273,73 @@ def type_of(value):
     return names.get(type(value), type(value).__name__)
 
 
-def json_values(path, bar=None):
+def json_values(path, file):
     """Yield (place, value) of a file of JSON lines, or of a JSON list, whatever its suffix says."""
-    with open_binary(path, bar) as file:
-        is_list = file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        text = io.TextIOWrapper(file, encoding="utf-8-sig")
-        if is_list:
-            content = text.read(LONGEST_LIST + 1)
-            if len(content) > LONGEST_LIST:
-                raise UserError(f"{path} is a JSON list of more than {LONGEST_LIST:,} characters, which is read whole: "
-                                "convert it to JSON lines, as `jq -c .[]` does")
-            for number, value in enumerate(parse_json(content, path, 1), 1):
-                yield f"{path}, row {number}", value
-            return
-        for number, line in enumerate(text, 1):
+    if not file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}, line {number}", parse_json(line.strip(), path, number)
+                yield f"{path}, line {number}", parse_json(line, path, number)
+        return
+    content = file.read(LONGEST_LIST + 1)
+    if len(content) > LONGEST_LIST:
+        raise UserError(f"{path} is a JSON list of more than {LONGEST_LIST:,} bytes, which is read whole: convert it "
+                        "to JSON lines, as `jq -c .[]` does")
+    for number, value in enumerate(parse_json(content, path, 1), 1):
+        yield f"{path}, row {number}", value
 
 
-def parse_json(text, path, line):
-    """The value of a JSON text that begins in this line of a file."""
+def parse_json(content, path, line):
+    """The value of the JSON text, as bytes, that begins in this line of a file."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line + error.lineno - 1} is not JSON: {error.msg} (expected one object per "
+        return json.loads(content.decode("utf-8-sig"))  # editors may write a byte order mark
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of thousands of digits, deep nesting
+        line += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}, line {line} is not JSON: {getattr(error, 'msg', error)} (expected one object per "
                         "line, or a list of objects)") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise UserError(f"{path}, line {line} cannot be read as JSON: {error}") from error
 
 
-def table_rows(path, kind, bar=None):
+def table_rows(path, file):
     """Yield (place, dict) of a Parquet or an Arrow file; memory holds one batch of rows at a time."""
     package("pyarrow", path)
     import pyarrow.parquet
 
     number = 0
     try:
-        with open_binary(path, bar) as file:
-            if kind == "parquet":
-                batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
-            elif file.peek(6).startswith(b"ARROW1"):
-                reader = pyarrow.ipc.open_file(file)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:  # a stream, as save_to_disk writes it
-                batches = pyarrow.ipc.open_stream(file)
-            for batch in batches:
-                for start in range(0, batch.num_rows, 256):
-                    for row in batch.slice(start, 256).to_pylist():
-                        number += 1
-                        yield f"{path}, row {number}", row
+        if kind_of(path) == "parquet":
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+        elif file.peek(6).startswith(b"ARROW1"):
+            reader = pyarrow.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:  # a stream, as save_to_disk writes it
+            batches = pyarrow.ipc.open_stream(file)
+        for batch in batches:
+            for start in range(0, batch.num_rows, 256):
+                for number, row in enumerate(batch.slice(start, 256).to_pylist(), number + 1):  # noqa: B020
+                    yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: dates beyond 9999
-        raise UserError(f"{path}, after row {number}: pyarrow cannot read it as {kind}: {error}") from error
+        raise UserError(f"{path}, after row {number}: pyarrow cannot read it: {error}") from error
 
 
 def documents(files, text_key, bar=None):
-    """Yield the text of each document in pieces, as an iterable of str: a file of text, or a row's field `text_key`.
+    """Yield each document, as an iterable of pieces of text: a file of text, or the field `text_key` of a row.
 
-    Use up each before taking the next. Raises UserError that names what cannot be read.
+    Raises UserError that names what cannot be read.
     """
     for path in files:
         if kind_of(path) not in ROWS:
-            with io.TextIOWrapper(open_binary(path, bar), encoding="utf-8-sig") as file:  # editors may write a mark
-                yield readable(path, iter(lambda: file.read(PIECE), ""))  # noqa: B023
+            yield text_pieces(path, bar)
             continue
         for place, row in rows([path], bar):
             if text_key not in row:
-                hint = ": conversations and instructions need data.format=chat" if CHAT_FIELDS & set(row) else ""
-                raise UserError(f"{place} has no {text_key!r} (data.text_key): it has "
-                                + (", ".join(row) or "no fields") + hint)
+                raise UserError(f"{place} has no {text_key!r} (data.text_key): it has {', '.join(row) or 'no fields'} "
+                                "(conversations and instructions need data.format=chat)")
             if not isinstance(row[text_key], str):
                 raise UserError(f"{place}: `{text_key}` is {type_of(row[text_key])}, expected a string")
             yield [row[text_key]]
+
+
+def text_pieces(path, bar):
+    """Yield the pieces of a file of text."""
+    with io.TextIOWrapper(open_binary(path, bar), encoding="utf-8-sig") as file, damage_named(path):
+        while piece := file.read(PIECE):
+            yield piece
