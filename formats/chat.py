@@ -10,6 +10,7 @@ own. A conversation longer than a row loses its end; one without a target is lef
 import hashlib
 import json
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -18,8 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from formats import files
-from formats.files import VAL_EVERY, type_of
-from formats.packing import make_rows, sample_limit
+from formats.packing import make_rows, sample_limit, split
 from formats.template import Template
 from formats.text import in_order
 from formats.tokenizer import get_tokenizer
@@ -28,10 +28,8 @@ from plumbing.errors import UserError
 
 FORMS = [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-         "observation": "tool", **{role: role for role in ("user", "assistant", "system", "tool")}}
+         "observation": "tool"}  # of `from`
 KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "ipython", "function"}
-# what is counted, as it appears on the screen
-CUT, DROPPED, LEFT_OUT = "conversations cut at the end", "dropped, having no target", "messages the template drops"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -43,7 +41,7 @@ def check(value, name, *kinds):
     if isinstance(value, kinds):
         return value
     expected = {str: "a string", list: "a list", dict: "an object"}
-    raise UserError(f"`{name}` is {type_of(value)}, expected " + " or ".join(expected[kind] for kind in kinds))
+    raise UserError(f"`{name}` is {files.type_of(value)}, expected " + " or ".join(expected[kind] for kind in kinds))
 
 
 def read_messages(value, name):
@@ -53,9 +51,7 @@ def read_messages(value, name):
         message, at = dict(check(raw, f"{name}[{i}]", dict)), f"{name}[{i}]"
         if "role" not in message and "from" in message:
             speaker = check(message.pop("from"), f"{at}.from", str)
-            if speaker not in ROLES:
-                raise UserError(f"`{at}.from` is {speaker!r}, expected one of {', '.join(ROLES)}")
-            message = {"role": ROLES[speaker], "content": message.pop("value", None), **message}
+            message = {"role": ROLES.get(speaker, speaker), "content": message.pop("value", None), **message}
         check(message.get("role"), f"{at}.role", str)
         calls = check(message.get("tool_calls") or [], f"{at}.tool_calls", list)
         for k, call in enumerate(calls):
@@ -77,23 +73,16 @@ def read_messages(value, name):
 
 def read_conversation(row):
     """(messages, tools or None, names of the fields used) of a row. UserError names the field that cannot be used."""
-    form = next((form for form in FORMS if all(row.get(name) is not None for name in form)), None)
+    present = [name for name, value in row.items() if value is not None]
+    form = next((form for form in FORMS if set(form) <= set(present)), None)
     if form is None:
-        partial = next((form for form in FORMS if not row.keys().isdisjoint(form)), ())
-        missing = [f"`{name}` is null" if name in row else f"it has no `{name}`"
-                   for name in partial if row.get(name) is None]
         forms = ", ".join(" and ".join(form) for form in FORMS)
-        raise UserError(" and ".join(missing)
-                        or f"it has no conversation ({forms}): it has {', '.join(row) or 'no fields'}")
+        raise UserError(f"it has no conversation ({forms}): it has {', '.join(present) or 'no fields'}")
     used, messages = {*form, "tools"}, []
     for role, name in zip(("user", "assistant"), form, strict=False):
-        if len(form) == 1:
-            messages = read_messages(row[name], name)
-        elif isinstance(check(row[name], name, str, list), str):
-            messages.append({"role": role, "content": row[name]})
-        else:
-            messages += read_messages(row[name], name)
-    if row.get("input") and form == FORMS[3]:
+        is_text = len(form) == 2 and isinstance(row[name], str)
+        messages += [{"role": role, "content": row[name]}] if is_text else read_messages(row[name], name)
+    if row.get("input") and form == ("instruction", "output"):
         messages[0]["content"] += "\n\n" + check(row["input"], "input", str)
         used.add("input")
     if row.get("system") and messages[0]["role"] != "system":
@@ -105,9 +94,7 @@ def read_conversation(row):
             tools = json.loads(tools or "null")
         except json.JSONDecodeError as error:
             raise UserError(f"`tools` is a string but not JSON: {error.msg}") from error
-    for i, tool in enumerate(check(tools or [], "tools", list)):
-        check(tool, f"tools[{i}]", dict)
-    return messages, tools or None, used
+    return messages, check(tools or [], "tools", list) or None, used
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -115,7 +102,7 @@ def read_conversation(row):
 
 
 def tokenize(paths, template, train_on, limit):
-    """(list of (ids, loss), {what was cut or dropped: number}, other remarks) of files of conversations."""
+    """(list of (ids, loss), {what was cut or dropped: number}, remarks for the screen) of files of conversations."""
 
     def encode(place_and_row):
         place, row = place_and_row
@@ -123,29 +110,28 @@ def tokenize(paths, template, train_on, limit):
             messages, tools, used = read_conversation(row)
             if tools and not template.takes_tools:
                 raise UserError(f"it has `tools`, which {template.name} does not take")
-            keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
-            ignored = [key for key in keys if not template.reads(key)]
-            if "tool_calls" in ignored and any(message.get("tool_calls") for message in messages):
+            if any(message.get("tool_calls") for message in messages) and not template.reads("tool_calls"):
                 raise UserError(f"it has `tool_calls`, which {template.name} does not take")
-            ignored = [name for name in row if name not in used] + [f"`{key}` of messages" for key in ignored]
+            keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
+            ignored = [name for name in row if name not in used]
+            ignored += [f"`{key}` of messages" for key in keys if not template.reads(key)]
             return template.encode(messages, tools, train_on), ignored, [message["role"] for message in messages]
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
 
-    counts, samples, unused, roles = dict.fromkeys((CUT, DROPPED, LEFT_OUT), 0), [], {}, {}
+    counts, samples, unused, roles = Counter(), [], {}, {}
     rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _, ((ids, loss, n_left_out), ignored, speakers) in in_order(pool, encode, rows, 4 * os.cpu_count()):
             unused |= dict.fromkeys(ignored)
             roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)
-            counts[LEFT_OUT] += n_left_out
-            counts[CUT] += len(ids) > limit + 1
+            counts["messages the template drops"] += n_left_out
+            counts["conversations cut at the end"] += len(ids) > limit + 1
             ids, loss = ids[: limit + 1].astype(np.int32), loss[: limit + 1]
             loss[:1] = False  # nothing comes before it
+            counts["dropped, having no target"] += not loss.any()
             if loss.any():
                 samples.append((ids, loss))
-            else:
-                counts[DROPPED] += 1
     remarks = [f"fields not used: {', '.join(unused)}"] if unused else []
     if roles:
         remarks.append(f"roles that are not trained on: {', '.join(map(repr, roles))} (a typing error?)")
@@ -190,21 +176,11 @@ def prepare(cfg, block_size, seed):
     tokenizer, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
     template, found = read_template(cfg, tokenizer), files.resolve(cfg, files.ROWS)
     train, counts, remarks = stored(found.train, template, cfg, limit)
+    val = None
     if found.val:
         val, val_counts, val_remarks = stored(found.val, template, cfg, limit)
-        counts = {what: n + val_counts[what] for what, n in counts.items()}
-        remarks = list(dict.fromkeys(remarks + val_remarks))
-    else:
-        train, val = [s for i, s in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]
-    remarks = "".join(f"; {text}" for text in [f"{n:,} {what}" for what, n in counts.items() if n] + remarks)
-    if not train or not val:
-        raise UserError(f"data: {len(train)} conversations for training and {len(val)} for validation are too few "
-                        f"(without data.val, one of {VAL_EVERY} is for validation)" + remarks)
-    train, val = make_rows(cfg, block_size, seed, train, val)
-    train.description = (
-        f"chat, {train.n_samples:,} conversations in {train.n_rows:,} rows of {train.block_size} tokens, "
-        f"{train.padding:.1%} of them padding, {train.counts['targets'] / train.counts['tokens']:.0%} of the text is "
-        f"trained on, {val.n_samples:,} for validation in {val.n_rows:,} rows, tokenizer {tokenizer.described}, "
-        f"{template.name}" + found.note + remarks)
-    train.counts |= counts | {"files not used": len(found.unused)}
-    return train, val, tokenizer
+        counts = Counter(counts) + Counter(val_counts)
+        remarks = dict.fromkeys(remarks + val_remarks)
+    rows = make_rows(*split(train, val), cfg, block_size, seed, found=found, counts=counts,
+                     about="; ".join([f"tokenizer {tokenizer.described}, {template.name}", *remarks]))
+    return *rows, tokenizer

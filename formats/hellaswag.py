@@ -15,14 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from formats import files
-from formats.files import VAL_EVERY
-from formats.packing import make_rows, sample_limit
+from formats.packing import make_rows, sample_limit, split
 from formats.tokenizer import get_tokenizer
 from plumbing.disk import replacing
 from plumbing.errors import UserError
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
-LINES = {"hellaswag_train.jsonl": 39905, "hellaswag_val.jsonl": 10042}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -30,17 +28,14 @@ LINES = {"hellaswag_train.jsonl": 39905, "hellaswag_val.jsonl": 10042}
 
 
 def download(name, folder):
-    """The path folder/name of a file in LINES, downloaded if it is missing. Raises UserError if that fails."""
+    """The path folder/name of hellaswag_train.jsonl or hellaswag_val.jsonl, downloaded if it is missing."""
     path = Path(folder, name)
     if path.is_file():
         return path
     try:
         with urllib.request.urlopen(URL + name, timeout=60) as response:
             content = response.read()
-        n_lines = len(content.splitlines())
-        if n_lines != LINES[name]:
-            raise UserError(f"{n_lines} lines came, not {LINES[name]}")
-    except (UserError, OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise UserError(f"{URL + name} could not be downloaded ({error}). Without a network put that file at {path}, "
                         "or name files of your own (training: data.train and data.val; eval.py: --data)") from error
     with replacing(path) as temporary:
@@ -58,49 +53,37 @@ def read(paths):
     """The questions of files of rows in the published format: dicts of ind, query, endings, label."""
     items = []
     for number, (place, raw) in enumerate(files.rows(paths)):
-        where = f"{place}: no HellaSwag question"
-        whole = raw.get("ctx_a") is None
-        texts = [(name, raw[name]) for name in ("activity_label", *(("ctx",) if whole else ("ctx_a", "ctx_b")))
-                 if name in raw]
-        if isinstance(raw.get("endings"), list):
-            texts += [("endings", ending) for ending in raw["endings"]]
-        for name, value in texts:
-            if not isinstance(value, str):
-                raise UserError(f"{where}: `{name}` holds {files.type_of(value)}, expected text")
-        try:
-            context = raw["ctx"] if whole else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
-            item = {"ind": raw.get("ind", number), "query": clean(f"{raw['activity_label']}: {context}"),
-                    "endings": [clean(ending) for ending in raw["endings"]]}
-            label = str(raw["label"]).removesuffix(".0")  # published as a string or a number
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{where} with activity_label, ctx or ctx_a and ctx_b, endings and label "
-                            f"({type(error).__name__}: {error})") from error
-        if not isinstance(raw["endings"], list):
-            raise UserError(f"{where}: `endings` is {files.type_of(raw['endings'])}, expected a list")
-        indices = [str(i) for i in range(len(item["endings"]))]
-        if label not in indices:
-            raise UserError(f"{where}: `label` is {raw['label']!r}, expected the index of the right ending, one of "
-                            + ", ".join(indices))
-        items.append(item | {"label": int(label)})
+        context = ["ctx"] if raw.get("ctx_a") is None else ["ctx_a", "ctx_b"]
+        for name in ("activity_label", *context):
+            if not isinstance(raw.get(name), str):
+                raise UserError(f"{place}: no HellaSwag question: `{name}` is {files.type_of(raw.get(name))}, expected "
+                                "text")
+        endings = raw.get("endings")
+        if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
+            raise UserError(f"{place}: no HellaSwag question: `endings` must be a list of texts")
+        label, indices = str(raw.get("label")).removesuffix(".0"), [str(i) for i in range(len(endings))]
+        if label not in indices:  # published as a string or a number
+            raise UserError(f"{place}: no HellaSwag question: `label` is {raw.get('label')!r}, expected the index of "
+                            f"the right ending, one of {', '.join(indices)}")
+        text = raw["ctx"] if context == ["ctx"] else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
+        items.append({"ind": raw.get("ind", number), "query": clean(f"{raw['activity_label']}: {text}"),
+                      "endings": [clean(ending) for ending in endings], "label": int(label)})
     return items
 
 
 def questions(cfg):
-    """(training, validation) questions of a DataConfig: from its files, else HellaSwag's own, downloaded if need be.
+    """(training questions, validation questions, Files) of a DataConfig: its files', else HellaSwag's own, downloaded.
 
-    With another cfg.format: no training questions, and HellaSwag's own validation questions.
+    With another cfg.format: no training questions and no Files, and HellaSwag's own validation questions.
     """
     if cfg.format != "hellaswag":
-        return [], read([download("hellaswag_val.jsonl", cfg.cache_dir)])
+        return [], read([download("hellaswag_val.jsonl", cfg.cache_dir)]), None
     found = files.resolve(cfg, files.ROWS)
+    train, val = found.train, found.val
     if not cfg.train:
-        val = found.val or [download("hellaswag_val.jsonl", cfg.cache_dir)]
-        return read([download("hellaswag_train.jsonl", cfg.cache_dir)]), read(val)
-    train, val = read(found.train), read(found.val)
-    if not found.val:
-        val = train[VAL_EVERY - 1 :: VAL_EVERY]
-        del train[VAL_EVERY - 1 :: VAL_EVERY]
-    return train, val
+        train = [download("hellaswag_train.jsonl", cfg.cache_dir)]
+        val = val or [download("hellaswag_val.jsonl", cfg.cache_dir)]
+    return *split(read(train), read(val) if val else None), found
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -122,25 +105,14 @@ def encode(encoding, query, ending, limit):
 
 
 def prepare(cfg, block_size, seed):
-    """(training Rows, validation Rows, encoding) of a DataConfig. With several ranks, call it on rank 0 first."""
-    encoding, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
-    parts, n_cut = [], 0
-    for items in questions(cfg):
-        part = []
-        for item in items:
-            ids, start, cut = encode(encoding, item["query"], item["endings"][item["label"]], limit)
-            part.append((ids, np.arange(len(ids)) >= start))
+    """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
+    tokenizer, limit, n_cut = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size), 0
+    *parts, found = questions(cfg)
+    for part in parts:
+        for k, item in enumerate(part):
+            ids, start, cut = encode(tokenizer, item["query"], item["endings"][item["label"]], limit)
+            part[k] = ids, np.arange(len(ids)) >= start
             n_cut += cut > 0
-        parts.append(part)
-    if not all(parts):
-        raise UserError(f"data: {len(parts[0])} HellaSwag questions for training and {len(parts[1])} for validation "
-                        f"are too few (without data.val, one of {VAL_EVERY} is for validation)")
-    train, val = make_rows(cfg, block_size, seed, *parts)
-    found = files.resolve(cfg, files.ROWS)
-    lost = f"; {n_cut:,} samples lost their beginning, being longer than {limit} tokens" if n_cut else ""
-    train.description = (
-        f"HellaSwag, {train.n_samples:,} training samples in {train.n_rows:,} rows of {train.block_size} tokens, "
-        f"{train.padding:.1%} of them padding, {val.n_samples:,} validation samples in {val.n_rows:,} rows, "
-        f"tokenizer {encoding.described}" + found.note + lost)
-    train.counts |= {"cut at the beginning": n_cut, "files not used": len(found.unused)}
-    return train, val, encoding
+    rows = make_rows(*parts, cfg, block_size, seed, found=found, counts={"samples cut at the beginning": n_cut},
+                     about=f"tokenizer {tokenizer.described}")
+    return *rows, tokenizer

@@ -10,6 +10,7 @@ import itertools
 
 import numpy as np
 
+from formats.files import VAL_EVERY
 from model import IGNORE
 from plumbing.errors import UserError
 
@@ -23,17 +24,36 @@ def sample_limit(cfg, block_size):
     return size or block_size
 
 
-def make_rows(cfg, block_size, seed, train, val):
+def split(train, val):
+    """(training, validation) parts of lists of samples. val: None: every VAL_EVERY-th sample of train."""
+    if val is not None:
+        return train, val
+    return [sample for i, sample in enumerate(train, 1) if i % VAL_EVERY], train[VAL_EVERY - 1 :: VAL_EVERY]
+
+
+def make_rows(train, val, cfg, block_size, seed, *, found, counts, about):
     """(training Samples, validation Samples) of lists of samples, no longer than sample_limit().
 
-    Without packing, rows are as long as the longest sample of both, rounded up to the multiple of 16 that FP8 matmuls
-    need: one length for the whole run, so that one compiled graph serves it.
+    found: the files.Files that they come from. counts: {what was cut or dropped: number}. about: what else the screen
+    says. Without packing, rows are as long as the longest sample of both, rounded up to the multiple of 16 that FP8
+    matmuls need: one length for the whole run, so that one compiled graph serves it. Raises UserError if there is no
+    sample for training, or none for validation.
     """
+    lost = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
+    if not train or not val:
+        raise UserError(f"data: {len(train)} samples for training and {len(val)} for validation are too few (without "
+                        f"data.val, one of {VAL_EVERY} is for validation){found.note}{lost}")
     size = cfg.packed_sequence_size
     if not size:
-        longest = max(len(ids) - 1 for samples in (train, val) for ids, _ in samples)
+        longest = max(len(ids) - 1 for ids, _ in train + val)
         size = min(block_size, -(-longest // 16) * 16)
-    return tuple(Samples(samples, size, packed=cfg.packed_sequence_size > 0, seed=seed) for samples in (train, val))
+    train, val = (Samples(part, size, packed=cfg.packed_sequence_size > 0, seed=seed) for part in (train, val))
+    train.description = (
+        f"{cfg.format}, {train.n_samples:,} training samples in {train.n_rows:,} rows of {size} tokens, "
+        f"{train.padding:.1%} of them padding, {train.counts['targets'] / train.counts['tokens']:.0%} of the text is "
+        f"trained on, {val.n_samples:,} validation samples in {val.n_rows:,} rows, {about}{found.note}{lost}")
+    train.counts |= counts | {"files not used": len(found.unused)}
+    return train, val
 
 
 def best_fit(lengths, size):
@@ -74,17 +94,22 @@ class Samples:
         if packed:
             order = np.random.default_rng(seed).permutation(len(samples))
             self.rows = [order[pack] for pack in best_fit(lengths[order].tolist(), block_size)]
-        self.n_rows = len(self.rows)
-        self.padding = 1 - int(lengths.sum()) / (self.n_rows * block_size)  # share of a row that is no text
+        self.n_rows, self.n_inputs = len(self.rows), int(lengths.sum())
         self.document = float((lengths**2).sum() / lengths.sum())  # the length that attention sees, mean over tokens
         self.longest = int(lengths.max())
         # what is left of a row counts as documents of the longest length, see row()
-        self.most_documents = max(len(row) - int(lengths[row].sum() - block_size) // self.longest for row in self.rows)
+        gaps = [-(-(block_size - int(lengths[row].sum())) // self.longest) for row in self.rows]
+        self.most_documents = max(len(row) + n for row, n in zip(self.rows, gaps, strict=True))
         self.largest = max(int(ids.max()) for ids, _ in samples)
         h = hashlib.blake2b(repr((block_size, packed, seed if packed else 0)).encode(), digest_size=16)
         for array in itertools.chain(*samples, [sizes], self.rows):
             h.update(np.ascontiguousarray(array))
         self.digest = h.hexdigest()
+
+    @property
+    def padding(self):
+        """The share of a row that is no text."""
+        return 1 - self.n_inputs / (self.n_rows * self.block_size)
 
     def sample(self, i):
         """(ids, loss) of sample i, in the order of the files."""

@@ -377,9 +377,11 @@ def test_a_special_token_that_two_parts_of_a_message_make_stays_text(tokenizer):
 
 def test_what_is_ignored_in_messages_is_on_the_screen(folder, tmp_path):
     odd = [{**user("add: 1 2"), "weight": 0}, {"role": "assistnat", "content": "3"}, *PAIR]
-    train, _, _ = data.prepare(config(folder, write(tmp_path / "rows.jsonl", *[{"messages": odd}] * 40)), 256, 1)
+    spoken = [{"from": "narrator", "value": "Once"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    path = write(tmp_path / "rows.jsonl", *[{"messages": odd}, {"conversations": spoken}] * 20)
+    train, _, _ = data.prepare(config(folder, path), 256, 1)
     assert "fields not used: `weight` of messages" in train.description
-    assert "roles that are not trained on: 'assistnat'" in train.description
+    assert "roles that are not trained on: 'assistnat', 'narrator'" in train.description
 
 
 def test_an_empty_file_is_no_chat_template(folder, tmp_path):
@@ -460,22 +462,21 @@ def test_tools_may_be_a_list_or_json(tokenizer):
 
 @pytest.mark.parametrize("row, message", [
     ({"messages": "hello"}, "`messages` is a string, expected a list"),
-    ({"messages": None}, "`messages` is null"), ({"messages": []}, "`messages` is empty"),
+    ({"messages": None}, "it has no conversation"), ({"messages": []}, "`messages` is empty"),
     ({"messages": [user("a"), "b"]}, r"`messages[1]` is a string, expected an object"),
     ({"messages": [user("a"), assistant(7)]}, "`messages[1].content` is a number, expected a string or a list"),
     ({"messages": [user("a"), assistant(None)]}, "`messages[1].content` is null"),
     ({"messages": [{"content": "a"}]}, "`messages[0].role` is null, expected a string"),
     ({"messages": [user([{"type": "image"}])]}, "`messages[0].content[0]` is of type 'image': only text"),
     ({"messages": [user("a"), assistant("", tool_calls=[{"function": {}}])]}, "[1].tool_calls[0].name` is null"),
-    ({"conversations": [{"from": "narrator", "value": "a"}]}, "`conversations[0].from` is 'narrator', expected one of"),
     ({"conversations": [{"from": "human", "value": 1}]}, "`conversations[0].content` is a number"),
-    ({"prompt": "a", "completion": 3}, "`completion` is a number, expected a string or a list"),
-    ({"prompt": "a"}, "it has no `completion`"), ({"instruction": "a", "output": None}, "`output` is null"),
+    ({"prompt": "a", "completion": 3}, "`completion` is a number, expected a list"),
+    ({"prompt": "a"}, "instruction and output): it has prompt"), ({"output": None}, ": it has no fields"),
     ({"instruction": ["a"], "output": "b"}, "`instruction[0]` is a string"),
     ({"text": "a"}, "it has no conversation (messages, conversations, prompt and completion, instruction and output): "
                     "it has text"),
     ({"messages": PAIR, "tools": "nonsense"}, "`tools` is a string but not JSON"),
-    ({"messages": PAIR, "tools": [1]}, "`tools[0]` is a number"),
+    ({"messages": PAIR, "tools": 1}, "`tools` is a number, expected a list"),
     ({"messages": PAIR, "tools": TOOLS}, "it has `tools`, which the chat template of"),
     ({"messages": [user("a"), assistant("", tool_calls=CALL)]}, "it has `tool_calls`, which the chat template of"),
     ({"messages": [user("a \U0010f002")]}, "a private-use character that is needed here")])
@@ -597,7 +598,7 @@ def test_a_run_on_conversations_learns_and_data_py_shows_them(folder, rows_file,
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
-    assert "data: chat, 114 conversations in" in capsys.readouterr().out
+    assert "data: chat, 114 training samples in" in capsys.readouterr().out
     status, out, _ = main_here(data.main, *args, "--show=1", f"--out={tmp_path / 'out.jsonl'}")
     assert status == 0 and "<|im_start|>assistant\n{+It is" in out
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -615,4 +616,4 @@ def test_the_recipe_fine_tunes_a_model_folder_with_two_keys(folder, rows_file, t
                "--device=cpu", f"--data.cache_dir={tmp_path / 'cache'}", "--global_batch_size=8",
                "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}")
     out = capsys.readouterr().out
-    assert "data: chat, 114 conversations in" in out and "fp8: verified" in out and "done: 2 steps" in out
+    assert "data: chat, 114 training samples in" in out and "fp8: verified" in out and "done: 2 steps" in out
