@@ -47,6 +47,11 @@ class DataConfig:
     cache_dir: str = "data_cache"  # tokenized shards are kept here
     workers: int = 0  # threads that tokenize; 0: one per core
 
+    def resolve_tokenizer(self, init_from):
+        """Replace "auto" by the tokenizer of the folder init_from, or by "bytes" for a model from scratch."""
+        if self.tokenizer == "auto":
+            self.tokenizer = "bytes" if init_from == "scratch" else str(Path(init_from).expanduser())
+
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
         for name in ("packed_sequence_size", "workers"):
@@ -66,7 +71,7 @@ class DataConfig:
                 f"data.weights={self.weights} must be positive numbers, one for each of the {len(self.train)} entries "
                 "of data.train")
         elif self.weights and 0 in share_of_block(self.weights):
-            yield {"data.weights"}, (f"data.weights={self.weights}: the smallest is less than 1/{2 * BLOCK} of all: "
+            yield {"data.weights"}, (f"data.weights={self.weights}: the smallest rounds to none of {BLOCK:,} rows: "
                                      "leave that entry out")
 
 
@@ -108,71 +113,64 @@ def prepare(cfg, block_size, seed):
         return FORMATS[cfg.format](cfg, block_size, seed)
     kinds = set(files.KINDS.values())
     named = Counter(path.resolve() for entry in cfg.train for path in files.find_files([entry], kinds)[0])
-    if twice := [str(path) for path, n in named.items() if n > 1]:
-        raise UserError(f"data.weights: {twice[0]} is in several entries of data.train: name each file in one entry")
+    (path, n), *_ = named.most_common(1)
+    if n > 1:
+        raise UserError(f"data.weights: {path} is in several entries of data.train: name each file in one entry")
     prepared = [FORMATS[cfg.format](replace(cfg, train=[entry], weights=[]), block_size, seed) for entry in cfg.train]
-    parts, val_parts, tokenizers = zip(*prepared, strict=True)
-    train = Mixture(parts, cfg.train, cfg.weights)
-    train.counts = {what: sum(part.counts[what] for part in parts) for what in parts[0].counts}
-    train.description = "a mixture of" + "".join(f"\n  {weight / sum(cfg.weights):.1%} {part.description}"
-                                                 for weight, part in zip(cfg.weights, parts, strict=True))
-    return train, val_parts[0] if cfg.val else Mixture(val_parts, cfg.train), tokenizers[0]
+    train, val, tokenizers = zip(*prepared, strict=True)
+    row_length = max(part.block_size for part in train)
+    for part in train + val:
+        part.block_size = row_length  # rows of one sample each differ from part to part: all are padded to the longest
+    mixture = Mixture(train, cfg)
+    mixture.description = "a mixture of" + "".join(f"\n  {weight / sum(cfg.weights):.1%} {part.description}"
+                                                   for weight, part in zip(cfg.weights, train, strict=True))
+    return mixture, val[0] if cfg.val else Mixture(val, cfg), tokenizers[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # mixtures: the entries of data.train drawn in given proportions
 
-BLOCK = 10_000  # rows within which the proportions hold exactly, but for rounding to 1 / BLOCK
+BLOCK = 10_000  # rows within which the proportions hold, rounded to whole rows
 
 
 def share_of_block(weights):
-    """How many of BLOCK rows come from each entry: BLOCK is shared out in proportion, largest remainders rounded up."""
-    exact = np.array(weights) / sum(weights) * BLOCK
-    shares = np.floor(exact).astype(int)
-    shares[np.argsort(shares - exact, kind="stable")[: BLOCK - shares.sum()]] += 1
-    return shares.tolist()
+    """How many of BLOCK rows come from each entry, in proportion to the weights."""
+    return np.diff(np.rint(np.cumsum([0, *weights]) / sum(weights) * BLOCK)).astype(int).tolist()
 
 
 class Mixture:
-    """Several Rows as one, one after the other, padded to the longest rows. weights: how often Order draws from each.
+    """The Rows of the entries of data.train as one, one entry after the other. Order draws them by data.weights."""
 
-    Without weights a part counts by its number of rows.
-    """
-
-    def __init__(self, parts, names, weights=()):
-        self.parts, self.names, self.weights = parts, names, weights or [part.n_rows for part in parts]
-        self.ends = np.cumsum([part.n_rows for part in parts])
-        self.sample_ends = np.cumsum([part.n_samples for part in parts])
-        self.n_rows, self.n_samples = int(self.ends[-1]), int(self.sample_ends[-1])
-        self.block_size, self.longest, self.largest = (
-            max(getattr(part, name) for part in parts) for name in ("block_size", "longest", "largest"))
-        self.most_documents = max(part.most_documents - (part.block_size - self.block_size) // self.longest
-                                  for part in parts)  # with those that pad a row
-        n_tokens = np.array([weight * (1 - part.padding) * part.block_size
-                             for weight, part in zip(self.weights, parts, strict=True)])  # relative
-        self.padding = max(0.0, round(1 - float(n_tokens.sum() / (sum(self.weights) * self.block_size)), 9))
+    def __init__(self, parts, cfg):
+        self.parts, self.names, self.weights = parts, cfg.train, cfg.weights
+        self.block_size = parts[0].block_size
+        self.n_rows, self.n_samples = (sum(getattr(part, name) for part in parts) for name in ("n_rows", "n_samples"))
+        self.longest, self.most_documents, self.largest = (
+            max(getattr(part, name) for part in parts) for name in ("longest", "most_documents", "largest"))
+        self.padding = float(np.average([part.padding for part in parts], weights=self.weights))
         self.document = None
         if any(part.document for part in parts):
-            self.document = float(n_tokens @ [part.document or part.block_size for part in parts] / n_tokens.sum())
-        whole = repr(([part.digest for part in parts], list(weights)))
+            n_tokens = [weight * (1 - part.padding) for weight, part in zip(self.weights, parts, strict=True)]
+            self.document = float(np.average([part.document or part.block_size for part in parts], weights=n_tokens))
+        self.counts = sum((Counter(part.counts) for part in parts), Counter())
+        whole = repr(([part.digest for part in parts], self.weights))
         self.digest = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
     def row(self, i):
-        part = int(np.searchsorted(self.ends, i, side="right"))
-        x, y, positions = self.parts[part].row(i - int(self.ends[part]) + self.parts[part].n_rows)
-        if room := self.block_size - len(x):
-            x, y = np.append(x, np.zeros(room, np.int64)), np.append(y, np.full(room, IGNORE))
-            if positions is not None:
-                positions = np.append(positions, np.arange(room) % self.longest)
-        return x, y, positions
+        for part in self.parts:
+            if i < part.n_rows:
+                return part.row(i)
+            i -= part.n_rows
 
     def sample(self, i):
-        part = int(np.searchsorted(self.sample_ends, i, side="right"))
-        return self.parts[part].sample(i - int(self.sample_ends[part]) + self.parts[part].n_samples)
+        for part in self.parts:
+            if i < part.n_samples:
+                return part.sample(i)
+            i -= part.n_samples
 
 
 class Shuffled:
-    """The order of training on one part: [k] is the number of the k-th row. Each epoch has an order of its own."""
+    """The order of training on one entry: [k] is the number of the k-th row. Each epoch has an order of its own."""
 
     def __init__(self, n_rows, *seed):
         self.n_rows, self.seed, self.epoch = n_rows, seed, None
@@ -193,9 +191,8 @@ class Order:
 
     def __init__(self, mixture, seed):
         self.shares, n_parts = share_of_block(mixture.weights), len(mixture.parts)
-        self.starts = mixture.ends - [part.n_rows for part in mixture.parts]
-        self.orders = [Shuffled(part.n_rows, *([seed, i] if n_parts > 1 else [seed]))
-                       for i, part in enumerate(mixture.parts)]
+        self.starts = np.cumsum([0, *(part.n_rows for part in mixture.parts)])
+        self.orders = [Shuffled(part.n_rows, seed, i) for i, part in enumerate(mixture.parts)]
         rng = np.random.default_rng((seed, n_parts, 0))
         places = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.shares])
         order = np.argsort(places, kind="stable")
@@ -227,9 +224,8 @@ class Loader:
 
     def __init__(self, rows, *, global_batch_size, micro_batch_size, seed, rank=0, world_size=1):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size = rank, world_size
-        self.rows = rows if isinstance(rows, Mixture) else Mixture([rows], [""])
-        self.order = Order(self.rows, seed)
+        self.rows, self.rank, self.world_size = rows, rank, world_size
+        self.order = Order(rows, seed) if isinstance(rows, Mixture) else Shuffled(rows.n_rows, seed)
         if rows.n_rows < global_batch_size:
             raise UserError(f"the training data fills {rows.n_rows} rows of {rows.block_size} tokens, one step needs "
                             f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size or "
@@ -252,7 +248,9 @@ class Loader:
     def epochs(self, steps):
         """How often these steps go through the data, as text: "0.42 epochs", of a Mixture for each entry."""
         n = steps * self.global_batch_size
-        return ", ".join(f"{n * share / BLOCK / part.n_rows:.2f} epochs" + (f" of {name}" if name else "")
+        if not isinstance(self.rows, Mixture):
+            return f"{n / self.rows.n_rows:.2f} epochs"
+        return ", ".join(f"{n * share / BLOCK / part.n_rows:.2f} epochs of {name}"
                          for share, part, name in zip(self.order.shares, self.rows.parts, self.rows.names, strict=True))
 
 
@@ -290,7 +288,7 @@ LONGEST_SHOWN = 1000  # tokens of a sample
 
 @dataclass(kw_only=True)
 class Look:
-    """What data.py shows."""
+    """The arguments of data.py beside the config's."""
 
     show: int = 3  # samples to print, the first of the files
     out: str = ""  # JSONL file to write a row for each training sample to: ids, and loss (1: that token is a target)
@@ -303,21 +301,15 @@ class Look:
 
 
 def marked(ids, loss, tokenizer, colour):
-    """Token ids as text with special tokens visible; targets in colour, or between {+ and +}."""
+    """Token ids as text: targets in colour, or between {+ and +}; an id that the tokenizer does not have as <id>."""
     start, stop = ("\033[32m", "\033[0m") if colour else ("{+", "+}")
-    borders = np.flatnonzero(np.diff(loss)) + 1
+    unknown = ids > tokenizer.largest
+    borders = np.flatnonzero(np.diff(loss) | unknown[1:] | unknown[:-1]) + 1
     shown = ""
-    for run, is_target in zip(np.split(ids, borders), np.split(loss, borders), strict=True):
-        decoded = decode(run, tokenizer)
-        shown += f"{start}{decoded}{stop}" if is_target[0] else decoded
-    return shown
-
-
-def decode(ids, tokenizer):
-    """The text of ids; ids that the tokenizer does not have as <id>."""
-    if ids.max() <= tokenizer.largest:
-        return tokenizer.decode(ids.tolist())
-    return "".join(tokenizer.decode([i]) if i <= tokenizer.largest else f"<{i}>" for i in ids.tolist())
+    for part, targets in zip(np.split(ids, borders), np.split(loss, borders), strict=True):
+        text = f"<{part[0]}>" if part[0] > tokenizer.largest else tokenizer.decode(part.tolist())
+        shown += f"{start}{text}{stop}" if targets[0] else text
+    return shown.replace(stop + start, "")
 
 
 def main():
@@ -325,8 +317,7 @@ def main():
 
     look = Look()
     config = configurator.load(sys.argv[1:], look)
-    if config.data.tokenizer == "auto":
-        config.data.tokenizer = "bytes" if config.init_from == "scratch" else str(Path(config.init_from).expanduser())
+    config.data.resolve_tokenizer(config.init_from)
     if look.out:
         named, _ = files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))
         if Path(look.out).resolve() in [path.resolve() for path in named]:

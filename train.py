@@ -48,8 +48,7 @@ def main():
     if not from_scratch:
         config.init_from = str(Path(config.init_from).expanduser().resolve())
         config.model = hf.model_config(config.init_from, config.model)
-    if config.data.tokenizer == "auto":
-        config.data.tokenizer = "bytes" if from_scratch else config.init_from
+    config.data.resolve_tokenizer(config.init_from)
     logs.check_trackers(config)
     if config.compile.enabled:
         check_compiler(device)

@@ -172,8 +172,7 @@ def test_packed_documents_have_the_logits_that_each_has_alone(folders, family):
 def save_run(out_dir, model, init_from="scratch", **config):
     """What train.py leaves of a model in out_dir."""
     config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32", **config)
-    if config.data.tokenizer == "auto":  # as train.py resolves it
-        config.data.tokenizer = "bytes" if init_from == "scratch" else str(init_from)
+    config.data.resolve_tokenizer(config.init_from)
     checkpoint.save(out_dir, 1, model, None, {}, keep=0)
     Path(out_dir, "config.py").write_text(configurator.to_python(config))
     return out_dir

@@ -111,7 +111,7 @@ def test_ids_are_read_once(tmp_path, monkeypatch):
     ("a.bin", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ("a.bin", b"\1\0", "1 tokens for training and 0 for validation are too few"),
     ("a.npy", b"x" * 100, "not a .npy file"), ("a.npy", b"", "not a .npy file"),
-    ("a.txt", b"text", "does not read .txt, expected .bin, .npy")])
+    ("a.txt", b"text", "does not read, expected .bin, .npy")])
 def test_files_that_hold_no_ids_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
