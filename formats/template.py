@@ -32,7 +32,6 @@ CHATML = """{% for message in messages %}
 {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\n' }}
 {%- endif %}"""
-TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 SPECIAL, BREAK, OPEN, CLOSE = "\U0010f000", "\U0010f001", "\U0010f002", "\U0010f003"  # the last two: {% generation %}
 WORDS = 0x10F010  # + 2 i: where the words of message i begin, + 2 i + 1: where they end
@@ -85,28 +84,23 @@ class Template:
 
     def __init__(self, tokenizer, source="", name=""):
         self.tokenizer, self.name = tokenizer, name or f"the chat template of {tokenizer.name}"
-        named = tokenizer.config.get("chat_template") if not source else None
-        source = source or tokenizer.chat_template
+        own = {} if source else tokenizer.chat_templates
+        source = source or own.get("default")
         if not source and {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.specials):
             source, self.name = ("{{ bos_token }}" if tokenizer.bos is not None else "") + CHATML, "ChatML"
         if not source:
             raise UserError(f"tokenizer {tokenizer.name} has no chat template, and no <|im_start|> and <|im_end|> for "
                             "ChatML: name a file with a Jinja template, data.chat_template=FILE, or put one there as "
                             "chat_template.jinja")
-        tool_use = {t["name"]: t["template"] for t in named}.get("tool_use") if isinstance(named, list) else None
-        self.sources, env = (source, tool_use or source), environment()
+        self.sources, env = (source, own.get("tool_use", source)), environment()
         try:
             self.main, self.tool_use = map(env.from_string, self.sources)
             self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(env.parse(self.sources[1]))
         except jinja2.TemplateError as error:
             raise UserError(f"{self.name} is not valid Jinja: {error}") from error
-        if tokenizer.config:  # as transformers
-            tokens = {key: tokenizer.config.get(key) for key in TOKEN_NAMES}
-        else:
-            texts = {i: text for text, i in tokenizer.specials.items()}
-            tokens = {"bos_token": texts.get(tokenizer.bos), "eos_token": texts.get(tokenizer.eos)}
-        self.variables = {key: token["content"] if isinstance(token, dict) else token
-                          for key, token in tokens.items() if token is not None}
+        texts = {i: text for text, i in tokenizer.specials.items()}
+        around = {"bos_token": texts.get(tokenizer.bos), "eos_token": texts.get(tokenizer.eos)}
+        self.variables = tokenizer.named_tokens or {key: text for key, text in around.items() if text is not None}
         # special tokens that ordinary text holds too (<think>) need no care; the longest first where several match
         self.specials = [text for text in sorted(tokenizer.specials, key=len, reverse=True)
                          if tokenizer.encode(text).tolist() != [tokenizer.specials[text]]]

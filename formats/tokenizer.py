@@ -1,10 +1,10 @@
 """Tokenizers: files of every kind behind one class, with the ids of the library that a file belongs to.
 
     rank files, tekken.json, tiktoken's names, "bytes"  -> tiktoken
-    Hugging Face folders, SentencePiece models          -> tokenizers, set up as transformers 5 does it
+    Hugging Face folders, SentencePiece models          -> tokenizers, set up by transformers' AutoTokenizer
 
-tiktoken is several times faster (bench/tokenizer_libraries.py), so it also encodes what it can of a Hugging Face
-folder. It joins the two tokens whose union has the lowest id, where a tokenizer.json lists the pairs (merges) in order:
+tiktoken is four times as fast (bench/tokenizer_libraries.py), so it also encodes what it can of a Hugging Face folder.
+It joins the two tokens whose union has the lowest id, where a tokenizer.json lists the pairs (merges) in order:
 `ranks_of` finds out whether that is the same. If not, and for text with anything unusual in it (an added word,
 characters that NFC changes, bytes without a token), `tokenizers` encodes.
 """
@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import re
+import tempfile
 import threading
 import unicodedata
 from pathlib import Path
@@ -25,7 +26,6 @@ from formats.hf import read_json
 from plumbing.errors import UserError
 
 END = "<|endoftext|>"
-SPACE = "\u2581"  # as SentencePiece writes one
 BLANKS = 2**16  # characters: tiktoken's regular expressions overflow their stack at a million blanks in a row
 
 # Split patterns. Sources: GPT-2's encoder.py; llama-models, llama3/tokenizer.py (cl100k_base has the same); Qwen's
@@ -60,16 +60,17 @@ class Tokenizer:
     """Text to ids and back. `encode` takes ordinary text: special tokens in it stay text.
 
     bos, eos: ids that begin and end a document, or None; largest: the largest id; specials: {text: id} of special and
-    added tokens; config: tokenizer_config.json; chat_template: Jinja source, or None; fingerprint: changes whenever ids
-    could; blank_cuts: how often `encode` cut a run of white space.
+    added tokens; chat_templates: {"default": Jinja source, ...}; fingerprint: changes whenever ids could; blank_cuts:
+    how often `encode` cut a run of white space.
 
     ranks: a tiktoken.Encoding, or None. full: a tokenizers.Tokenizer, or None; with both, `full` encodes text that
-    `ranks` cannot. nfc: `ranks` takes text in NFC. eos_token: the EOS that a configuration names, or None.
+    `ranks` cannot. nfc: `ranks` takes text in NFC. named_tokens: {"eos_token": text, ...} of a folder.
     """
 
-    def __init__(self, name, ranks=None, full=None, *, nfc=False, bos=None, eos_token=None):
+    def __init__(self, name, ranks=None, full=None, *, nfc=False, bos=None, named_tokens=None, chat_templates=None):
         self.name, self.ranks, self.full, self.nfc, self.bos = name, ranks, full, nfc, bos
-        self.config, self.chat_template, self.blank_cuts, self.lock = {}, None, 0, threading.Lock()
+        self.named_tokens, self.chat_templates = named_tokens or {}, chat_templates or {}
+        self.blank_cuts, self.lock = 0, threading.Lock()
         if full is None:
             vocab = self.specials = dict(ranks._special_tokens)
             self.largest = ranks.max_token_value
@@ -85,10 +86,10 @@ class Tokenizer:
             self.byte_level = '"ByteLevel"' in meaning
             full.encode_special_tokens = True  # as text
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
-        self.eos = next((vocab[t] for t in (eos_token, END, "<|end_of_text|>", "</s>") if t in vocab), None)
-        # tiktoken panics at a byte without a token (SmolLM2 lacks 21); some bytes no UTF-8 holds
-        in_utf8 = {*range(0xC0), *range(0xC2, 0xF5)}
-        self.missing = bytes(b for b in in_utf8 if bytes([b]) not in ranks._mergeable_ranks) if ranks else b""
+        endings = self.named_tokens.get("eos_token"), END, "<|end_of_text|>", "</s>"
+        self.eos = next((vocab[text] for text in endings if text in vocab), None)
+        # tiktoken panics at a byte without a token (SmolLM2 lacks 21)
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks._mergeable_ranks) if ranks else b""
         # SentencePiece puts a space before the text
         self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"
 
@@ -136,10 +137,10 @@ class Tokenizer:
         if text in self.specials:
             return text.encode()
         if self.byte_level:
-            return to_bytes(text) or text.encode()
+            return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= set(text) else text.encode()
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):  # byte fallback
             return bytes.fromhex(byte[1])
-        return text.replace(SPACE, " ").encode()
+        return text.replace("\u2581", " ").encode()  # SentencePiece writes a space so
 
 
 def get_tokenizer(name):
@@ -154,9 +155,13 @@ def get_tokenizer(name):
         return Tokenizer(name, tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", special_tokens={END: 256},
                                                  mergeable_ranks={bytes([i]): i for i in range(256)}))
     if path.is_dir():
-        return read_folder(path)
+        found = [n for n in ("tokenizer.json", "tokenizer.model", "tekken.json") if (path / n).is_file()]
+        if not found:
+            raise UserError(f"{path} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
+                            "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
+        return read_file(path / found[0], path.resolve().name, path)  # tokenizer.json wins, as in transformers
     if path.exists():
-        return read_file(path, path.name, {})
+        return read_file(path, path.name)
     if name not in tiktoken.list_encoding_names():
         raise UserError(f"data.tokenizer={name!r} is neither a file, nor a folder, nor one of bytes, "
                         + ", ".join(tiktoken.list_encoding_names()))
@@ -168,54 +173,30 @@ def get_tokenizer(name):
                         "file") from error
 
 
-def read_folder(folder):
-    """The Tokenizer of a Hugging Face folder. tokenizer.json wins over tokenizer.model, as in transformers."""
-    config = read_if_there(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # as older versions of transformers saved it
-        config |= read_if_there(folder / "special_tokens_map.json")
-    found = [n for n in ("tokenizer.json", "tokenizer.model", "tekken.json") if (folder / n).is_file()]
-    if not found:
-        raise UserError(f"{folder} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
-                        "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
-    beside = {**config, "model_type": read_if_there(folder / "config.json").get("model_type"),
-              "added_tokens": read_if_there(folder / "added_tokens.json")}
-    tokenizer = read_file(folder / found[0], folder.resolve().name, beside)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").is_file():  # wins, as in transformers
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer.config, tokenizer.chat_template = config, template
-    return tokenizer
-
-
-def read_file(path, name, beside):
-    """The Tokenizer of a file, whatever its kind.
-
-    beside: what its folder says, {} for a file by itself: the keys of tokenizer_config.json, model_type of config.json,
-    and the content of added_tokens.json as added_tokens.
-    """
+def read_file(path, name, folder=None):
+    """The Tokenizer of a file, whatever its kind. folder: whose other files count, None for a file by itself."""
     with open_binary(path) as file:
         start = file.read(1)
-    if start == b"\n":  # the first field of a protocol buffer
-        spec = sentencepiece_spec(path, beside.get("legacy", True))
-        return read_hugging_face(spec, path, name, beside, sentencepiece=True)
-    if start != b"{":
+    if start not in (b"{", b"\n"):
         return read_ranks(path, name)
-    spec = read_json(path)
-    try:
-        if isinstance(spec.get("model"), dict):
-            return read_hugging_face(spec, path, name, beside)
+    if start == b"{":
+        spec = read_json(path)
         if "vocab" in spec and "config" in spec:
-            return read_tekken(spec, name)
-    except KeyError as error:
-        raise UserError(f"{path} is incomplete: it has no {error} where its kind of file has one") from error
-    raise UserError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a tekken.json of "
-                    "Mistral, which has 'vocab' and 'config'")
-
-
-def read_if_there(path):
-    return read_json(path) if path.is_file() else {}
+            return read_tekken(spec, path, name)
+        if not isinstance(spec.get("model"), dict):
+            raise UserError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a "
+                            "tekken.json of Mistral, which has 'vocab' and 'config'")
+    else:
+        try:
+            import sentencepiece  # noqa: F401
+            from google import protobuf  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"{path} is of SentencePiece, which needs: pip install sentencepiece protobuf") from error
+    if folder:
+        return read_hugging_face(path, name, folder)
+    with tempfile.TemporaryDirectory() as alone:
+        Path(alone, "tokenizer.json" if start == b"{" else "tokenizer.model").symlink_to(path.resolve())
+        return read_hugging_face(path, name, alone)
 
 
 def read_ranks(path, name):
@@ -238,176 +219,63 @@ def read_ranks(path, name):
     return Tokenizer(name, encoding, nfc=pattern == QWEN_SPLIT)
 
 
-def read_tekken(spec, name):
+def read_tekken(spec, path, name):
     """The Tokenizer of Mistral's tekken.json: special tokens come first, and the ranks behind them."""
-    n_special = spec["config"]["default_num_special_tokens"]
-    n_ranks = spec["config"]["default_vocab_size"] - n_special  # the file may hold more
-    special = [token["token_str"] for token in spec.get("special_tokens") or []] or TEKKEN_SPECIAL
+    try:
+        n_special, pattern = spec["config"]["default_num_special_tokens"], spec["config"]["pattern"]
+        n_ranks = spec["config"]["default_vocab_size"] - n_special  # the file may hold more
+        special = [token["token_str"] for token in spec.get("special_tokens") or []] or TEKKEN_SPECIAL
+        ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + n_special
+                 for token in spec["vocab"] if token["rank"] < n_ranks}
+    except KeyError as error:
+        raise UserError(f"{path} is incomplete: it has no {error} where a tekken.json has one") from error
     special += [f"<SPECIAL_{i}>" for i in range(len(special), n_special)]
     special = {token: i for i, token in enumerate(special)}
-    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] + n_special for t in spec["vocab"] if t["rank"] < n_ranks}
-    return Tokenizer(name, tiktoken.Encoding(name, pat_str=spec["config"]["pattern"], mergeable_ranks=ranks,
-                                             special_tokens=special))
+    return Tokenizer(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Hugging Face folders, SentencePiece models
-
-
-def read_hugging_face(spec, path, name, beside, sentencepiece=False):
-    """The Tokenizer of a tokenizer.json's content, with what the files beside it add, as transformers 5 reads them."""
-    tokenizers = package("tokenizers", path)
-    listed = {int(i): token for i, token in beside.get("added_tokens_decoder", {}).items()}
-    spec, defaults = as_class(spec, path, beside)
-    beside = defaults | {key: content(value) for key, value in beside.items()}
-    if defaults and listed and not sentencepiece:
-        spec["added_tokens"] = []  # the configuration lists them all
-    if sentencepiece and not defaults:  # user-defined pieces are cut out by the pre_tokenizer
-        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["special"]]
-        listed = {i: {**token, "normalized": False} for i, token in listed.items()}
+def read_hugging_face(path, name, folder):
+    """The Tokenizer that transformers makes of a folder, whose tokenizer.json or SentencePiece model is `path`."""
+    transformers = package("transformers", path)
     try:
-        full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "padding": None, "truncation": None}))
-    except Exception as error:  # the library raises no narrower class
-        raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
-    ids = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-    ids |= add_tokens(full, listed, beside)
-    if moved := [f"{text!r} as {i}" for text, i in ids.items() if full.token_to_id(text) != i]:
-        raise UserError(f"{path} and the files beside it list {', '.join(moved[:5])}, which transformers gives another "
-                        "id (it numbers new tokens without gaps): save the tokenizer with transformers to see which")
-    probe = full.encode("a")  # the post-processor puts BOS around it
+        # mistral-common would read the folder in its own way; the folder's own Python code is not run
+        read = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, mistral_format=False,
+                                                          trust_remote_code=False)
+        full = read.backend_tokenizer
+        full.no_padding()
+        full.no_truncation()
+        probe = full.encode("a")  # the post-processor puts BOS around it
+    except Exception as error:  # the libraries raise no narrower class
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers {transformers.__version__} cannot read {path}: {reason}") from error
     n_first = (probe.special_tokens_mask + [0]).index(0)
     if n_first > 1:
         raise UserError(f"{path} puts {probe.tokens[:n_first]} before a text: one token at most can be used")
-    bos = probe.ids[0] if n_first else None
-    if sentencepiece and beside.get("add_bos_token"):
-        bos = full.token_to_id(beside.get("bos_token") or "<s>")
-    ranks, nfc = to_tiktoken(spec, name, full)
-    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, eos_token=beside.get("eos_token"))
-
-
-def content(value):
-    """The text of a token, which tokenizer_config.json may hold as a dict with flags; other values as they are."""
-    return value.get("content", value) if isinstance(value, dict) else value
-
-
-def as_class(spec, path, beside):
-    """(spec, default tokens) with the steps that a class of transformers 5 uses whatever a tokenizer.json says.
-
-    The defaults are {} for a class that follows the file. UserError for one whose steps are not known here. Source:
-    transformers 5.24, models/auto/tokenization_auto.py, models/{llama,qwen2,gpt2}/tokenization_*.py.
-    """
-    model_type, name = beside.get("model_type"), (beside.get("tokenizer_class") or "").removesuffix("Fast")
-    if model_type in ("mistral", "mistral3", "ministral", "mixtral", "phi3", "granite", "olmo2"):
-        return spec, {}
-    if model_type == "qwen2" or (model_type == "qwen3" and not name):
-        name = "Qwen2Tokenizer"
-    if name in ("CodeLlamaTokenizer", "CohereTokenizer", "GemmaTokenizer", "GPTNeoXTokenizer"):
-        raise UserError(f"{path.parent} has tokenizer_class={name}, whose steps are not known here: save it with "
-                        "transformers as a PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)")
-    is_llama, space = name == "LlamaTokenizer", beside.get("add_prefix_space")
-    if is_llama and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
-        return spec, {}
-    level = dict(type="ByteLevel", add_prefix_space=bool(space), trim_offsets=True, use_regex=name == "GPT2Tokenizer")
-    split = dict(type="Split", pattern={"Regex": QWEN_SPLIT}, behavior="Isolated", invert=False)
-    scheme = "always" if beside.get("legacy") else "first"
-    metaspace = dict(type="Metaspace", replacement=SPACE, prepend_scheme="never" if space is False else scheme,
-                     split=False)
-    steps = {"LlamaTokenizer": (None, metaspace), "GPT2Tokenizer": (None, level),
-             "Qwen2Tokenizer": ({"type": "NFC"}, dict(type="Sequence", pretokenizers=[split, level]))}
-    if name not in steps:
-        return spec, {}
-    model = {**spec["model"], "dropout": None, "unk_token": None, "fuse_unk": is_llama, "byte_fallback": is_llama,
-             "ignore_merges": False}
-    tokens = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>") if is_llama else dict(eos_token=END)
-    return {**spec, "model": model, "normalizer": steps[name][0], "pre_tokenizer": steps[name][1]}, tokens
-
-
-def add_tokens(full, listed, beside):
-    """Add the tokens that a folder names to `full`. Returns {text: id} of those that it names with an id.
-
-    listed: {id: token} of added_tokens_decoder, which older versions of transformers saved as added_tokens.json.
-    """
-    from tokenizers import AddedToken
-
-    special = [value for key, value in beside.items() if key.endswith("_token") and isinstance(value, str)]
-    extra = beside.get("extra_special_tokens") or beside.get("additional_special_tokens") or []
-    special += map(content, extra.values() if isinstance(extra, dict) else extra)
-    if not listed:
-        older = beside.get("added_tokens", {})
-        listed = {i: dict(content=text, normalized=text not in special) for text, i in older.items()}
-    for _, token in sorted(listed.items()):  # new ones, and those with other flags
-        full.add_tokens([AddedToken(**{**token, "special": token.get("special") or token["content"] in special})])
-    present = {token.content for token in full.get_added_tokens_decoder().values()}
-    full.add_tokens([AddedToken(text, special=True, normalized=False) for text in special if text not in present])
-    return {token["content"]: i for i, token in listed.items()}
-
-
-def sentencepiece_spec(path, legacy):
-    """A SentencePiece model as a tokenizer.json that encodes as SentencePiece does.
-
-    legacy: a space goes before the text between added tokens, too. Source: transformers 5.24,
-    convert_slow_tokenizer.py, build_tokenizer_from_spm_proto.
-    """
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
-        raise UserError(f"{path} is a SentencePiece model, which needs: pip install sentencepiece protobuf") from error
-    try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    except DecodeError as error:
-        raise UserError(f"{path} is not a SentencePiece model: {error}") from error
-    pieces, trainer, normalizer = list(enumerate(proto.pieces)), proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type != trainer.BPE:
-        raise UserError(f"{path} is a SentencePiece model of another type than BPE: use a tokenizer.json made of it")
-    rank = {piece.piece: (-piece.score, i) for i, piece in pieces if piece.type == piece.NORMAL}
-    halves = ((text, text[:i], text[i:]) for text in rank for i in range(1, len(text)))
-    merges = sorted((rank[text], left, right) for text, left, right in halves if left in rank and right in rank)
-    replaced = [(r"\A +| +\z", ""), (" {2,}", " ")] if normalizer.remove_extra_whitespaces else []
-    replaced += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * (normalizer.add_dummy_prefix and legacy)
-    steps = [{"type": "Replace", "pattern": {"Regex": pattern}, "content": text} for pattern, text in replaced]
-    if charsmap := normalizer.precompiled_charsmap:
-        steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
-    added = [{"id": i, "content": piece.piece, "special": piece.type != piece.USER_DEFINED, "single_word": False,
-              "lstrip": False, "rstrip": False, "normalized": False}
-             for i, piece in pieces if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED)]
-    whole = sorted((token["content"] for token in added if not token["special"]), key=len, reverse=True)
-    split = dict(type="Split", pattern={"Regex": "|".join(map(re.escape, whole))}, behavior="Isolated", invert=False)
-    prefix = dict(type="Metaspace", replacement=SPACE, prepend_scheme="always" if legacy else "first", split=False)
-    model = dict(type="BPE", vocab={piece.piece: i for i, piece in pieces}, merges=[pair for _, *pair in merges],
-                 unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback,
-                 ignore_merges=bool(whole))
-    cuts = [prefix] * normalizer.add_dummy_prefix + [split] * bool(whole)
-    return {"model": model, "added_tokens": added, "normalizer": {"type": "Sequence", "normalizers": steps},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts}}
+    ranks, nfc = to_tiktoken(name, full)
+    templates = {"default": read.chat_template} if isinstance(read.chat_template, str) else read.chat_template
+    return Tokenizer(name, ranks, full, nfc=nfc, bos=probe.ids[0] if n_first else None,
+                     named_tokens=read.special_tokens_map, chat_templates=templates)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # from merges to ranks
 
 
-def to_tiktoken(spec, name, full):
-    """(tiktoken.Encoding or None, whether it takes text in NFC) for text without anything unusual, see above.
+def to_tiktoken(name, full):
+    """(tiktoken.Encoding or None, whether it takes text in NFC) of a tokenizers.Tokenizer.
 
-    None where tiktoken would not give the same ids for all such text. full: the tokenizer made of spec.
+    None where tiktoken would not give the same ids for all text that is not unusual (Tokenizer.unusual).
     """
-    model, normalizer = spec["model"], spec.get("normalizer")
+    spec = json.loads(full.to_str())
+    model, normalizer = spec["model"], spec["normalizer"]
     nfc = normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]})
     settings = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    pattern = split_pattern(spec.get("pre_tokenizer") or {})
+    pattern = split_pattern(spec["pre_tokenizer"] or {})
     if not pattern or "merges" not in model or any(model.get(key) for key in settings) or normalizer and not nfc:
         return None, False
     added = {token.content for token in full.get_added_tokens_decoder().values()}
     ranks = ranks_of({text: i for text, i in model["vocab"].items() if text not in added}, model["merges"], full.model)
     return ranks and tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), nfc
-
-
-def to_bytes(text):
-    """The bytes of a token of a tokenizer.json, or None if it is not written in the byte alphabet."""
-    try:
-        return bytes(map(BYTE_OF.__getitem__, text))
-    except KeyError:
-        return None
 
 
 def ranks_of(vocab, merges, model):
@@ -419,8 +287,8 @@ def ranks_of(vocab, merges, model):
     parts, too. A token that merges do not make gets a rank only with ignore_merges, which looks up whole pieces first,
     as tiktoken always does. model: the tokenizers.models.BPE of both.
     """
-    joined = [vocab.get("".join(pair).replace(" ", ""), -1) for pair in merges]  # a pair is ["a", "b"] or "a b"
-    if -1 in joined or joined != sorted(joined):
+    joined = [vocab.get("".join(pair), -1) for pair in merges]
+    if -1 in joined or joined != sorted(joined) or not BYTE_OF.keys() >= set("".join(vocab)):
         return None
     ignore_merges, model.ignore_merges = model.ignore_merges, False
     ranks, joins_of_ids = {}, 0
@@ -428,9 +296,9 @@ def ranks_of(vocab, merges, model):
         parts = [part.id for part in model.tokenize(text)]
         joins_of_ids += len(parts) == 2
         if ignore_merges or parts == [i]:
-            ranks[to_bytes(text)] = i
+            ranks[bytes(map(BYTE_OF.get, text))] = i
     model.ignore_merges = ignore_merges
-    return None if None in ranks or ignore_merges and joins_of_ids else ranks
+    return None if ignore_merges and joins_of_ids else ranks
 
 
 def split_pattern(pre_tokenizer):

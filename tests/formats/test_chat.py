@@ -413,7 +413,7 @@ def test_without_a_template_chatml_serves_a_vocabulary_that_has_it(folder, tmp_p
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
     plain = get_tokenizer(str(tmp_path))
-    assert plain.chat_template is None
+    assert not plain.chat_templates
     ids, loss, _ = Template(plain).encode([user("a"), assistant("b")])
     assert written(ids, loss, plain) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n")
