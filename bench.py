@@ -45,7 +45,7 @@ COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_
 class BenchConfig:
     """Keys of bench.py."""
 
-    variants: str = ",".join(["bf16", *RECIPES])  # what to compare; speedup is relative to the first
+    variants: str = "bf16,tensorwise,rowwise,rowwise_with_gw_hp"  # what to compare; speedup is relative to the first
     steps: int = 40  # timed steps of each variant
     warmup: int = 10  # steps before they are timed
     gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 make faster
@@ -59,14 +59,20 @@ class BenchConfig:
 
 
 def split(variants):
-    """The list of variants; commas inside brackets do not separate."""
-    return re.split(r",(?![^\[]*\])", variants)
+    """The list of variants; commas inside brackets and braces do not separate."""
+    return re.split(r",(?![^\[{]*[\]}])", variants)
+
+
+def parts(variant):
+    """(bf16 or a recipe, [its keys]) of a variant; colons inside braces do not separate."""
+    base, *keys = re.split(r":(?![^{]*})", variant)
+    return base, keys
 
 
 def variant_problems(variants):
     """Yield ({"variants"}, message) for each variant that cannot be used."""
     for variant in split(variants):
-        base, *keys = variant.split(":")
+        base, keys = parts(variant)
         if base not in ("bf16", *RECIPES):
             yield {"variants"}, f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
         if fixed := sorted(NOT_PER_VARIANT.intersection(key.partition("=")[0] for key in keys)):
@@ -116,12 +122,12 @@ def slug(variant):
 
 def flags(variant):
     """The arguments of train.py for a variant."""
-    base, *more = variant.split(":")
+    base, more = parts(variant)
     if base == "bf16":
         keys = ["--fp8.enabled=False"]
     else:
         keys = ["--fp8.enabled=True", f"--fp8.recipe_name={base}"]
-        if not RECIPES[base].all_gather:
+        if not RECIPES[base].gather_rows:
             keys += ["--fp8.enable_fsdp_float8_all_gather=False",
                      "--fp8.precompute_float8_dynamic_scale_for_fsdp=False"]
         if not RECIPES[base].keep_casts:

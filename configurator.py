@@ -205,13 +205,14 @@ def set_flags(parts, flags, switches):
 
 def expected(name, text, kind):
     """The error message for a value that is not of type `kind`, with an example for lists and tuples."""
-    message, example = f"expected {type_name(kind)}", "..."
-    if typing.get_origin(kind) not in (list, tuple):
+    message, origin = f"expected {type_name(kind)}", typing.get_origin(kind)
+    if origin not in (list, tuple, dict):
         return message
+    example = "{...}" if origin is dict else "[...]"
     if kind == list[str]:
         words = [word.strip(" '\"") for word in text.strip("[]").split(",")]
-        example = ", ".join(json.dumps(word) for word in words if word)
-    return f"{message} as a Python literal, in shell quotes: '--{name}=[{example}]'"
+        example = json.dumps([word for word in words if word])
+    return f"{message} as a Python literal, in shell quotes: '--{name}={example}'"
 
 
 def value_errors(parts, broken):

@@ -12,15 +12,17 @@ is first multiplied by a scale that puts its largest absolute value (amax) at th
 divided by both scales. The recipe, an entry of `RECIPES`, says for each matmul how many values share one scale and
 which formats its operands have:
 
-                         y = x @ w.T              grad_x = g @ w             grad_w = g.T @ x
-    tensorwise           tensor e4m3 both         tensor e5m2, tensor e4m3   tensor e5m2, tensor e4m3
-    rowwise              row e4m3 both            row e4m3 both              row e4m3 both
-    rowwise_with_gw_hp   row e4m3 both            row e4m3, tensor e4m3      high precision
+                            y = x @ w.T        grad_x = g @ w             grad_w = g.T @ x
+    tensorwise              tensor e4m3 both   tensor e5m2, tensor e4m3   tensor e5m2, tensor e4m3
+    tensorwise_with_gw_hp   tensor e4m3 both   tensor e5m2, tensor e4m3   high precision
+    tensorwise_forward      tensor e4m3 both   high precision             high precision
+    rowwise                 row e4m3 both      row e4m3 both              row e4m3 both
+    rowwise_with_gw_hp      row e4m3 both      row e4m3, tensor e4m3      high precision
 
 "tensor" is one scale for the whole operand: the fastest, since a scale costs one amax pass and the matmul is cuBLAS's.
 "row" is one scale, a power of two, for each row along the contraction. An outlier then spoils its own row only, but an
-operand is cast once for each matmul that reads it, because they contract different dimensions. rowwise_with_gw_hp is
-the most accurate.
+operand is cast once for each matmul that reads it, because they contract different dimensions. `fp8.recipes` gives
+single layers a recipe of their own.
 
 Scales are dynamic: computed from the tensor that is cast, so there is no state to save and resuming is exact.
 The tensor cores want the inner dimension contiguous in both operands, so backward casts into transposed layouts, and
@@ -41,7 +43,8 @@ import importlib.metadata
 import logging
 import math
 import os
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,7 +68,7 @@ MIN_TORCHAO = "0.18"  # patches a Triton miscompile that gave NaN (https://githu
 
 
 class Cast(NamedTuple):
-    scaling: Literal["tensor", "row"]  # how many values share one scale
+    scaling: Literal["tensor", "row", "block"]  # how many values share one scale
     dtype: torch.dtype
 
 
@@ -79,10 +82,11 @@ class Recipe:
     output: tuple[Cast, Cast] | None  # input @ weight.T
     grad_input: tuple[Cast, Cast] | None  # grad_output @ weight
     grad_weight: tuple[Cast, Cast] | None  # grad_output.T @ input
-    all_gather: bool = False  # a shard can be cast before the all-gather
+    gather_rows: int = 0  # shards of a multiple of so many rows can be cast before the all-gather; 0: no shard can
     keep_casts: bool = False  # backward reads the casts that forward makes
     multiple: int = 16  # must divide every dimension of its matmuls
     inductor: tuple[str, ...] = ()  # switches of torch._inductor.config that it needs
+    layer: Callable | None = None  # what replaces a linear layer, called like torchao_linear; None: torchao_linear
 
     @property
     def fp8_matmuls(self):
@@ -94,7 +98,11 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TENSOR_E4M3, TENSOR_E5M2, ROW_E4M3 = Cast("tensor", E4M3), Cast("tensor", E5M2), Cast("row", E4M3)
 RECIPES = {
     "tensorwise": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
-                         grad_weight=(TENSOR_E5M2, TENSOR_E4M3), all_gather=True, keep_casts=True),
+                         grad_weight=(TENSOR_E5M2, TENSOR_E4M3), gather_rows=1, keep_casts=True),
+    "tensorwise_with_gw_hp": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
+                                    grad_weight=None, gather_rows=1),
+    # not gathered in FP8: backward needs the weight in high precision
+    "tensorwise_forward": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=None, grad_weight=None),
     # without the switch, NaN: https://github.com/pytorch/pytorch/issues/150859
     "rowwise": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, ROW_E4M3), grad_weight=(ROW_E4M3, ROW_E4M3),
                       inductor=("emulate_precision_casts",)),
@@ -113,6 +121,8 @@ class FP8Config:
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
     keep_casts: bool = False  # backward reads the casts of forward; weights are cast once a step, not once a pass
+    recipes: dict[str, Literal[tuple(RECIPES)] | None] = field(
+        default_factory=dict)  # of single modules, e.g. {"layers.0": None}; None: high precision; the last match counts
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
     auto_filter: bool = False  # time the layers at start-up and leave those that FP8 does not speed up in bf16
     grad_fast_accum: bool = False  # fast accumulation in backward matmuls, as in forward: 2% faster, row-wise 10%
@@ -120,7 +130,6 @@ class FP8Config:
     stats_interval: int = 0  # measure what the FP8 casts of every layer lose every N steps; 0: never
     self_check: bool = False  # at start-up compare compiled FP8 with eager FP8 and bf16; torch 2.14: always
     allow_eager: bool = False  # permit FP8 on a GPU without compile (slower than bf16)
-    auto_filtered = ()  # no field: the layers that auto_filter chose in this run
     enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
     precompute_fp8_dynamic_scale_for_fsdp: InitVar[bool | None] = None
 
@@ -138,13 +147,6 @@ class FP8Config:
             return
         if self.stats_interval < 0:
             yield {"fp8.stats_interval"}, f"fp8.stats_interval={self.stats_interval} must not be negative"
-        name = self.recipe_name or DEFAULT_RECIPE
-        for key, ability in (("enable_fsdp_float8_all_gather", "all_gather"), ("keep_casts", "keep_casts")):
-            if getattr(self, key) and not getattr(RECIPES[name], ability):
-                able = " or ".join(other for other, recipe in RECIPES.items() if getattr(recipe, ability))
-                yield {f"fp8.{key}", "fp8.recipe_name"}, (
-                    f"fp8.{key} works with the {able} recipe only, not with {name!r}: "
-                    f"set fp8.recipe_name={able} or turn it off")
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield {"fp8.precompute_float8_dynamic_scale_for_fsdp", "fp8.enable_fsdp_float8_all_gather"}, (
                 "fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
@@ -167,14 +169,22 @@ class FP8Config:
 
 def recipe_of(fqn, cfg):
     """The name of the recipe in RECIPES that linear layer `fqn` computes with; None for high precision."""
-    if not cfg.enabled or any(matches(fqn, entry) for entry in (*cfg.filter_fqns, *cfg.auto_filtered)):
-        return None
-    return cfg.recipe_name or DEFAULT_RECIPE
+    name = cfg.recipe_name or DEFAULT_RECIPE
+    for entry, recipe in [*dict.fromkeys(cfg.filter_fqns).items(), *cfg.recipes.items()]:
+        if matches(fqn, entry):
+            name = recipe
+    return name if cfg.enabled else None
 
 
 def matches(fqn, entry):
-    """Whether an entry of filter_fqns names module `fqn`, by whole dotted parts: layers.1 does not match layers.10."""
+    """Whether an entry of filter_fqns or recipes names module `fqn`, by whole parts: layers.1 is not layers.10."""
     return f".{entry}." in f".{fqn}."
+
+
+def leave_out(cfg, names):
+    """A copy of an FP8Config with the named modules in high precision, whatever its other entries say."""
+    others = {entry: recipe for entry, recipe in cfg.recipes.items() if entry not in names}
+    return replace(cfg, recipes={**others, **dict.fromkeys(names)})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -210,14 +220,21 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
             errors.append(f"compile.enabled=True compiles nothing while {variable}=1 is in the environment: unset it")
 
     linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for entry in cfg.filter_fqns:
-        if not any(matches(fqn, entry) for fqn in linears):
-            errors.append(f"fp8.filter_fqns entry {entry!r} matches no linear layer: the names here are "
-                          + ", ".join(dict.fromkeys(map(models.layer_kind, linears))))
-    recipes = {fqn: RECIPES[recipe_of(fqn, cfg)] for fqn in linears if recipe_of(fqn, cfg)}
+    for key, entries in (("filter_fqns", cfg.filter_fqns), ("recipes", cfg.recipes)):
+        errors += [f"fp8.{key} entry {entry!r} matches no linear layer: the names here are "
+                   + ", ".join(dict.fromkeys(map(models.layer_kind, linears)))
+                   for entry in entries if not any(matches(fqn, entry) for fqn in linears)]
+    names = {fqn: recipe_of(fqn, cfg) for fqn in linears}
+    recipes = {fqn: RECIPES[name] for fqn, name in names.items() if name}
     if not recipes:
-        errors.append(f"fp8.filter_fqns={cfg.filter_fqns} leaves no linear layer to convert: "
-                      "remove an entry, or set fp8.enabled=False")
+        errors.append("fp8.filter_fqns and fp8.recipes leave no linear layer to convert: remove an entry, or set "
+                      "fp8.enabled=False")
+    for key, ability in (("enable_fsdp_float8_all_gather", "gather_rows"), ("keep_casts", "keep_casts")):
+        if recipes and getattr(cfg, key) and not any(getattr(recipe, ability) for recipe in recipes.values()):
+            able = " or ".join(name for name, recipe in RECIPES.items() if getattr(recipe, ability))
+            used = ", ".join(dict.fromkeys(name for name in names.values() if name))
+            errors.append(f"fp8.{key} works with the {able} recipe only, and the layers here have {used}: turn it off, "
+                          "or change fp8.recipe_name or fp8.recipes")
 
     def refuse(reason, layers):
         if layers:
@@ -236,12 +253,15 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
                        f"not {n}: set model.block_size or data.packed_sequence_size, micro_batch_size or loss_chunks"
                        for n in pieces if n % multiple]
     if cfg.enable_fsdp_float8_all_gather and shards:
+        gathered = {fqn: recipe.gather_rows for fqn, recipe in recipes.items() if recipe.gather_rows}
         others = {id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False)}
         refuse("fp8 all-gather would untie weights that are shared with another module: turn it off",
-               [fqn for fqn in recipes if id(linears[fqn].weight) in others])
-        # https://github.com/pytorch/ao/issues/3982
-        refuse(f"fp8 all-gather needs rows that divide evenly over {shards} shards",
-               [f"{fqn} ({linears[fqn].out_features} rows)" for fqn in recipes if linears[fqn].out_features % shards])
+               [fqn for fqn in gathered if id(linears[fqn].weight) in others])
+        for rows in sorted(set(gathered.values())):  # https://github.com/pytorch/ao/issues/3982
+            multiple = f"{shards} shards" if rows == 1 else f"{shards} shards of a multiple of {rows} rows"
+            refuse(f"fp8 all-gather needs rows that divide evenly over {multiple}",
+                   [f"{fqn} ({linears[fqn].out_features} rows)" for fqn in gathered
+                    if gathered[fqn] == rows and linears[fqn].out_features % (shards * rows)])
     if errors:
         raise UserError("\n".join(errors))
 
@@ -255,7 +275,8 @@ OPERANDS = {"output": ("input", "weight"), "grad_input": ("grad_output", "weight
             "grad_weight": ("grad_output_for_grad_weight", "input_for_grad_weight")}
 
 
-def torchao_config(recipe, cfg):
+@functools.cache  # one object for all layers of a recipe, on which compiled blocks guard
+def torchao_config(recipe, emulate, grad_fast_accum):
     """The Float8LinearConfig that computes what a Recipe says."""
     from torchao.float8.config import CastConfig, Float8GemmConfig, Float8LinearConfig, ScalingGranularity, ScalingType
 
@@ -271,44 +292,51 @@ def torchao_config(recipe, cfg):
                 config = CastConfig(scaling_granularity=granularity[cast.scaling], target_dtype=cast.dtype)
                 by_row |= cast.scaling == "row"
             casts[f"cast_config_{operand}"] = config
-    accumulation = Float8GemmConfig(use_fast_accum=cfg.grad_fast_accum)
+    accumulation = Float8GemmConfig(use_fast_accum=grad_fast_accum)
     return Float8LinearConfig(**casts, gemm_config_grad_input=accumulation, gemm_config_grad_weight=accumulation,
-                              emulate=cfg.emulate, round_scales_to_power_of_2=by_row)
+                              emulate=emulate, round_scales_to_power_of_2=by_row)
 
 
-def convert(model, cfg, *, shards, accumulation=1):
-    """Replace linear layers by torchao's Float8Linear, in place, each with the recipe that recipe_of says.
+def torchao_linear(linear, recipe, cfg, *, gathers):
+    """torchao's Float8Linear with the parameters of `linear`, computing as a Recipe says.
 
-    Call it before fully_shard, on the meta device. With all-gather configured and shards > 0, weights become
-    GatherInFP8. With cfg.keep_casts, several passes per step (accumulation) and shards == 0, the layers are CastOnce.
-    Each converted layer has the name of its recipe as `.recipe`.
+    gathers: whether FSDP2 is to gather its weight in FP8.
     """
     from torch._inductor.codegen.triton import TritonOverrides
     from torchao.float8 import convert_to_float8_training
 
-    recipes = {fqn: recipe_of(fqn, cfg) for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, recipe in RECIPES.items():
-        layers = {fqn for fqn in recipes if recipes[fqn] == name}
-        if not layers:
-            continue
-        for switch in recipe.inductor:
-            setattr(torch._inductor.config, switch, True)
-        convert_to_float8_training(model, config=torchao_config(recipe, cfg),
-                                   module_filter_fn=lambda _, fqn: fqn in layers)  # noqa: B023
+    layer = convert_to_float8_training(linear, config=torchao_config(recipe, cfg.emulate, cfg.grad_fast_accum))
     # torchao's patch of Inductor (MIN_TORCHAO) does not say so where it finds nothing to patch
     if not cfg.emulate and "PropagateNan" in TritonOverrides.maximum("a", "b"):
         raise RunStopped(f"torchao {importlib.metadata.version('torchao')} cannot work around a Triton bug in torch "
                          f"{torch.__version__}, which makes FP8 values NaN: install the versions in requirements.txt")
-    converted = float8_linears(model)
-    assert list(converted) == [fqn for fqn in recipes if recipes[fqn]], f"torchao converted {list(converted)}"
-    for fqn, linear in converted.items():
-        linear.recipe = recipes[fqn]
-        if cfg.enable_fsdp_float8_all_gather and shards:
-            dtype = RECIPES[linear.recipe].output[1].dtype
-            weight = gather_in_fp8()(linear.weight, linear.linear_mm_config, dtype)
-            linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-        elif cfg.keep_casts and accumulation > 1 and not shards:
-            linear.__class__ = cast_once()
+    if gathers:
+        weight = gather_in_fp8()(layer.weight, layer.linear_mm_config, recipe.output[1].dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    return layer
+
+
+def convert(model, cfg, *, shards, accumulation=1):
+    """Replace linear layers by FP8 layers, in place, each with the recipe that recipe_of says, its name as `.recipe`.
+
+    Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step; if there are
+    several and nothing is sharded, layers whose casts are kept become CastOnce.
+    """
+    for fqn, linear in [(fqn, m) for fqn, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        if name := recipe_of(fqn, cfg):
+            recipe = RECIPES[name]
+            layer = (recipe.layer or torchao_linear)(linear, recipe, cfg, gathers=gathers(name, cfg, shards))
+            if cfg.keep_casts and recipe.keep_casts and accumulation > 1 and not shards:
+                layer.__class__ = cast_once()
+            layer.recipe = name
+            model.set_submodule(fqn, layer)
+            for switch in recipe.inductor:
+                setattr(torch._inductor.config, switch, True)
+
+
+def gathers(name, cfg, shards):
+    """Whether layers with recipe `name` (None: high precision) have their weights gathered in FP8."""
+    return bool(cfg.enable_fsdp_float8_all_gather and shards and name and RECIPES[name].gather_rows)
 
 
 def needs_self_check(cfg):
@@ -323,9 +351,7 @@ def needs_self_check(cfg):
 
 def float8_linears(model):
     """{name: layer} of the converted layers of a model."""
-    from torchao.float8.float8_linear import Float8Linear
-
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, Float8Linear)}
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear) and hasattr(m, "recipe")}
 
 
 def cast_to_fp8(x, scale, dtype):

@@ -87,10 +87,10 @@ def main():
         model = models.Transformer(config.model).to(dtype)
     say(f"attention: {attention.select_kernel(model, config, device)}")
     cudagraph.check(config, n_shards, device)
-    check_fp8 = functools.partial(fp8.check, config.fp8, model, device=device, compiled=config.compile.enabled,
+    check_fp8 = functools.partial(fp8.check, model=model, device=device, compiled=config.compile.enabled,
                                   shards=n_shards, loss_chunks=config.loss_chunks)
     if config.fp8.enabled:
-        check_fp8()  # how many tokens a pass has, the data decides: checked below
+        check_fp8(config.fp8)  # how many tokens a pass has, the data decides: checked below
     if start_step >= config.max_steps:
         if ranks.is_main and logs.read_metrics(out_dir):  # it may have been killed before its plots
             logs.plot_losses(out_dir)
@@ -123,7 +123,7 @@ def main():
                         f"x {row_length} = {tokens_per_pass}")
     cudagraph.check_rows(config, train_rows)
     tokens_per_step = round(config.global_batch_size * row_length * (1 - train_rows.padding))  # mean, without padding
-    step_config = replace(config, model=replace(config.model, block_size=row_length))  # for estimates
+    step_config = replace(config, model=replace(config.model, block_size=row_length))  # as it runs
 
     # ------------------------------------------------------------------------------------------------------------
     # 3) the model. The order matters: built without memory, FP8 swaps modules, then recompute and compile wrap each
@@ -138,14 +138,13 @@ def main():
             if auto_filtered is None:
                 auto_filtered = gemms.choose(step_config, device, accumulation)
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
-            config.fp8.auto_filtered = auto_filtered
-        check_fp8(tokens=tokens_per_pass)
+            step_config = replace(step_config, fp8=fp8.leave_out(config.fp8, auto_filtered))
+        check_fp8(step_config.fp8, tokens=tokens_per_pass)
         if fp8.needs_self_check(config.fp8):
-            say(proof.self_check(config, micro_batches(1)[0], device))
-        fp8.convert(model, config.fp8, shards=n_shards, accumulation=accumulation)
+            say(proof.self_check(step_config, micro_batches(1)[0], device))
+        fp8.convert(model, step_config.fp8, shards=n_shards, accumulation=accumulation)
         fp8_flops = proof.covered_flops(model) / flops_per_token
         say(proof.table(model, config.fp8, fp8_flops, shards=n_shards))
-        converted = list(fp8.float8_linears(model))
     estimated_gib = estimate.check_memory(step_config, n_shards, accumulation, device)
     compile_and_checkpoint(model, config.compile, config.activation_checkpoint, config.fp8.copies)
     if n_shards:
@@ -212,7 +211,7 @@ def main():
     batch = micro_batches(start_step + 1)
     first_pass = functools.partial(dry_run, batch[:1], batch[0][1].numel())
     if config.fp8.enabled:
-        proof.verify_sharded(model, config.fp8, converted, shards=n_shards)
+        proof.verify_sharded(model, step_config.fp8, shards=n_shards)
         n_matmuls = proof.verify_step(model, config.fp8, first_pass, shards=n_shards, tokens=tokens_per_pass,
                                       loss_chunks=config.loss_chunks)
         say(f"fp8: verified, {n_matmuls} {'emulated ' if config.fp8.emulate else ''}fp8 matmuls ran in one pass")

@@ -52,7 +52,8 @@ def memory(config, shards, accumulation):
     linears = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     head = linears.pop("lm_head")
     fp8_linears = {fqn: layer for fqn, layer in linears.items() if fp8.recipe_of(fqn, config.fp8)}
-    gathers_fp8 = shards and config.fp8.enabled and config.fp8.enable_fsdp_float8_all_gather
+    gathered_fp8 = {fqn: layer for fqn, layer in fp8_linears.items()
+                    if fp8.gathers(fp8.recipe_of(fqn, config.fp8), config.fp8, shards)}
 
     held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
@@ -63,12 +64,13 @@ def memory(config, shards, accumulation):
 
     activations = size * tokens * saved_values(config, linears)
     if config.fp8.enabled and config.fp8.keep_casts:  # a byte per input value, and per weight unless gathered in FP8
-        activations += sum(tokens * layer.in_features + (0 if gathers_fp8 else layer.weight.numel())
-                           for layer in fp8_linears.values())
-    if (gathers_fp8 and config.compile.enabled and config.activation_checkpoint == "none"
+        activations += sum(tokens * layer.in_features + (0 if fqn in gathered_fp8 else layer.weight.numel())
+                           for fqn, layer in fp8_linears.items()
+                           if fp8.RECIPES[fp8.recipe_of(fqn, config.fp8)].keep_casts)
+    if (gathered_fp8 and config.compile.enabled and config.activation_checkpoint == "none"
             and not config.fp8.force_recompute_fp8_weight_in_bwd):
         # PyTorch's partitioner saves transposed FP8 copies of the MLP's weights
-        activations += sum(layer.weight.numel() for fqn, layer in fp8_linears.items()
+        activations += sum(layer.weight.numel() for fqn, layer in gathered_fp8.items()
                            if models.layer_kind(fqn).startswith("mlp."))
     # logits of a loss chunk and their gradient; ChunkedLoss holds the head's gradient too, and adds each chunk's to it
     loss = 2 * size * head.out_features * tokens / models.calls_per_pass("lm_head", config.loss_chunks)
@@ -81,13 +83,12 @@ def memory(config, shards, accumulation):
     if shards:
         n_root = sum(p.numel() for p in {model.embed.weight, head.weight})
         gathered = size * n_root  # whole weights that FSDP2 holds
-        if gathers_fp8 and not m.tie_embeddings and fp8.recipe_of("lm_head", config.fp8):
+        if not m.tie_embeddings and fp8.gathers(fp8.recipe_of("lm_head", config.fp8), config.fp8, shards):
             gathered -= (size - 1) * head.weight.numel()
         # gradients of embedding and lm_head, and their copy to reduce
         reducing = gathered + n_root * (size + getattr(torch, config.reduce_dtype).itemsize)
         blocks = size * sum(p.numel() for p in model.layers.parameters())
-        if gathers_fp8:
-            blocks -= (size - 1) * sum(layer.weight.numel() for layer in fp8_linears.values())
+        blocks -= (size - 1) * sum(layer.weight.numel() for layer in gathered_fp8.values())
         # with resharding this block and the next one, prefetched
         gathered += blocks * min(1, 2 / m.n_layer) if config.reshard_after_forward else blocks
 

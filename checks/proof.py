@@ -1,5 +1,6 @@
 """What runs in FP8, and the proof before the first step that it does, as configured, with the right results."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -24,22 +25,36 @@ def covered_flops(model):
 
 
 def table(model, cfg, flops_share, *, shards):
-    """The report on a converted model: a line per kind of layer, then how much of the model FP8 covers.
+    """The report on a converted model: a line per kind of layer and recipe, then how much of the model FP8 covers.
 
-    flops_share: covered_flops over all matmul FLOPs of the model, attention included.
+    cfg: as the user gave it, without what auto_filter chose. flops_share: covered_flops over all matmul FLOPs of the
+    model, attention included.
     """
     converted, rows = fp8.float8_linears(model), Counter()
+    gathers_fp8 = cfg.enable_fsdp_float8_all_gather and shards
     for fqn, m in model.named_modules():
-        if isinstance(m, nn.Linear):
-            kind, precision = models.layer_kind(fqn), f"{str(m.weight.dtype).removeprefix('torch.')}: fp8.filter_fqns"
-            if fqn in converted:
-                precision = f"fp8 {m.recipe}" + (" (emulated)" if cfg.emulate else "")
-            rows[fqn if kind == fqn else f"layers.*.{kind}", tuple(m.weight.shape), precision] += 1
+        if not isinstance(m, nn.Linear):
+            continue
+        kind, dtype = models.layer_kind(fqn), str(m.weight.dtype).removeprefix("torch.")
+        if fqn in converted:
+            precision = f"fp8 {m.recipe}" + (" (emulated)" if cfg.emulate else "")
+            if gathers_fp8 and not fp8.gathers(m.recipe, cfg, shards):
+                precision += f", gathered in {dtype}"
+            if cfg.keep_casts and not fp8.RECIPES[m.recipe].keep_casts:
+                precision += ", casts not kept"
+        elif fp8.recipe_of(fqn, cfg):
+            precision = f"{dtype}: fp8.auto_filter"
+        elif any(fp8.matches(fqn, entry) for entry in cfg.filter_fqns):
+            precision = f"{dtype}: fp8.filter_fqns"
+        else:
+            precision = f"{dtype}: fp8.recipes"
+        rows[fqn if kind == fqn else f"layers.*.{kind}", tuple(m.weight.shape), precision] += 1
     covered = sum(m.weight.numel() for m in converted.values()) / sum(p.numel() for p in model.parameters())
     gather = "high precision" if shards else "nothing (one rank holds whole weights)"
-    if cfg.enable_fsdp_float8_all_gather:
-        scales = ", scales precomputed" if cfg.precompute_float8_dynamic_scale_for_fsdp else ""
-        gather = f"fp8{scales}" if shards else f"{gather}: fp8 all-gather has nothing to do here"
+    if gathers_fp8:
+        gather = "fp8, scales precomputed" if cfg.precompute_float8_dynamic_scale_for_fsdp else "fp8"
+    elif cfg.enable_fsdp_float8_all_gather:
+        gather += ": fp8 all-gather has nothing to do here"
     return "\n".join([
         f"fp8: {len(converted)} of {sum(rows.values())} linear layers converted",
         *(f"  {name:<22} {str(shape):<16} x{n:<4} {precision}" for (name, shape, precision), n in rows.items()),
@@ -47,24 +62,24 @@ def table(model, cfg, flops_share, *, shards):
         f"  all-gather: {gather}"])
 
 
-def verify_sharded(model, cfg, expected, *, shards):
-    """After sharding and loading: RunStopped unless the converted layers are there, set up to gather as configured.
+def verify_sharded(model, cfg, *, shards):
+    """After sharding and loading: RunStopped unless every linear layer has the recipe that cfg says, set up to gather.
 
-    expected: names of the layers that convert() made. A failure is a defect of this code or of a fork.
+    A failure is a defect of this code or of a fork.
     """
     converted, problems = fp8.float8_linears(model), []
-    if list(converted) != expected:
-        raise RunStopped(f"{len(expected)} layers were converted to fp8, {len(converted)} are left: "
-                         f"{sorted(set(expected) ^ set(converted))}")
-    if shards and cfg.enable_fsdp_float8_all_gather:
-        for fqn, m in converted.items():
-            weight = local_shard(m.weight)
-            if not isinstance(weight, fp8.gather_in_fp8()):
-                problems.append(f"{fqn} (high precision)")
+    for fqn in (fqn for fqn, m in model.named_modules() if isinstance(m, nn.Linear)):
+        asked, found = fp8.recipe_of(fqn, cfg), converted[fqn].recipe if fqn in converted else None
+        if asked != found:
+            problems.append(f"{fqn} has {found or 'high precision'} instead of {asked or 'high precision'}")
+        elif fp8.gathers(found, cfg, shards):
+            weight = local_shard(converted[fqn].weight)
+            if not hasattr(weight, "fsdp_pre_all_gather"):
+                problems.append(f"{fqn} would be gathered in high precision")
             elif cfg.precompute_float8_dynamic_scale_for_fsdp and weight._precomputed_scale is None:
-                problems.append(f"{fqn} (no precomputed scale)")
+                problems.append(f"{fqn} has no precomputed scale")
     if problems:
-        raise RunStopped(f"fp8 all-gather is on, but these weights are not set up for it: {', '.join(problems)}")
+        raise RunStopped(f"these layers are not in fp8 as configured: {', '.join(problems)}")
 
 
 def gathered_dtypes(model):
@@ -79,7 +94,7 @@ def gathered_dtypes(model):
 
 
 class CountFloat8Matmuls(TorchDispatchMode):
-    """Counts matmuls with FP8 operands by the operands' shapes. For emulated FP8, which ends in a plain mm."""
+    """Counts matmuls with FP8 operands as needed_matmuls does. For emulated FP8, which ends in a plain mm."""
 
     def __init__(self):
         super().__init__()
@@ -89,12 +104,13 @@ class CountFloat8Matmuls(TorchDispatchMode):
         from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
         if func is torch.ops.aten.mm.default and any(isinstance(a, Float8TrainingTensor) for a in args):
-            self.seen[tuple(args[0].shape), tuple(args[1].shape)] += 1
+            by_row = any(a._scale.numel() > 1 for a in args)
+            self.seen[tuple(args[0].shape), tuple(args[1].shape), "row" if by_row else "tensor"] += 1
         return func(*args, **(kwargs or {}))
 
 
-def needed_matmuls(model, tokens, loss_chunks):
-    """{shapes of the two operands: number of such FP8 matmuls} in a forward and backward pass over `tokens` tokens."""
+def needed_matmuls(model, cfg, tokens, loss_chunks):
+    """{(shapes of the two operands, scaling): number of such FP8 matmuls} in a forward and backward pass."""
     needed = Counter()
     for fqn, m in fp8.float8_linears(model).items():
         n_out, n_in = m.weight.shape
@@ -103,7 +119,12 @@ def needed_matmuls(model, tokens, loss_chunks):
         shapes = {"output": ((t, n_in), (n_in, n_out)), "grad_input": ((t, n_out), (n_out, n_in)),
                   "grad_weight": ((n_out, t), (t, n_in))}
         for matmul in fp8.RECIPES[m.recipe].fp8_matmuls:
-            needed[shapes[matmul]] += calls  # of a square layer, output and grad_input have the same
+            casts = getattr(fp8.RECIPES[m.recipe], matmul)
+            scaling = "row" if any(cast.scaling == "row" for cast in casts) else casts[0].scaling
+            # without fast accumulation, torchao multiplies the product by row-wise scales itself
+            if scaling == "row" and not cfg.emulate and matmul != "output" and not cfg.grad_fast_accum:
+                scaling = "tensor"
+            needed[*shapes[matmul], scaling] += calls  # of a square layer, output and grad_input have the same
     return needed
 
 
@@ -111,9 +132,10 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
     """Call `run` (a forward and backward pass that leaves no gradients) twice and check what ran in FP8.
 
     The first call compiles. The second is counted: by the profiler, or for emulated FP8 by a dispatch mode in eager,
-    since a compiled emulated matmul looks like any other. Matmuls are counted by shape, so that recomputed ones do not
-    stand in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. Raises RunStopped if a
-    matmul that the converted layers need did not run, or if a weight was gathered in another dtype than configured.
+    since a compiled emulated matmul looks like any other. Matmuls are counted by shape and scaling, so that recomputed
+    ones do not stand in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. Raises
+    RunStopped if a matmul that the converted layers need did not run, or if a weight was gathered in another dtype
+    than configured.
     """
     run()
     triton = 0
@@ -129,22 +151,28 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
         # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_... (without shapes).
         # Pointwise kernels fused around them, triton_poi_fused__scaled_mm_..., are no matmuls.
         events = profile.events()
-        seen = Counter(tuple(map(tuple, e.input_shapes[:2])) for e in events if e.name == "aten::_scaled_mm")
+        seen = Counter()
+        for event in events:
+            if event.name == "aten::_scaled_mm":
+                a, b, scale = map(tuple, event.input_shapes[:3])
+                seen[a, b, "row" if math.prod(scale) > 1 else "tensor"] += 1
         triton = sum(e.device_type.name == "CUDA" and e.name.startswith("triton_tem") and "scaled_mm" in e.name
                      for e in events)
-    converted, needed = fp8.float8_linears(model), needed_matmuls(model, tokens, loss_chunks)
+    converted, needed = fp8.float8_linears(model), needed_matmuls(model, cfg, tokens, loss_chunks)
     missing = (needed - seen).total() - triton
     if missing > 0:
         raise RunStopped(f"{len(converted)} fp8 layers need {needed.total()} fp8 matmuls in a forward and backward "
                          f"pass, {missing} of them did not run: part of the model is not training in fp8")
     if shards:
         dtypes, names = gathered_dtypes(model), {id(p): name for name, p in model.named_parameters()}
-        gathered = {fqn: dtypes[names[id(m.weight)]] for fqn, m in converted.items()}  # tied weights have one name
-        want_fp8 = cfg.enable_fsdp_float8_all_gather
-        wrong = [f"{fqn}: {dtype}" for fqn, dtype in gathered.items() if (dtype == torch.float8_e4m3fn) != want_fp8]
+        wrong = []
+        for fqn, m in converted.items():
+            dtype = dtypes[names[id(m.weight)]]  # tied weights have one name
+            if (dtype == torch.float8_e4m3fn) != fp8.gathers(m.recipe, cfg, shards):
+                wrong.append(f"{fqn}: {dtype}")
         if wrong:
-            raise RunStopped(f"fp8 all-gather is {'on' if want_fp8 else 'off'}, but these weights were gathered as "
-                             + ", ".join(wrong))
+            state = "on" if cfg.enable_fsdp_float8_all_gather else "off"
+            raise RunStopped(f"fp8 all-gather is {state}, but these weights were gathered as {', '.join(wrong)}")
     return seen.total() + triton
 
 
@@ -159,21 +187,32 @@ SELF_CHECK_LOSS = 1e-2  # relative; 1e-3 was seen before any training, where the
 def self_check(config, micro_batch, device):
     """One pass of a one-layer model of the run's shapes: FP8 as it trains, against FP8 in eager, and against bf16.
 
-    All layers run the same graph, so one stands for all. micro_batch: (x, y, documents) of the run, on the device.
-    Returns a line for the screen. Raises RunStopped if loss or gradients differ by more than rounding explains.
+    Blocks whose layers have the same recipes run the same graph, so one stands for all of them. micro_batch: (x, y,
+    documents) of the run, on the device. Returns a line for the screen. Raises RunStopped if loss or gradients differ
+    by more than rounding explains.
     """
-    loss, grads = one_layer_pass(config, "compiled", micro_batch, device)
+    with torch.device("meta"):
+        linears = [fqn for fqn, m in models.Transformer(config.model).named_modules() if isinstance(m, nn.Linear)]
+    blocks = []  # the recipes of each different block, and of lm_head, by the names of a one-layer model
+    for i in range(config.model.n_layer):
+        names = {fqn.replace(f"layers.{i}.", "layers.0."): fp8.recipe_of(fqn, config.fp8) for fqn in linears
+                 if fqn.startswith(f"layers.{i}.") or not fqn.startswith("layers.")}
+        if any(names.values()) and names not in blocks:
+            blocks.append(names)
     comparisons, agrees = [], True
-    for reference in ("eager", "bf16"):
-        expected_loss, expected = one_layer_pass(config, reference, micro_batch, device)
-        gap, decibels = abs(loss / expected_loss - 1), {}
-        for name, grad in expected.items():
-            noise = grad.float() - grads[name].float()
-            decibels[name] = telemetry.decibels(grad.float().square().sum().item(), noise.square().sum().item())
-        worst = min(decibels, key=decibels.get)
-        comparisons.append(f"loss {gap:.1e}, gradients {decibels[worst]:.0f} dB ({worst}) from {reference}")
-        agrees &= gap <= SELF_CHECK_LOSS and decibels[worst] >= SELF_CHECK_DB
-    del grads, expected, grad, noise
+    for names in blocks:
+        cfg = replace(config.fp8, filter_fqns=[], recipes=names)
+        loss, grads = one_layer_pass(config, cfg, "compiled", micro_batch, device)
+        for reference in ("eager", "bf16"):
+            expected_loss, expected = one_layer_pass(config, cfg, reference, micro_batch, device)
+            gap, decibels = abs(loss / expected_loss - 1), {}
+            for name, grad in expected.items():
+                noise = grad.float() - grads[name].float()
+                decibels[name] = telemetry.decibels(grad.float().square().sum().item(), noise.square().sum().item())
+            worst = min(decibels, key=decibels.get)
+            comparisons.append(f"loss {gap:.1e}, gradients {decibels[worst]:.0f} dB ({worst}) from {reference}")
+            agrees &= gap <= SELF_CHECK_LOSS and decibels[worst] >= SELF_CHECK_DB
+        del grads, expected, grad, noise
     torch.cuda.empty_cache()  # the run's own model is still to be built, and may need all memory
     if not agrees:
         raise RunStopped(f"fp8 computes wrong results here: {'; '.join(comparisons)}. Rounding explains "
@@ -182,21 +221,17 @@ def self_check(config, micro_batch, device):
     return "fp8 self-check: " + "; ".join(comparisons)
 
 
-def one_layer_pass(config, variant, micro_batch, device):
+def one_layer_pass(config, fp8_cfg, variant, micro_batch, device):
     """(loss, {name: gradient}) of one layer, embedding and head. variant: "compiled" as the run, "eager", "bf16"."""
     with torch.device("meta"):
-        linears = [fqn for fqn, m in models.Transformer(config.model).named_modules() if isinstance(m, nn.Linear)]
         model = models.Transformer(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
-    # the one layer has in FP8 what any layer of the run has: filtering layers.3.mlp leaves 31 others
-    converted = {models.layer_kind(fqn) for fqn in linears if fp8.recipe_of(fqn, config.fp8)}
-    filtered = [kind for kind in dict.fromkeys(map(models.layer_kind, linears)) if kind not in converted]
-    cfg = replace(config.fp8, enabled=variant != "bf16", filter_fqns=filtered)
     compile_cfg = replace(config.compile, enabled=config.compile.enabled and variant == "compiled")
     if variant == "compiled":  # another kernel of attention is compared with the one that it replaces
         attention.select_kernel(model, config, device)
-    if cfg.enabled:
-        fp8.convert(model, cfg, shards=0)
-    compile_and_checkpoint(model, compile_cfg, config.activation_checkpoint, cfg.copies)
+    if variant != "bf16":
+        fp8.convert(model, fp8_cfg, shards=0)
+    compile_and_checkpoint(model, compile_cfg, config.activation_checkpoint,
+                           fp8_cfg.copies if variant != "bf16" else None)
     model.to_empty(device=device)
     models.init_weights(model, config.seed)
     x, y, documents = micro_batch

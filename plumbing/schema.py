@@ -74,6 +74,8 @@ def fits(value, kind):
         same_type = origin is list or args[-1] is ...
         element_types = [args[0]] * len(value) if same_type else args
         return len(value) == len(element_types) and all(map(fits, value, element_types))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -99,6 +101,8 @@ def type_name(kind):
         return " | ".join(map(repr, args))
     if origin in UNIONS:
         return " | ".join(map(type_name, args))
+    if origin is dict:
+        return f"dict of {type_name(args[0])} to {type_name(args[1])}"
     return str(kind) if origin else kind.__name__.replace("NoneType", "None")
 
 

@@ -16,6 +16,7 @@ import configurator
 import fp8
 import model
 from configurator import CompileConfig, Config, FP8Config, OptimConfig, load, read_file, to_python
+from fp8 import RECIPES
 
 REPO = Path(configurator.__file__).parent
 # A Config with every nested section filled in, so that no key hides behind a None.
@@ -234,7 +235,11 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
     ("--optim.lr=True", "expected float"),
     ("--optim.lr=nan", "expected float"),
     ("--optim.lr=1e999", "expected float"),
-    ("--fp8.recipe_name=row", "expected 'tensorwise' | 'rowwise' | 'rowwise_with_gw_hp' | None"),
+    ("--fp8.recipe_name=row", f"expected {' | '.join(map(repr, RECIPES))} | None"),
+    ('--fp8.recipes={"lm_head": "row"}', f"expected dict of str to {' | '.join(map(repr, RECIPES))} | None as a Python "
+                                         "literal, in shell quotes: '--fp8.recipes={...}'"),
+    ("--fp8.recipes=lm_head", "expected dict of str to 'tensorwise' | "),
+    ("--fp8.recipes={1: 'rowwise'}", "expected dict of str to 'tensorwise' | "),
     ("--resume=None", "expected 'auto' | 'never' | 'must'"),
     ("--fp8.filter_fqns=lm_head",
      "expected list[str] as a Python literal, in shell quotes: '--fp8.filter_fqns=[\"lm_head\"]'"),
@@ -258,7 +263,7 @@ def test_a_wrong_value_is_reported_with_key_type_and_value(arg, message):
 
 
 @pytest.mark.parametrize("arg, near", [
-    ("--fp8.recipe=rowwise", "fp8.recipe_name"),
+    ("--fp8.recipe_nam=rowwise", "fp8.recipe_name"),
     ("--recipe_name=rowwise", "fp8.recipe_name"),
     ("--fp8.enabeld=True", "fp8.enabled"),
     ("--compile.enabeld=True", "compile.enabled"),
@@ -345,13 +350,13 @@ def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
     ("config = Config(optim=OptimConfig(lr=float('nan')))", ": optim.lr=nan: expected float"),
     ("config = Config(fp8=FP8Config(filter_fqns='lm_head'))", ": fp8.filter_fqns='lm_head': expected list[str]"),
     ("config = Config(fp8=FP8Config(recipe_name='row'))",
-     ": fp8.recipe_name='row': expected 'tensorwise' | 'rowwise' | 'rowwise_with_gw_hp' | None"),
+     f": fp8.recipe_name='row': expected {' | '.join(map(repr, RECIPES))} | None"),
     ("config = Config(model=model.llama_tiny)", "expected ModelConfig"),
     ("config = Config(fp8=CompileConfig())", "expected FP8Config"),
     ("config = Config(model=ModelConfig(rope_scaling=model.RopeScaling(factor='2')))",
      ": model.rope_scaling.factor='2': expected float"),
     ("config = Config()\nconfig.max_stepz = 1", ": max_stepz is no field, did you mean max_steps?"),
-    ("config = Config()\nconfig.fp8.recipe = 'rowwise'", ": fp8.recipe is no field, did you mean fp8.recipe_name?"),
+    ("config = Config()\nconfig.fp8.recipe_nam = 'rowwise'", ": fp8.recipe_nam is no field, did you mean fp8.recipe_n"),
 ])
 def test_an_error_in_the_file_is_one_line_with_its_place(body, message, file):
     path = file(body)
@@ -425,7 +430,6 @@ KEEP = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.keep_casts=True"]
 @pytest.mark.parametrize("keys, message", [
     ([], "fp8.keep_casts=True needs compile.enabled=True"),
     (["--compile.enabled=True", "--activation_checkpoint=full"], "what activation_checkpoint=full recomputes"),
-    (["--compile.enabled=True", "--fp8.recipe_name=rowwise"], "with the tensorwise recipe only"),
     (["--compile.enabled=True", "--fp8.force_recompute_fp8_weight_in_bwd=True"], "turn one of the two off"),
 ])
 def test_casts_that_cannot_be_kept_are_reported(keys, message):

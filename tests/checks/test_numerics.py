@@ -418,21 +418,29 @@ def test_self_check_passes_with_margin(recipe):
         assert float(told.rsplit("loss ", 1)[1].split(",")[0]) < 1e-3
 
 
-@pytest.mark.parametrize("filters, converted", [
-    (["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "lm_head"], {"layers.0.attn.qkv", "layers.0.attn.out"}),
-    (["layers.0", "mlp.down"], {"layers.0.attn.qkv", "layers.0.attn.out", "layers.0.mlp.gate_up", "lm_head"})])
-def test_self_check_converts_what_any_layer_of_the_run_has_in_fp8(monkeypatch, filters, converted):
+ATTENTION = {"layers.0.attn.qkv": "tensorwise", "layers.0.attn.out": "tensorwise"}
+ROWWISE = dict.fromkeys([f"layers.0.{kind}" for kind in ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down")], "rowwise")
+HEAD = {"lm_head": "tensorwise_forward"}
+
+
+@pytest.mark.parametrize("filters, recipes, converted", [
+    (["mlp", "lm_head"], {}, [ATTENTION]),
+    (["layers.0", "lm_head"], {"mlp": None}, [ATTENTION]),  # nothing to check in the first block
+    (["mlp"], {"layers.0": None, "layers.2": "rowwise", **HEAD},
+     [HEAD, ATTENTION | HEAD, ROWWISE | HEAD])])
+def test_self_check_trains_a_block_of_each_kind_with_the_recipes_that_it_has(monkeypatch, filters, recipes, converted):
     convert, seen, (x, y) = fp8.convert, [], batch()
 
     def spy(model, cfg, *, shards):
         convert(model, cfg, shards=shards)
-        seen.append(set(fp8.float8_linears(model)))
+        seen.append({fqn: m.recipe for fqn, m in fp8.float8_linears(model).items()})
 
     monkeypatch.setattr(fp8, "convert", spy)
     config = small_config("tensorwise")
-    config.fp8.filter_fqns = filters
-    proof.self_check(config, (x, y, ()), torch.device("cpu"))
-    assert seen == [converted, converted]
+    config.fp8.filter_fqns, config.fp8.recipes = filters, recipes
+    message = proof.self_check(config, (x, y, ()), torch.device("cpu"))
+    assert seen == [recipes for recipes in converted for _ in ("compiled", "eager")]
+    assert message.count("from bf16") == len(converted)
 
 
 @pytest.mark.parametrize("broken", ["double", "transposed", "nan"])
