@@ -58,21 +58,15 @@ class BenchConfig:
                 f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice")
 
 
-def split(variants):
-    """The list of variants; commas inside brackets and braces do not separate."""
-    return re.split(r",(?![^\[{]*[\]}])", variants)
-
-
-def parts(variant):
-    """(bf16 or a recipe, [its keys]) of a variant; colons inside braces do not separate."""
-    base, *keys = re.split(r":(?![^{]*})", variant)
-    return base, keys
+def split(text, separator=","):
+    """The parts of text, such as the variants of a list; separators inside of brackets and braces do not count."""
+    return re.split(separator + r"(?![^\[{]*[\]}])", text)
 
 
 def variant_problems(variants):
     """Yield ({"variants"}, message) for each variant that cannot be used."""
     for variant in split(variants):
-        base, keys = parts(variant)
+        base, *keys = split(variant, ":")
         if base not in ("bf16", *RECIPES):
             yield {"variants"}, f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
         if fixed := sorted(NOT_PER_VARIANT.intersection(key.partition("=")[0] for key in keys)):
@@ -122,7 +116,7 @@ def slug(variant):
 
 def flags(variant):
     """The arguments of train.py for a variant."""
-    base, more = parts(variant)
+    base, *more = split(variant, ":")
     if base == "bf16":
         keys = ["--fp8.enabled=False"]
     else:

@@ -1,20 +1,28 @@
-"""Compare how FP8 and bf16 learn: the same weights and data, trained in bf16 and with every recipe.
+"""Does FP8 learn as well as bf16? Same weights, same batches, bf16 against every recipe, over several seeds.
 
-    [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise,...] [--seeds=3]
+    [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise] [--seeds=4] [--tolerance=0.25]
 
-Every run is train.py in processes of its own. bf16 is trained with several seeds, each with its own initial weights and
-order of the data; the standard deviation of their final validation losses is the noise. Every FP8 variant (written as
-for bench.py) uses the first seed and is compared with the bf16 run of that seed, its twin. It is outside the band if it
-ends above its twin by more than 2 sqrt(2) noise, two standard deviations of the difference between two runs. The exit
-status is 1 if a variant is outside, or if a run failed. The noise of three seeds is itself uncertain by half.
---seeds=1 shows curves and gaps without a verdict, where more bf16 runs cost too much.
+Every run is train.py in processes of its own. A seed gives the initial weights and the order of the data; each variant
+(written as for bench.py) trains with each seed and is compared with the bf16 run of that seed. A run's final loss is
+the mean of its last validation losses. The gap of a variant is the mean over seeds of (its loss - bf16's) in percent of
+bf16's loss, with a 95% confidence interval (Student's t). The verdict compares the interval with the tolerance:
 
-Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. The same command again keeps
-the runs that are finished and continues the one that was interrupted.
+    equal within    all of it is inside of the tolerance, above and below
+    worse           all of it is above the tolerance, or a run failed (exit status 1)
+    better          all of it is below
+    cannot tell     otherwise, and with one seed
+
+Noise widens the interval, so a noisier experiment never passes more easily.
+
+Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Finished runs are kept and an
+interrupted one continues, so the work can be split over calls, and over machines by --seed=N --seeds=1; --report_only
+puts together what is there.
 """
 
+import functools
 import json
 import math
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -28,10 +36,10 @@ from plumbing import entry, logs
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
 
-COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f",
-           "smoothed_gap": "+.4f", "time_s": ".1f", "time_to_bf16_loss_s": ".1f", "inside": ""}
-SMOOTH = 0.1  # the smoothed gap between training losses is a running mean over this share of a run
+COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f", "time_s": ".1f",
+           "time_to_bf16_loss_s": ".1f"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # safe for color blindness
+MOST_SEEDS = 100  # beyond this, more seeds are no advice
 
 
 @dataclass(kw_only=True)
@@ -39,7 +47,10 @@ class ParityConfig:
     """Keys of parity.py."""
 
     variants: str = "bf16,tensorwise,tensorwise:fp8.filter_fqns=[],rowwise,rowwise_with_gw_hp"  # bf16 first
-    seeds: int = 3  # bf16 runs, with seeds from config.seed on; 1: no noise is known, so no band and no verdict
+    seeds: int = 3  # runs of each variant, with seeds from config.seed on
+    tolerance: float = 0.25  # a gap of this many percent of the loss counts as none
+    last_evals: int = 5  # a run's final loss is the mean of this many last evaluations
+    report_only: bool = False  # train nothing, report on the runs that are finished
 
     def problems(self):
         """Yield ({keys involved}, message) for each value that cannot be used."""
@@ -47,18 +58,25 @@ class ParityConfig:
         baseline, *others = bench.split(self.variants)
         if baseline != "bf16" or not others or "bf16" in others:
             yield {"variants"}, f"--variants={self.variants} must be bf16, then the variants to compare with it"
-        if self.seeds < 1:
-            yield {"seeds"}, f"--seeds={self.seeds} must be at least 1"
+        for name in ("seeds", "last_evals"):
+            if getattr(self, name) < 1:
+                yield {name}, f"--{name}={getattr(self, name)} must be at least 1"
+        if self.tolerance <= 0:
+            yield {"tolerance"}, f"--tolerance={self.tolerance} must be above 0, in percent of the loss"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# runs
 
 
 def plan(own, config, base):
-    """[(variant, seed, folder)] of all runs; writes the config of each to folder/wanted.py.
+    """[(variant, seed, folder)] of all runs, seed by seed; writes the config of each to folder/wanted.py.
 
     Raises UserError if a variant's keys are wrong, or if a folder holds a run with another config.
     """
     runs = []
-    for variant in bench.split(own.variants):
-        for seed in range(config.seed, config.seed + (own.seeds if variant == "bf16" else 1)):
+    for seed in range(config.seed, config.seed + own.seeds):
+        for variant in bench.split(own.variants):
             folder = base.parent / f"{bench.slug(variant)}_seed{seed}"
             keys = ["--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]
             runs.append((variant, seed, folder, configurator.to_python(configurator.load([str(base), *keys]))))
@@ -72,122 +90,32 @@ def plan(own, config, base):
 
 
 def read(folder):
-    """The curves of a run so far, as lists: step, loss, time_s, and val_step, val_loss, val_time_s of evaluations."""
+    """The evaluations of a run so far, as lists: step, val_loss, and time_s, seconds of training."""
     rows = logs.read_metrics(folder)
     train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
-    curves = {key: [row[key] for row in train] for key in ("step", "loss", "time_s")}
-    curves |= {"val_step": [row["step"] for row in val],
-               "val_loss": [math.nan if row["val_loss"] is None else row["val_loss"] for row in val]}
+    steps = [row["step"] for row in val]
     # an evaluation has no time of its own: it is interpolated between training rows
-    times = np.interp(curves["val_step"], [0, *curves["step"]], [0.0, *curves["time_s"]])
-    return {**curves, "val_time_s": times.tolist()}
+    times = np.interp(steps, [0, *(row["step"] for row in train)], [0.0, *(row["time_s"] for row in train)])
+    losses = [math.nan if row["val_loss"] is None else row["val_loss"] for row in val]
+    return {"step": steps, "val_loss": losses, "time_s": times.tolist()}
 
 
-def time_to(loss, curves):
-    """Seconds until a run's validation loss reached `loss`, interpolated between evaluations; None if it did not."""
-    times, losses = curves["val_time_s"], curves["val_loss"]
-    for i, value in enumerate(losses):
-        if value <= loss:
-            return float(np.interp(loss, [value, losses[i - 1]], [times[i], times[i - 1]])) if i else times[0]
-    return None
+def train_all(runs, config, own):
+    """[(variant, seed, curves as of read(), or the reason of a failure)] of runs, each trained unless it is finished.
 
-
-def paired_gap(curves, twin):
-    """(steps, training loss minus the twin's on the same batches), as running means over SMOOTH of a run."""
-    twin_loss = dict(zip(twin["step"], twin["loss"], strict=True))  # by step, as a resumed run has one more row
-    points = [(step, loss - twin_loss[step]) for step, loss in zip(curves["step"], curves["loss"], strict=True)
-              if loss is not None and twin_loss.get(step) is not None]  # a skipped step has no loss
-    mean = np.ones(max(1, round(SMOOTH * len(points))))
-    return [np.convolve(column, mean / len(mean), "valid") for column in zip(*points, strict=True)]
-
-
-def judge(results):
-    """{"noise", "band", "target_loss", "rows", "verdict"} of [(variant, seed, curves or the reason of a failure)].
-
-    Losses, noise and band are in nats. target_loss is the edge of the band, which every variant inside it reaches.
-    With one bf16 run, noise, band and every `inside` are None, and the verdict too unless a variant failed.
+    Raises RunStopped if a bf16 run fails.
     """
-    twin, *others = [curves["val_loss"][-1] for variant, _, curves in results if variant == "bf16"]
-    noise = statistics.stdev([twin, *others]) if others else None
-    band = 2 * math.sqrt(2) * noise if others else None
-    rows, target = [], twin + (band or 0.0)
-    for variant, seed, curves in results:
-        if isinstance(curves, str):
-            rows.append({"variant": variant, "seed": seed, "error": curves, "inside": False})
+    results, start_over = [], ["--resume=never"] if config.resume == "never" else []
+    for variant, seed, folder in runs:
+        finished = read(folder)["step"][-1:] == [config.max_steps]
+        if own.report_only and not finished:
             continue
-        gap = curves["val_loss"][-1] - twin
-        row = {"variant": variant, "seed": seed, "final_val_loss": curves["val_loss"][-1], "gap": gap,
-               "gap_percent": 100 * gap / twin, "smoothed_gap": None, "time_s": curves["time_s"][-1],
-               "time_to_bf16_loss_s": time_to(target, curves), "inside": None}
-        if variant != "bf16":
-            row["smoothed_gap"] = paired_gap(curves, results[0][2])[1][-1].item()
-        if band is not None:
-            row["inside"] = variant == "bf16" or gap <= band
-        rows.append(row)
-    verdict = "pass" if others else None
-    if any(row["inside"] is False for row in rows):
-        verdict = "fail"
-    return {"noise": noise, "band": band, "target_loss": target, "rows": rows, "verdict": verdict}
-
-
-def plot(results, report, path):
-    """Plot validation loss against steps, tokens and time, and the gap to bf16 with the band."""
-    from matplotlib.figure import Figure
-
-    runs = [run for run in results if not isinstance(run[2], str)]
-    twin, band, final = runs[0][2], report["band"], report["rows"][0]["final_val_loss"]
-    scale, late_gaps, colors = report["tokens_per_step"] / 1e6, [band or 0.0], iter(COLORS * 3)
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for variant, seed, curves in runs:
-        if variant == "bf16":
-            style = {"color": "black", "lw": 2.2} if curves is twin else {"color": "0.6", "lw": 1}
-            label = f"bf16, seed {seed}"
-        else:
-            style = {"color": next(colors), "lw": 1.3}
-            label = variant.replace(":fp8.", ", ").replace(":", ", ").replace("=True", "")
-            gaps = np.subtract(curves["val_loss"], twin["val_loss"])
-            late_gaps += abs(gaps[len(gaps) // 2:]).tolist()
-            axes[2].plot(*paired_gap(curves, twin), **style)
-            axes[2].plot(curves["val_step"], gaps, "o", ms=3, color=style["color"])
-        axes[0].plot(curves["val_step"], curves["val_loss"], label=label, **style)
-        axes[1].plot(curves["val_time_s"], curves["val_loss"], **style)
-    late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 5:]]
-    margin = 0.05 * (max(late) - min(late))
-    limits = min(late) - margin, max(late) + margin
-    axes[0].set(xlabel="step", ylabel="validation loss, nats per token", ylim=limits)
-    axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel("million tokens")
-    axes[1].axhline(report["target_loss"], color="0.3", ls=":", lw=1,
-                    label="bf16's final loss" + (" + band" if band else ""))
-    axes[1].set(xlabel=f"seconds of training, {report['hardware']}", ylim=limits)
-    if band:
-        axes[2].axhspan(-band, band, color="0.88", label=f"band, 2.8 standard deviations of bf16 seeds: ±{band:.4f}")
-    axes[2].axhline(0, color="black", lw=1)
-    axes[2].set(xlabel="step", ylabel="nats", title="gap to bf16: training (line), validation (dots)")
-    widest = 1.3 * (max(late_gaps) or 1e-3)
-    axes[2].set_ylim(-widest, widest)
-    percent = lambda g: 100 * g / final, lambda p: p * final / 100
-    axes[2].secondary_yaxis("right", functions=percent).set_ylabel("% of the final loss")
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=200)
-
-
-def main():
-    own = ParityConfig()
-    config, base = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
-    if not config.eval_interval:
-        raise UserError("eval_interval=0: parity.py compares validation losses, set it to about max_steps / 20")
-    out_dir, results = base.parent, []
-    start_over = ["--resume=never"] if config.resume == "never" else []
-    for variant, seed, folder in plan(own, config, base):
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
         try:
-            if start_over or read(folder)["val_step"][-1:] != [config.max_steps]:
+            if not own.report_only and (start_over or not finished):
                 bench.train([folder / "wanted.py", *start_over], folder / "log.txt")
             result = read(folder)
-            if not math.isfinite(result["val_loss"][-1]):
+            if not math.isfinite(sum(result["val_loss"][-own.last_evals :])):
                 raise RunStopped("its validation loss ends as inf or nan")
             print(f"validation loss {result['val_loss'][-1]:.4f}", flush=True)
         except RunStopped as error:
@@ -196,22 +124,176 @@ def main():
             if variant == "bf16":
                 raise RunStopped(f"a bf16 run failed, so there is nothing to compare with: {error}") from error
         results.append((variant, seed, result))
-    run = json.loads((out_dir / f"bf16_seed{config.seed}" / "run.json").read_text())
-    report = {**bench.header(run), "max_steps": config.max_steps, **judge(results),
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the verdict
+
+
+@functools.cache
+def student_t(degrees):
+    """The bound that a Student t variable of so many degrees of freedom stays within, with a probability of 95%."""
+    # t = sqrt(degrees) tan(angle), and the density of the angle is cos(angle)^(degrees - 1)
+    angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
+    mass = np.cumsum(np.cos(angles) ** (degrees - 1))
+    return math.sqrt(degrees) * math.tan(np.interp(0.95 * mass[-1], mass, angles))
+
+
+def interval(gaps, tolerance):
+    """{gap_percent, low, high, verdict, seeds_needed} of the gaps of all seeds, in percent.
+
+    low and high are None for one seed. seeds_needed: for a verdict, if gap and noise stay as they are; None if there
+    is one, if one seed shows no noise, or for more than MOST_SEEDS.
+    """
+    mean, low, high, verdict, needed = statistics.fmean(gaps), None, None, "cannot tell", None
+    if len(gaps) > 1:
+        noise = statistics.stdev(gaps)
+
+        def half_width(n):
+            return student_t(n - 1) * noise / math.sqrt(n)
+
+        low, high = mean - half_width(len(gaps)), mean + half_width(len(gaps))
+        if -tolerance <= low and high <= tolerance:
+            verdict = "equal within"
+        elif low > tolerance:
+            verdict = "worse"
+        elif high < -tolerance:
+            verdict = "better"
+        else:
+            margin = abs(abs(mean) - tolerance)
+            needed = next((n for n in range(len(gaps) + 1, MOST_SEEDS + 1) if half_width(n) <= margin), None)
+    return {"gap_percent": mean, "low": low, "high": high, "verdict": verdict, "seeds_needed": needed}
+
+
+def judge(results, own):
+    """{"rows", "intervals", "noise", "verdict"} of [(variant, seed, curves or the reason of a failure)].
+
+    rows: one a run; gap is its final loss minus that of bf16 with the same seed, in nats. intervals: one a variant.
+    noise: the standard deviation of bf16's final losses over seeds, in nats; None for one seed. verdict: "worse" if a
+    variant is, else "cannot tell" if that holds for one.
+    """
+    final = {(variant, seed): statistics.fmean(curves["val_loss"][-own.last_evals :])
+             for variant, seed, curves in results if not isinstance(curves, str)}
+    rows = []
+    for variant, seed, curves in results:
+        row = {"variant": variant, "seed": seed}
+        if isinstance(curves, str):
+            row["error"] = curves
+        else:
+            row |= {"final_val_loss": final[variant, seed], "time_s": curves["time_s"][-1]}
+            if twin := final.get(("bf16", seed)):  # else that run is still to come
+                gap = final[variant, seed] - twin
+                row |= {"gap": gap, "gap_percent": 100 * gap / twin, "time_to_bf16_loss_s": time_to(twin, curves)}
+        rows.append(row)
+    intervals = []
+    for variant in dict.fromkeys(variant for variant, *_ in results if variant != "bf16"):
+        mine = [row for row in rows if row["variant"] == variant]
+        gaps = [row["gap_percent"] for row in mine if "gap" in row]
+        if failed := any("error" in row for row in mine):
+            intervals.append({"variant": variant, "seeds": len(gaps), "verdict": "worse", "failed": failed})
+        elif gaps:
+            intervals.append({"variant": variant, "seeds": len(gaps), **interval(gaps, own.tolerance)})
+    bf16 = [loss for (variant, _), loss in final.items() if variant == "bf16"]
+    verdicts = [of_variant["verdict"] for of_variant in intervals]
+    return {"rows": rows, "intervals": intervals, "tolerance": own.tolerance, "last_evals": own.last_evals,
+            "noise": statistics.stdev(bf16) if len(bf16) > 1 else None,
+            "verdict": next((v for v in ("worse", "cannot tell", "equal within", "better") if v in verdicts), None)}
+
+
+def time_to(loss, curves):
+    """Seconds until a run's validation loss reached `loss`, interpolated between evaluations; None if it did not."""
+    times, losses = curves["time_s"], curves["val_loss"]
+    for i, value in enumerate(losses):
+        if value <= loss:
+            return float(np.interp(loss, [value, losses[i - 1]], [times[i], times[i - 1]])) if i else times[0]
+    return None
+
+
+def sentence(result, tolerance):
+    """An interval as a line of text, with what a verdict would take where there is none."""
+    if "gap_percent" not in result:
+        return f"{result['variant']}: worse, a run failed"
+    n, needed = result["seeds"], result["seeds_needed"]
+    found = f"{result['variant']}: {result['gap_percent']:+.3f}% of bf16's loss"
+    if result["low"] is None:
+        return f"{found}, one seed: cannot tell, an interval needs --seeds=2 or more"
+    found += f", 95% interval {result['low']:+.3f} to {result['high']:+.3f}, {n} seeds: {result['verdict']}"
+    if result["verdict"] != "cannot tell":
+        return f"{found} {tolerance}%"
+    seeds = f"about {needed}" if needed else f"more than {MOST_SEEDS}"
+    return f"{found} at {tolerance}%; it would take {seeds} seeds, or quieter runs: more steps, larger batches"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the picture and the command
+
+
+def plot(results, report, path):
+    """Plot validation loss against steps and seconds, and the interval of every variant with the tolerance."""
+    from matplotlib.figure import Figure
+
+    runs = [run for run in results if not isinstance(run[2], str)]
+    variants = list(dict.fromkeys(variant for variant, *_ in runs))
+    colors = {variant: COLORS[(i - 1) % len(COLORS)] if i else "black" for i, variant in enumerate(variants)}
+    names = {variant: re.sub(r":(\w+\.)?", ", ", variant) for variant in variants}
+    figure = Figure(figsize=(13, 4 + 0.25 * len(variants)), layout="constrained")
+    *curves_axes, gap_axes = figure.subplots(1, 3)
+    late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 5 :]]
+    margin = 0.05 * (max(late) - min(late))
+    for ax, key in zip(curves_axes, ("step", "time_s"), strict=True):
+        for variant, seed, curves in runs:
+            ax.plot(curves[key], curves["val_loss"], color=colors[variant], lw=1,
+                    label=names[variant] if key == "step" and seed == runs[0][1] else None)
+        ax.set(ylabel="validation loss, nats per token", ylim=(min(late) - margin, max(late) + margin))
+        ax.grid(alpha=0.3)
+    scale = report["tokens_per_step"] / 1e6
+    curves_axes[0].set_xlabel("step")
+    curves_axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel(
+        "million tokens")
+    curves_axes[1].set_xlabel(f"seconds of training, {report['hardware']}")
+    tolerance = report["tolerance"]
+    gap_axes.axvspan(-tolerance, tolerance, color="0.9", label=f"tolerance, ±{tolerance}%")
+    gap_axes.axvline(0, color="black", lw=1)
+    shown = [result for result in report["intervals"] if "gap_percent" in result][::-1]
+    for y, result in enumerate(shown):
+        variant = result["variant"]
+        if result["low"] is not None:
+            gap_axes.plot([result["low"], result["high"]], [y, y], color=colors[variant], lw=3, solid_capstyle="butt")
+        seeds = [row["gap_percent"] for row in report["rows"] if row["variant"] == variant and "gap" in row]
+        gap_axes.plot(seeds, [y] * len(seeds), "o", ms=4, mfc="white", color=colors[variant])
+    gap_axes.set_yticks(range(len(shown)), [f"{names[r['variant']]}\n{r['verdict']}" for r in shown], fontsize=8)
+    gap_axes.set(xlabel="gap to bf16, % of its loss", ylim=(-0.6, len(shown) - 0.4),
+                 title="95% interval (bar), each seed (dots)")
+    gap_axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    own = ParityConfig()
+    config, base = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
+    n_evals = math.ceil(config.max_steps / config.eval_interval) if config.eval_interval else 0
+    if n_evals < own.last_evals:
+        raise UserError(f"a final loss is the mean of last_evals={own.last_evals} evaluations, and max_steps="
+                        f"{config.max_steps} with eval_interval={config.eval_interval} has {n_evals}: set "
+                        "eval_interval to about max_steps / 20, or --last_evals")
+    out_dir = base.parent
+    results = train_all(plan(own, config, base), config, own)
+    if not results:
+        raise UserError(f"no run in {out_dir} is finished, so there is nothing to report: leave out --report_only")
+    report = judge(results, own)
+    variant, seed, _ = results[0]
+    run = json.loads((out_dir / f"{bench.slug(variant)}_seed{seed}" / "run.json").read_text())
+    report = {**bench.header(run), "max_steps": config.max_steps, **report,
               "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
     plot(results, report, out_dir / "parity.png")
     print("", bench.table(report["rows"], COLUMNS), "", sep="\n")
-    noise, band, target = report["noise"], report["band"], report["target_loss"]
-    print(f"time_to_bf16_loss_s: until a validation loss of {target:.4f}")
-    outside = ", ".join(row["variant"] for row in report["rows"] if row["inside"] is False)
-    if band is None:
-        print("no band, as one bf16 run shows no noise" + (f"; failed: {outside}" if outside else ""))
-    else:
-        print(f"noise of bf16 seeds {noise:.4f} nats, band {band:.4f} ({band / target:.2%})")
-        print(f"outside the band: {outside}" if outside else "every variant ends inside the band")
+    for result in report["intervals"]:
+        print(sentence(result, own.tolerance))
     bench.finish(config, out_dir / "parity.json", out_dir / "parity.png")
-    sys.exit(report["verdict"] == "fail")
+    sys.exit(report["verdict"] == "worse")
 
 
 if __name__ == "__main__":

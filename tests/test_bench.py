@@ -106,9 +106,11 @@ def test_rowwise_variants_do_not_gather_in_fp8():
     assert flags("tensorwise:loss_chunks=2")[1:] == ["--fp8.recipe_name=tensorwise", "--loss_chunks=2"]
 
 
-def test_a_comma_inside_of_a_list_does_not_end_a_variant():
-    variants = 'bf16,tensorwise:fp8.filter_fqns=["lm_head","mlp"]:seed=1,rowwise'
-    assert split(variants) == ["bf16", 'tensorwise:fp8.filter_fqns=["lm_head","mlp"]:seed=1', "rowwise"]
+def test_commas_and_colons_inside_of_a_value_do_not_end_it():
+    variant = 'tensorwise:fp8.filter_fqns=["lm_head","mlp"]:fp8.recipes={"lm_head": "rowwise", "layers.0": None}:seed=1'
+    assert split(f"bf16,{variant},rowwise") == ["bf16", variant, "rowwise"]
+    assert flags(variant)[2:] == ['--fp8.filter_fqns=["lm_head","mlp"]',
+                                  '--fp8.recipes={"lm_head": "rowwise", "layers.0": None}', "--seed=1"]
 
 
 @pytest.mark.parametrize("keys, told", [
