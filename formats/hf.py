@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 import model as models
 from formats import quantized
 from formats.families import ARCHITECTURES, read_switches
+from formats.files import open_binary
 from plumbing.errors import UserError
 from plumbing.ranks import process_rank
 from plumbing.sharding import plain_local, shard_rows
@@ -29,20 +30,12 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # config.json
 
 
-def failure(path, error):
-    """What to say of a file whose reader raised `error`."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            if file.read(24) == b"version https://git-lfs.":
-                return "is a Git LFS pointer, not the file itself: run git lfs pull there"
-    return f"cannot be read: {error}"
-
-
 def read_json(path):
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_binary(path) as file:
+            found = json.load(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} {failure(path, error)}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object")
     return found
@@ -78,8 +71,8 @@ def stored_dtype(folder):
     name = source.get("dtype") or source.get("torch_dtype")
     if name is None:
         names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-        stored, _ = stored_tensors(folder)
-        name = next((names[tensor.dtype] for tensor in stored.values() if tensor.dtype in names), "float32")
+        stored = stored_tensors(folder).values()
+        name = next((names[tensor.dtype] for tensor in stored if tensor.dtype in names), "float32")
     name = str(name).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"{folder}: dtype={name!r} in config.json is not supported, only float32, bfloat16, float16")
@@ -100,9 +93,8 @@ def model_config(folder, wanted=None):
     block_size = wanted.block_size if wanted else min(longest, 8192)
     cfg = models.ModelConfig(**values, block_size=block_size)
     refuse(folder, [message for _, message in cfg.problems()])
-    stored, problems = stored_tensors(folder)
-    if stored or not problems:
-        problems += check_weights(stored, layout(cfg, architecture), source.get("quantization_config"), notes)
+    stored = stored_tensors(folder)
+    problems = check_weights(stored, layout(cfg, architecture), source.get("quantization_config"), notes)
     if cfg.tie_embeddings and not problems and not head_is_embedding(stored):
         cfg.tie_embeddings = False
         notes.append("config.json says tie_word_embeddings, but lm_head.weight has other values than the embedding: "
@@ -151,37 +143,38 @@ def layout(cfg, architecture):
 
 
 class Stored(NamedTuple):
-    """A tensor of a folder. shape and dtype are None if its file cannot be read."""
+    """A tensor of a folder."""
 
     path: Path
-    shape: tuple | None = None
-    dtype: str | None = None
+    shape: tuple
+    dtype: str
 
 
 def stored_tensors(folder):
-    """({name: Stored}, problems) of a folder. model.safetensors goes before an index, as in transformers."""
-    index, weight_map, stored, problems = Path(folder, INDEX), {}, {}, []
-    if Path(folder, SINGLE).is_file():
-        files = [Path(folder, SINGLE)]
-    elif index.is_file():
-        weight_map = read_json(index).get("weight_map")
+    """{name: Stored} of a folder. model.safetensors goes before an index, as in transformers.
+
+    UserError that lists all files that cannot be read.
+    """
+    files, stored, problems = [SINGLE], {}, []
+    if not Path(folder, SINGLE).is_file():
+        if not Path(folder, INDEX).is_file():
+            raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}. Pickles (.bin, .pt, .pth) can run code, so "
+                            "they are never loaded: convert them to safetensors")
+        weight_map = read_json(Path(folder, INDEX)).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            return {}, [f"{INDEX} has no weight_map that names the files: download it again"]
-        files = [Path(folder, file) for file in sorted(set(weight_map.values()))]
-    else:
-        pickles = [p.name for p in sorted(Path(folder).iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
-        return {}, [f"it has neither {SINGLE} nor {INDEX}" + (
-            f"; {pickles[0]} is a pickle, which can run code, so it is never loaded: convert it" if pickles else "")]
-    for path in files:
+            raise UserError(f"{folder}: {INDEX} has no weight_map that names the files: download it again")
+        files = sorted(set(weight_map.values()))
+    for path in (Path(folder, file) for file in files):
         try:
+            open_binary(path).close()  # UserError for a Git LFS pointer
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     part = file.get_slice(name)
                     stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype())
-        except (OSError, SafetensorError) as error:
-            problems.append(f"{path.name} {failure(path, error)}")
-            stored |= {name: Stored(path) for name, file in weight_map.items() if Path(folder, file) == path}
-    return stored, problems
+        except (OSError, SafetensorError, UserError) as error:
+            problems.append(f"{path.name} cannot be read: {error}")
+    refuse(folder, problems)
+    return stored
 
 
 def check_weights(stored, expected, quantization, notes):
@@ -199,17 +192,16 @@ def check_weights(stored, expected, quantization, notes):
         return [why]
     problems, harmless, block = [], set(expected), quantized.block_size(quantization)
     for name, (_, _, shape) in expected.items():
+        scale = quantized.scale_of(name, stored)
         if name not in stored:
             problems.append(f"{name} {shape} is missing")
-        elif stored[name].dtype and stored[name].shape != shape:
+        elif stored[name].shape != shape:
             problems.append(f"{name} has shape {stored[name].shape}, by config.json it should have {shape}")
-        elif stored[name].dtype not in (None, "F32", "BF16", "F16", "F8_E4M3"):
-            problems.append(f"{name} is {stored[name].dtype}, only F32, BF16, F16 and F8_E4M3 can be read")
-        elif stored[name].dtype == "F8_E4M3" and (scale := quantized.scale_of(name, stored)) is None:
+        elif stored[name].dtype == "F8_E4M3" and scale is None:
             problems.append(f"{name} is in FP8, but its scale is missing")
         elif stored[name].dtype == "F8_E4M3":
             harmless.add(scale)
-            if stored[scale].dtype and not quantized.fits(shape, stored[scale].shape, block):
+            if not quantized.fits(shape, stored[scale].shape, block):
                 problems.append(f"{scale} has shape {stored[scale].shape}, which fits no scales of a weight {shape}")
     if activation := [name for name in stored if name.endswith(quantized.ACTIVATION_SCALES)]:
         notes.append(f"{len(activation)} fixed scales of activations are ignored: {activation[0]}, ...")
@@ -244,7 +236,7 @@ def load(folder, model, optimizer=None):
     Each rank reads the rows that it holds, and of those one tensor's at a time. Dtypes convert, FP8 weights are
     dequantized. UserError for nan.
     """
-    stored, _ = stored_tensors(folder)
+    stored = stored_tensors(folder)
     params = dict(model.named_parameters())
     masters = optimizer.masters if optimizer else {}
     source, architecture = read_config(folder)

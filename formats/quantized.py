@@ -12,7 +12,7 @@ WEIGHT_SCALES = ("_scale_inv", "_scale")  # what follows the weight's name
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_scale_ub")  # fixed scales of activations, for inference
 # tensors that only other quantizations have: GPTQ and AWQ, bitsandbytes, compressed-tensors' integers, MXFP4
 FOREIGN = ("qweight", "qzeros", "g_idx", "absmax", "quant_map", "weight_packed", "weight_zero_point", "weight_blocks")
-READABLE = (None, "F64", "F32", "BF16", "F16", "F8_E4M3")  # dtypes of weights; None: of a file that is unreadable
+READABLE = ("F32", "BF16", "F16", "F8_E4M3")  # dtypes of weights
 BLOCK = 128
 
 
@@ -25,8 +25,9 @@ def problem(config, stored):
         return (f"quantization {config.get('quant_method')!r} is not supported, only {', '.join(METHODS)} with e4m3 "
                 "weights")
     for name, (_, _, dtype) in stored.items():
-        if name.rsplit(".", 1)[-1] in FOREIGN or name.endswith("weight") and dtype not in READABLE:
-            return f"{name} ({dtype}) is of a quantization that is not supported, only e4m3 weights with scales are"
+        if name.rsplit(".", 1)[-1] in FOREIGN or name.endswith(("weight", "bias")) and dtype not in READABLE:
+            return (f"{name} ({dtype}) is of a quantization or precision that is not supported, only F32, BF16, F16, "
+                    "and e4m3 weights with scales are")
         if dtype == "F8_E4M3" and not config:
             return f"{name} is in FP8, but config.json has no quantization_config that says how its scales are meant"
     return None
