@@ -140,3 +140,70 @@ def check_memory(config, shards, accumulation, device):
     remedy = f"Lower it: {', '.join(helps)}; use" if helps else "Use"
     raise UserError(f"this run needs about {gib:.1f} GiB per GPU, there are {capacity:.1f}. {remedy} more GPUs, a "
                     "shorter model.block_size or a smaller model; or set check_memory=False if your model takes less")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# time of a step on several GPUs
+
+# Measured in profiles of docs/results/bench_2_gpus.json, two H100s with NVLink (NVLS off): bytes per second of FSDP2's
+# copies, and of a collective beside matmuls; and the part of a hidden collective's time by which it slows these down.
+COPY_RATE, LINK_RATE, CONTENTION = 2.3e12, 160e9, 0.1
+# Assumed: bytes per second of each GPU's network card (400 Gb/s at 80%), and seconds for each hop of a ring.
+NETWORK_RATE, HOP_S = 40e9, 5e-6
+
+
+def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_node=8):
+    """Milliseconds of a step with FSDP2 over `shards` GPUs, times `replicas` (HSDP), by part: {part: ms}.
+
+    one_gpu_ms: measured on one GPU without FSDP2, with the same optimizer and the same micro-batches per GPU. Parts:
+    "compute" (on one GPU, less what other ranks' optimizers do), "copies" in and out of FSDP2's buffers, "slowed"
+    (compute beside collectives), "exposed" (collectives that nothing hides). A block's weights are gathered while the
+    block before it computes, its gradients reduced while the next one's backward runs; embedding, last norm and lm_head
+    are one group, which nothing hides. Within 5% of what was measured on 2 and 4 GPUs in bf16 and FP8 (tests).
+    """
+    m, dtype = config.model, getattr(torch, config.dtype)
+    size, reduced_size = dtype.itemsize, getattr(torch, config.reduce_dtype).itemsize
+    with torch.device("meta"):
+        model = models.Transformer(m)
+    n_all, n_blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.layers))
+    n_root = n_all - n_blocks
+    in_fp8 = 0
+    if config.fp8.enabled and config.fp8.enable_fsdp_float8_all_gather:
+        in_fp8 = sum(layer.weight.numel() for fqn, layer in model.named_modules() if fqn.startswith("layers.")
+                     and isinstance(layer, nn.Linear) and fp8.recipe_of(fqn, config.fp8))
+    block_bytes, root_bytes = (size * n_blocks - (size - 1) * in_fp8) / m.n_layer, size * n_root
+    # FSDP2 frees a block's weights after forward and gathers them again, or keeps them for all passes of a step
+    gathers = 2 * accumulation if config.reshard_after_forward else 1
+    part = (shards - 1) / shards
+
+    def collective_s(n_bytes):
+        """A ring over the shards: each GPU receives what it lacks, in shards - 1 hops, over all cards of a node."""
+        rate = LINK_RATE if shards <= gpus_per_node else min(LINK_RATE, gpus_per_node * NETWORK_RATE)
+        return n_bytes * part / rate + (shards - 1) * HOP_S
+
+    def all_reduce_s(n_bytes):
+        return 2 * n_bytes * (replicas - 1) / replicas / NETWORK_RATE + 2 * (replicas - 1) * HOP_S
+
+    state = size + optim.bytes_per_parameter(config.optim, dtype)
+    update_s = n_all * (2 * state + size) / COPY_RATE  # AdamW reads and writes its state, and reads gradients
+    compute_s = one_gpu_ms / 1000 - part * update_s
+
+    gathered = gathers * (m.n_layer * block_bytes + root_bytes)
+    reduced = accumulation * n_all
+    copied = 2 * gathered * (1 + 1 / shards)  # shards into the buffer, weights out of it: read and written
+    copied += reduced * (size + reduced_size) * (1 + 1 / shards)  # gradients, cast to reduce_dtype and back
+
+    gather_s, reduce_s = collective_s(block_bytes), collective_s(reduced_size * n_blocks / m.n_layer)
+    replicate_s = all_reduce_s(reduced_size * n_blocks / m.n_layer / shards)
+    forward_s, backward_s = (fraction * compute_s / accumulation / m.n_layer for fraction in (1 / 3, 2 / 3))
+    forward_gathers, backward_gathers = (accumulation, accumulation) if gathers > 1 else (1, 0)
+    in_backward_s = reduce_s + (gather_s if backward_gathers else 0)  # one after the other, on the same links
+    hidden_s = m.n_layer * (min(gather_s, forward_s) * forward_gathers
+                            + min(max(in_backward_s, replicate_s), backward_s) * accumulation)
+    exposed_s = m.n_layer * (max(0, gather_s - forward_s) * forward_gathers
+                             + max(0, in_backward_s - backward_s, replicate_s - backward_s) * accumulation)
+    root_reduced = reduced_size * n_root
+    exposed_s += forward_gathers * collective_s(root_bytes)
+    exposed_s += accumulation * (collective_s(root_reduced) + all_reduce_s(root_reduced / shards))
+    parts = {"compute": compute_s, "copies": copied / COPY_RATE, "slowed": CONTENTION * hidden_s, "exposed": exposed_s}
+    return {name: 1000 * seconds for name, seconds in parts.items()}
