@@ -43,8 +43,9 @@ def configs(name):
         whole, gathers = replace(FP8, keep_casts=False), replace(GATHER, keep_casts=False)
     scale = RECOMPUTED * flops(Config(model=m)) / flops(Config(model=models.llama3_1_8b())) if name == "70B" else 1
     columns = {}
-    for column, key, fp8, reshards in (("bf16", "bf16", FP8Config(), True), ("FP8, gathered in bf16", "fp8", whole, True),
-                                       ("FP8, gathered in FP8", "fp8", gathers, name == "70B")):
+    for column, key, fp8, reshards in (
+            ("bf16", "bf16", FP8Config(), True), ("FP8, gathered in bf16", "fp8", whole, True),
+            ("FP8, gathered in FP8", "fp8", gathers, name == "70B")):
         columns[column] = (Config(model=m, fp8=fp8, reshard_after_forward=reshards, **FAST, **more),
                            scale * MEASURED_MS[key])
     return columns
@@ -65,7 +66,8 @@ def main():
                 for column, (config, one_gpu_ms) in configs(name).items():
                     parts = {"compute": one_gpu_ms}
                     if n > 1:
-                        parts = estimate.step_ms(config, one_gpu_ms, n // replicas, replicas, gpus_per_node=args.gpus_per_node)
+                        parts = estimate.step_ms(config, one_gpu_ms, n // replicas, replicas,
+                                                 gpus_per_node=args.gpus_per_node)
                     ms = sum(parts.values())
                     rows.append({"model": name, "layout": layout, "gpus": n, "variant": column, "ms": ms,
                                  "tokens_per_s_per_gpu": 8192e3 / ms, "of_one_gpu": one_gpu_ms / ms, "parts_ms": parts,

@@ -224,3 +224,49 @@ def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help(monkeypatch):
     with pytest.raises(ValueError, match=r"optim.weights=stochastic_rounding \(7\d"):
         estimate.check_memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 0, 1, gpu)
     assert estimate.memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 8, 1) < 45  # over 8 GPUs it fits
+
+
+def times(name):
+    """{variant: ms per step} in docs/results/NAME.json, the first card's."""
+    report = json.loads((REPO / f"docs/results/{name}.json").read_text())
+    return {row["variant"]: row["ms_per_step"] for card in reversed(report.get("cards", [report]))
+            for row in card["rows"]}
+
+
+BF16_GATHER = "tensorwise:fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
+
+
+# bench_2_gpus, whose profiles gave the rates, calibrates; the others validate
+@pytest.mark.parametrize("one_gpu, variant, several, gpus", [
+    ("bench_32_layers_before", "bf16", "bf16", 2), ("bench_32_layers_before", "tensorwise", "tensorwise", 2),
+    ("bench_32_layers_before", "tensorwise", BF16_GATHER, 2),
+    ("bench_llama_8b_fast", "bf16", "bf16:reshard_after_forward=True", 2),
+    ("bench_llama_8b_fast", "tensorwise", "tensorwise", 2),
+    ("bench_h200_llama_8b_fast", "bf16", "bf16:reshard_after_forward=True", 4),
+    ("bench_h200_llama_8b_fast", "tensorwise", "tensorwise", 4)])
+def test_step_times_of_several_gpus_are_within_5_percent_of_what_bench_measured(one_gpu, variant, several, gpus,
+                                                                                 tmp_path):
+    fast = "fast" in one_gpu
+    config = gathering()
+    if fast:
+        config = with_fast_keys(config, reduce_dtype="bfloat16", reshard_after_forward=False)
+    config = as_variant(config, several, tmp_path)
+    measured = times(f"bench_{gpus}_gpus_llama_8b_fast" if fast else "bench_2_gpus")[several]
+    parts = estimate.step_ms(config, times(one_gpu)[variant], gpus)
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.05)
+    assert all(ms > 0 for ms in parts.values())
+
+
+def test_what_is_exposed_on_many_gpus():
+    """A ring over more GPUs has more hops; beyond the time of a block's compute they are exposed. HSDP's are short."""
+    config = gathering()
+    exposed = [estimate.step_ms(config, 600, shards, replicas)["exposed"]
+               for shards, replicas in ((8, 1), (64, 1), (1024, 1), (8, 128))]
+    assert exposed[0] < exposed[1] < exposed[2] / 3 and exposed[3] < exposed[2] / 2
+    # by hand, 8 shards: the root's weights once, in bf16, and its gradients once, in float32
+    root = 2 * M.vocab_size * M.n_embd + M.n_embd
+    by_hand = root * (2 + 4) * 7 / 8 / estimate.LINK_RATE + 2 * 7 * estimate.HOP_S
+    assert exposed[0] == pytest.approx(1000 * by_hand)
+    # a slow network between nodes, one card each
+    alone = estimate.step_ms(config, 600, 64, gpus_per_node=1)
+    assert alone["exposed"] > 2 * exposed[1]
