@@ -3,11 +3,10 @@
     documents -> pieces -> tokenizer (threads) -> shards (.npy) -> formats/tokens.py
 
 A document is BOS (where the tokenizer's configuration puts one), its text, EOS. Long documents are cut into pieces, at
-places where the pieces' ids are those of the whole (SAFE). Memory does not grow with the text. A run that is killed
-leaves its complete shards, and the next start goes on from them.
+places where the pieces' ids are those of the whole (SAFE). Memory holds one shard at a time, however long the text is.
+A run that is killed leaves its complete shards, and the next start goes on from them.
 """
 
-import collections
 import contextlib
 import fcntl
 import hashlib
@@ -18,7 +17,7 @@ import re
 import secrets
 import shutil
 import sys
-import time
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +31,8 @@ from formats.tokens import open_splits, open_tokens, survey
 from plumbing.disk import replace_text
 from plumbing.errors import UserError
 
-VERSION = 3  # of what is kept in data.cache_dir
-SHARD_TOKENS = 100_000_000  # a shard with as many is complete
+VERSION = 4  # of what is kept in data.cache_dir
+SHARD_TOKENS = 20_000_000  # a shard with as many is complete
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -44,7 +43,7 @@ SHARD_TOKENS = 100_000_000  # a shard with as many is complete
 # `cut` tries every place with the tokenizer itself before it uses it.
 LETTER = r"[^\W\d_]"
 SAFE = re.compile(rf"(?<={LETTER})(?=[ \n]{LETTER})|(?<=\S\n)(?={LETTER})")
-PIECE = 2**16  # characters; the next safe place behind as many is a cut
+PIECE = 2**15  # characters; the next safe place behind as many is a cut
 
 
 class Piece(NamedTuple):
@@ -117,7 +116,7 @@ def batches(stream):
 
 def in_order(pool, function, items, n_ahead):
     """Yield (item, function(item)) in order, computed by a pool, n_ahead at once."""
-    running = collections.deque()
+    running = deque()
     for item in items:
         running.append((item, pool.submit(function, item)))
         if len(running) > n_ahead:
@@ -131,61 +130,35 @@ def in_order(pool, function, items, n_ahead):
 # shards
 
 
-class Shard:
-    """A .npy file of tokens that is being written."""
-
-    def __init__(self, path, dtype):
-        self.path, self.file, self.dtype = path, open(path, "wb"), np.dtype(dtype)
-        self.n_tokens, self.hash = 0, hashlib.blake2b(digest_size=16)
-        self.write_header()
-
-    def write_header(self):
-        """The header for n_tokens. numpy leaves space in it for the number to grow, so its length stays."""
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.n_tokens,)})
-
-    def write(self, tokens):
-        tokens = tokens.astype(self.dtype)
-        self.file.write(tokens)
-        self.hash.update(tokens)
-        self.n_tokens += len(tokens)
-
-    def close(self):
-        """Complete the file, on disk. Returns the hash of its tokens."""
-        self.write_header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self.hash.hexdigest()
-
-
 def build(folder, train, val, cfg, tokenizer):
     """Tokenize files into shards in `folder`; index.json lists those that are complete, from which this goes on."""
     if tokenizer.eos is None:
         raise UserError(f"tokenizer {tokenizer.name} has no end-of-text token to close documents with")
-    bos = np.array([] if tokenizer.bos is None else [tokenizer.bos], np.uint32)
-    eos, nothing = np.array([tokenizer.eos], np.uint32), np.array([], np.uint32)
+    dtype = np.uint16 if tokenizer.largest < 2**16 else np.uint32
+    bos = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype)
+    eos, nothing = np.array([tokenizer.eos], dtype), np.array([], dtype)
 
     def encode(batch):
         return [np.concatenate([bos if piece.starts else nothing,
-                                encode_behind(tokenizer, piece.context, piece.text),
+                                encode_behind(tokenizer, piece.context, piece.text).astype(dtype),
                                 eos if piece.ends else nothing]) for _, piece in batch]
 
     folder.mkdir(exist_ok=True)
-    counts = dict.fromkeys(("documents", "documents for validation", "empty documents dropped", "forced cuts"), 0)
-    done, shards, tokenizer.blank_cuts, current = 0, {}, 0, {}  # pieces; {name: hash}; ...; {split: Shard}
-    index = folder / "index.json"
-    if index.is_file():
-        found = json.loads(index.read_text())
-        done, shards, tokenizer.blank_cuts = found["pieces"], found["shards"], found["counts"]["cuts inside of blanks"]
+    index, counts, waiting, sizes = folder / "index.json", Counter(), {"train": [], "val": []}, Counter()
+    found = json.loads(index.read_text()) if index.is_file() else {"pieces": 0, "shards": {}}
+    n_done, shards = found["pieces"], found["shards"]  # {name: hash}
 
-    def complete():
-        for shard in current.values():
-            shards[shard.path.name] = shard.close()
-        current.clear()
-        counts["cuts inside of blanks"] = tokenizer.blank_cuts
-        replace_text(index, json.dumps({"pieces": done, "shards": shards, "counts": counts}))
+    def write_shards():
+        for split, arrays in waiting.items():
+            if arrays:
+                name, ids = f"{split}_{len(shards):05d}.npy", np.concatenate(arrays)
+                with open(folder / name, "wb") as file:  # not by np.save, whose error for a full disk has no errno
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
+                    file.write(ids)
+                shards[name] = hashlib.blake2b(ids, digest_size=16).hexdigest()
+                arrays.clear()
+        sizes.clear()
+        replace_text(index, json.dumps({"pieces": n_done, "shards": shards, "counts": counts}))
 
     workers = cfg.workers or os.cpu_count()
     total = sum(path.stat().st_size for path in (*train, *val))
@@ -193,17 +166,15 @@ def build(folder, train, val, cfg, tokenizer):
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every)
     with ThreadPoolExecutor(workers) as pool, bar:  # threads are enough: tokenizers let go of the interpreter lock
         stream = pieces(train, val, cfg, tokenizer, counts, bar)
-        collections.deque(itertools.islice(stream, done), maxlen=0)  # skip what an earlier run has done
+        deque(itertools.islice(stream, n_done), maxlen=0)  # skip what an earlier run has done
         for batch, arrays in in_order(pool, encode, batches(stream), 2 * workers):
-            for (split, _), tokens in zip(batch, arrays, strict=True):
-                if split not in current:
-                    current[split] = Shard(folder / f"{split}_{len(shards):05d}.npy",
-                                           np.uint16 if tokenizer.largest < 2**16 else np.uint32)
-                current[split].write(tokens)
-            done += len(batch)
-            if max(shard.n_tokens for shard in current.values()) >= SHARD_TOKENS:
-                complete()
-    complete()
+            for (split, _), ids in zip(batch, arrays, strict=True):
+                waiting[split].append(ids)
+                sizes[split] += len(ids)
+            n_done += len(batch)
+            if max(sizes.values()) >= SHARD_TOKENS:
+                write_shards()
+    write_shards()
     for split, paths in (("train", train), ("val", val)):
         if paths and not any(name.startswith(split) for name in shards):
             raise UserError(f"data.{split}: no text in {', '.join(map(str, paths[:3]))}")
@@ -213,12 +184,11 @@ def build(folder, train, val, cfg, tokenizer):
 def work_folder(folder):
     """The place to build `folder` at, with what a killed run left there. Processes that share a cache take turns.
 
-    What killed runs left of other text under this name is deleted. So is this one after an error, but not when the
-    process is interrupted. On a file system without locks each process has a place of its own, which is never taken
-    up, and deleted when it is a day old.
+    It is deleted after an error, but not when the process is interrupted. On a file system without locks each process
+    has a place of its own, which is never taken up.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work, age = folder.with_name(f"{folder.name}.partial"), 0
+    work = folder.with_name(f"{folder.name}.partial")
     with open(folder.parent / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,11 +196,7 @@ def work_folder(folder):
             print(f"waiting for another process that tokenizes into {folder.parent}", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            work, age = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial"), 24 * 3600
-        name = folder.name.rpartition("-")[0]
-        for left in folder.parent.glob("*.partial"):
-            if left != work and left.name.startswith(f"{name}-") and time.time() - left.stat().st_mtime >= age:
-                shutil.rmtree(left, ignore_errors=True)
+            work = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
         try:
             yield work
         except Exception:
@@ -266,14 +232,12 @@ def prepare(cfg, block_size, seed):
     train, val = open_splits(*([folder / name for name in index["shards"] if name.startswith(split)]
                                for split in ("train", "val")), cfg, block_size)
     counts = index["counts"]
-    tokenizer.blank_cuts = counts["cuts inside of blanks"]  # for the screen
     train.counts |= counts | {"files not used": len(found.unused)}
     source = ", ".join(cfg.train) or "Python's standard library"
     train.description = (
         f"{files.number_of(found.train)} of {source}{found.note}, "
         f"{len(train):,} training and {len(val):,} validation tokens in {folder}, tokenizer {tokenizer.described}")
-    if n := counts["empty documents dropped"]:
-        train.description += f", {n:,} empty documents dropped"
-    if n := counts["forced cuts"]:
-        train.description += f", {n:,} forced cuts (no border of words in {PIECE:,} characters)"
+    for what in ("empty documents dropped", "forced cuts"):
+        if counts.get(what):
+            train.description += f", {counts[what]:,} {what}"
     return train, val, tokenizer

@@ -25,7 +25,7 @@ from plumbing.disk import replace_text
 from plumbing.errors import UserError
 
 HEADER_BYTES = 1024
-LLM_C = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version): type of an id
+LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}  # magic number: type of an id
 PIECE = 2**22  # ids looked at together
 
 
@@ -85,16 +85,18 @@ class Tokens:
         return begins
 
     def measure_documents(self):
-        """(mean length over ids, longest, most in a row) of the documents that attention sees. Reads all ids."""
-        squares, longest, most, step = 0, 0, 0, max(1, PIECE // self.block_size)
+        """(whether EOS is among the ids; mean length over ids, longest, most in a row of the documents that attention
+        sees). Reads all ids."""
+        found, squares, longest, most, step = False, 0, 0, 0, max(1, PIECE // self.block_size)
         for first in range(0, self.n_rows, step):
             ids = self.slice(first * self.block_size, min((first + step) * self.block_size, len(self) - 1))
             ids = np.append(ids, np.full(-len(ids) % self.block_size, self.eos + 1)).reshape(-1, self.block_size)
             begins = self.begins(ids)
+            found |= bool((ids == self.eos).any())
             lengths = np.diff(np.append(np.flatnonzero(begins), begins.size))
             squares += int((lengths**2).sum())
             longest, most = max(longest, int(lengths.max())), max(most, int(begins.sum(1).max()))
-        return squares / (self.n_rows * self.block_size), longest, most
+        return found, squares / (self.n_rows * self.block_size), longest, most
 
     def sample(self, i):
         """(ids, loss) of window i: its first id is no target here, but in the window before."""
@@ -121,14 +123,12 @@ def open_tokens(path):
         head = file.read(HEADER_BYTES)
     if head.startswith(b"PK\x03\x04"):
         raise UserError(f"{path} does not hold token ids: it is an archive (weights of PyTorch?)")
-    magic, version, n = (int(i) for i in np.frombuffer(head[:12].ljust(12, b"\0"), "<i4"))
-    if (dtype := LLM_C.get((magic, version))) is not None:
+    magic, _, n = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+    if magic in LLM_C:
+        dtype = LLM_C[magic]
         if size != HEADER_BYTES + n * dtype.itemsize:
             raise UserError(f"{path} has {size} bytes, its header says {n} ids of {dtype.itemsize} bytes: incomplete?")
         return np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(n,)) if n else np.empty(0, dtype), True
-    if magic in {known for known, _ in LLM_C}:
-        raise UserError(f"{path} has the header of llm.c with version {version}, expected one of (magic, version) "
-                        + ", ".join(map(str, LLM_C)))
     if size % 2:
         raise UserError(f"{path} has {size} bytes: not uint16 ids as nanoGPT writes them, nor the header of llm.c")
     return np.memmap(path, "<u2", "r") if size else np.empty(0, "<u2"), False
@@ -159,25 +159,6 @@ def survey(path, ids, cache_dir):
     return remembered(cache_dir, files.identity(path), read_all)
 
 
-def open_split(paths, cfg, block_size, split, **part):
-    """The Tokens of files, or a part of them (start, stop)."""
-    arrays, firsts = zip(*map(open_tokens, paths), strict=True)
-    largest, smallest, hashes = zip(*(survey(path, ids, cfg.cache_dir)
-                                      for path, ids in zip(paths, arrays, strict=True)), strict=True)
-    if min(smallest) < 0:
-        raise UserError(f"{paths[np.argmin(smallest)]} holds negative numbers, which are no token ids")
-    if len(set(firsts)) > 1 and cfg.eos_id is not None:
-        raise UserError(f"data.{split} mixes files of llm.c, where EOS begins a document, with others, where it ends "
-                        "one: train on one kind, or set data.eos_id=None")
-    tokens = Tokens(arrays, hashes, block_size, eos=cfg.eos_id, eos_first=firsts[0], largest=max(largest), **part)
-    if cfg.eos_id is not None and len(tokens) > 1:
-        if not any(np.any(ids[at : at + PIECE] == cfg.eos_id) for ids in arrays for at in range(0, len(ids), PIECE)):
-            raise UserError(f"data.eos_id={cfg.eos_id} is nowhere in data.{split}: name the id between its documents")
-        tokens.document, tokens.longest, tokens.most_documents = remembered(
-            cfg.cache_dir, (tokens.digest, block_size, cfg.eos_id, firsts[0]), tokens.measure_documents)
-    return tokens
-
-
 def open_splits(train, val, cfg, block_size):
     """(training Tokens, validation Tokens) of files; without files for validation the end of the others is for that."""
     if val:
@@ -191,6 +172,25 @@ def open_splits(train, val, cfg, block_size):
         raise UserError(f"data: {len(splits[0])} tokens for training and {len(splits[1])} for validation are too few: "
                         "give more, or name data.val")
     return splits
+
+
+def open_split(paths, cfg, block_size, split, **part):
+    """The Tokens of files, or a part of them (start, stop)."""
+    arrays, firsts = zip(*map(open_tokens, paths), strict=True)
+    largest, smallest, hashes = zip(*(survey(path, ids, cfg.cache_dir)
+                                      for path, ids in zip(paths, arrays, strict=True)), strict=True)
+    if min(smallest) < 0:
+        raise UserError(f"{paths[np.argmin(smallest)]} holds negative numbers, which are no token ids")
+    if len(set(firsts)) > 1 and cfg.eos_id is not None:
+        raise UserError(f"data.{split} mixes files of llm.c, where EOS begins a document, with others, where it ends "
+                        "one: train on one kind, or set data.eos_id=None")
+    tokens = Tokens(arrays, hashes, block_size, eos=cfg.eos_id, eos_first=firsts[0], largest=max(largest), **part)
+    if cfg.eos_id is not None and len(tokens) > 1:
+        found, tokens.document, tokens.longest, tokens.most_documents = remembered(
+            cfg.cache_dir, (tokens.digest, block_size, cfg.eos_id, firsts[0]), tokens.measure_documents)
+        if not found:
+            raise UserError(f"data.eos_id={cfg.eos_id} is nowhere in data.{split}: name the id between its documents")
+    return tokens
 
 
 def prepare(cfg, block_size, seed):

@@ -3,7 +3,6 @@
 import base64
 import errno
 import json
-import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -238,8 +237,7 @@ def test_a_million_blanks_are_cut_and_counted_at_every_start(tmp_path):
     for _ in range(2):
         train, val, tokenizer = prepare(cfg)
         assert len(train) + len(val) == 3 + 10**6 + 2 + 2 * (1 + (tokenizer.bos is not None))
-        assert train.counts["cuts inside of blanks"] > 0 and train.counts["forced cuts"] > 0
-        assert "cuts inside of long runs of white space" in train.description
+        assert train.counts["forced cuts"] == 15 and "15 forced cuts" in train.description
 
 
 def test_memory_does_not_grow_with_the_text(monkeypatch):
@@ -373,16 +371,17 @@ def test_a_damaged_header_is_one_line(tmp_path, before, after):
         prepare(config(tmp_path, tmp_path / "a.txt"))
 
 
-@pytest.mark.parametrize("name", ["train_00000.npy", "val_00001.npy", "index.json"])
-def test_a_missing_shard_is_told(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("pattern", ["train_00000.npy", "val_*.npy", "index.json"])
+def test_a_missing_shard_is_told(tmp_path, monkeypatch, pattern):
     monkeypatch.setattr(text_format, "SHARD_TOKENS", 200)
     monkeypatch.setattr(text_format, "PIECE", 1000)
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text("text " * 20)
     files = [tmp_path / f"{i}.txt" for i in range(20)]
     prepare(config(tmp_path, *files))
-    next(tmp_path.glob(f"cache/*/{name}")).unlink()
-    with pytest.raises(ValueError, match=f"{name}.: delete .*, it is made again from the text"):
+    missing = next(tmp_path.glob(f"cache/*/{pattern}"))
+    missing.unlink()
+    with pytest.raises(ValueError, match=f"{missing.name}.: delete .*, it is made again from the text"):
         prepare(config(tmp_path, *files))
 
 
@@ -497,29 +496,8 @@ def test_a_killed_run_is_carried_on_from_its_shards(tmp_path, monkeypatch, n_bat
     assert cached(tmp_path) == [train.description.split("/")[-1].split(",")[0]]
 
 
-def test_what_killed_runs_left_of_other_text_is_deleted(tmp_path):
-    (tmp_path / "a.txt").write_text("text " * 100)
-    for name in ("a-bytes-0123.partial", "b-bytes-0123.partial"):
-        (tmp_path / "cache" / name).mkdir(parents=True)
-    prepare(config(tmp_path, tmp_path / "a.txt"))
-    assert [name for name in cached(tmp_path) if name.endswith(".partial")] == ["b-bytes-0123.partial"]
-
-
 def no_locks(*args):
     raise OSError(errno.ENOTSUP, "not supported")
-
-
-def test_a_file_system_without_locks_works_and_old_leftovers_go(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("text " * 100)
-
-    monkeypatch.setattr(text_format.fcntl, "flock", no_locks)
-    left = tmp_path / "cache" / "a-bytes-0123.dead.partial"
-    for age, stays in ((3600, True), (2 * 24 * 3600, False)):  # a run may be busy in a young one
-        left.mkdir(parents=True, exist_ok=True)
-        os.utime(left, (time.time() - age,) * 2)
-        (tmp_path / "a.txt").write_text(f"text {age} " * 100)
-        assert len(prepare(config(tmp_path, tmp_path / "a.txt"))[0])
-        assert left.exists() == stays
 
 
 @pytest.mark.parametrize("locks", [True, False])

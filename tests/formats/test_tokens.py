@@ -105,7 +105,6 @@ def test_ids_are_read_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.bin", llm_c(IDS, n=7), "has .* bytes, its header says 7 ids of 2 bytes"),
-    ("a.bin", llm_c(IDS, version=2), "header of llm.c with version 2"),
     ("a.bin", b"abc", "has 3 bytes: not uint16"),
     ("a.bin", b"PK\x03\x04" + bytes(2000), "is an archive"),
     ("a.bin", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
