@@ -15,7 +15,6 @@ that follow the words whether or not the conversation goes on.
 import json
 import os.path
 import re
-import unicodedata
 from datetime import datetime
 
 import jinja2
@@ -25,13 +24,6 @@ import jinja2.sandbox
 import numpy as np
 
 from plumbing.errors import UserError
-
-CHATML = """{% for message in messages %}
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
-{%- endfor %}
-{% if add_generation_prompt %}
-{{ '<|im_start|>assistant\n' }}
-{%- endif %}"""
 
 SPECIAL, BREAK, OPEN, CLOSE = "\U0010f000", "\U0010f001", "\U0010f002", "\U0010f003"  # the last two: {% generation %}
 WORDS = 0x10F010  # + 2 i: where the words of message i begin, + 2 i + 1: where they end
@@ -73,42 +65,37 @@ def environment():
     env.globals |= {"raise_exception": raise_exception,
                     "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
     return env
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing in a message
 
 
 class Template:
     """A chat template of a tokenizer. source: Jinja, or "" for the tokenizer's own. name: for messages.
 
-    Raises UserError where there is none, or it is no valid Jinja.
+    Raises UserError where there is none, it is no valid Jinja, or the tokenizer is not that of a model folder.
     """
 
     def __init__(self, tokenizer, source="", name=""):
         self.tokenizer, self.name = tokenizer, name or f"the chat template of {tokenizer.name}"
         own = {} if source else tokenizer.chat_templates
         source = source or own.get("default")
-        if not source and {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.specials):
-            source, self.name = ("{{ bos_token }}" if tokenizer.bos is not None else "") + CHATML, "ChatML"
         if not source:
-            raise UserError(f"tokenizer {tokenizer.name} has no chat template, and no <|im_start|> and <|im_end|> for "
-                            "ChatML: name a file with a Jinja template, data.chat_template=FILE, or put one there as "
-                            "chat_template.jinja")
-        self.sources, env = (source, own.get("tool_use", source)), environment()
+            raise UserError(f"tokenizer {tokenizer.name} has no chat template: name a file with a Jinja template, "
+                            "data.chat_template=FILE, or put one there as chat_template.jinja")
+        if tokenizer.full is None:
+            raise UserError(f"tokenizer {tokenizer.name} is not that of a model folder, which a chat template needs: "
+                            "name one, data.tokenizer=FOLDER")
+        self.sources, self.variables, env = (source, own.get("tool_use", source)), tokenizer.named_tokens, environment()
         try:
             self.main, self.tool_use = map(env.from_string, self.sources)
             self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(env.parse(self.sources[1]))
         except jinja2.TemplateError as error:
             raise UserError(f"{self.name} is not valid Jinja: {error}") from error
-        texts = {i: text for text, i in tokenizer.specials.items()}
-        around = {"bos_token": texts.get(tokenizer.bos), "eos_token": texts.get(tokenizer.eos)}
-        self.variables = tokenizer.named_tokens or {key: text for key, text in around.items() if text is not None}
         # special tokens that ordinary text holds too (<think>) need no care; the longest first where several match
         self.specials = [text for text in sorted(tokenizer.specials, key=len, reverse=True)
                          if tokenizer.encode(text).tolist() != [tokenizer.specials[text]]]
         pattern = "|".join(map(re.escape, self.specials)) or "(?!)"
         self.special = re.compile(f"(?:{pattern})(?!{BREAK})")
         self.marked_special = re.compile(f"({SPECIAL}(?:{pattern}))")
-        if tokenizer.full is not None:
-            self.full, self.real_ids = self.with_marked_specials(tokenizer.full)
+        self.full, self.real_ids = self.with_marked_specials(tokenizer.full)
         self.headers, self.ending = self.find_turn()
 
     def with_marked_specials(self, full):
@@ -151,8 +138,7 @@ class Template:
 
     def reads(self, key):
         """Whether the template reads this key of a message."""
-        names = REASONING if key in REASONING else (key,)
-        return any(name in source for source in self.sources for name in names)
+        return any(key in source for source in self.sources)
 
     def render(self, messages, tools, prompt=False):
         """The text of messages, with marks."""
@@ -231,7 +217,8 @@ class Template:
         """
         if len(messages) > MOST_MESSAGES:
             raise UserError(f"it has {len(messages):,} messages, {MOST_MESSAGES:,} are the most")
-        messages, tools = self.protect([normalize(m) for m in messages]), self.protect(tools)
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        messages, tools = self.protect(messages), self.protect(tools)
         if train_on == "all":
             text, n_left_out = take_out_marks(self.render(messages, tools, prompt))[0], 0
             spans = [(0, len(text))]
@@ -246,19 +233,10 @@ class Template:
 
     def encode_text(self, text, spans=()):
         """(ids, loss) of text without other marks than SPECIAL. spans: (begin, end) of what is trained on in it."""
-        if self.tokenizer.full is not None:
-            # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
-            encoding = self.full.encode_batch([text], add_special_tokens=False)[0]
-            ids = self.real_ids[encoding.ids]
-            begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        else:
-            parts = self.marked_special.split(text)  # ordinary text and special tokens by turns
-            parts[::2] = map(self.tokenizer.encode, parts[::2])
-            parts[1::2] = [[self.tokenizer.specials[part.removeprefix(SPECIAL)]] for part in parts[1::2]]
-            ids = np.concatenate(parts).astype(np.int64)
-            ends = np.cumsum([len(self.tokenizer.decode_bytes(i)) for i in ids.tolist()])
-            begins = np.append(0, ends)[:-1]
-            spans = [[len(text[:place].replace(SPECIAL, "").encode()) for place in span] for span in spans]  # bytes
+        # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
+        encoding = self.full.encode_batch([text], add_special_tokens=False)[0]
+        ids = self.real_ids[encoding.ids]
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         loss = np.zeros(len(ids), bool)
         for begin, end in spans:
             loss |= (ends > begin) & (begins < end)
@@ -275,21 +253,10 @@ class Template:
         if found := RESERVED.search(value):
             raise UserError(f"it has {found[0]!r}, a private-use character that is needed here")
         value = HALVES.sub("\ufffd", value)
-        if self.tokenizer.nfc:
-            value = unicodedata.normalize("NFC", value)
         value = self.special.sub(lambda text: "".join(char + BREAK for char in text[0]), value)
         # a template may join two texts, and the next one may complete the special token that this one begins
         begins_special = any(value.endswith(text[:n]) for text in self.specials for n in range(1, len(text)))
         return value + BREAK if begins_special else value
-
-
-def normalize(message):
-    """A message without fields that are null, and with its reasoning under each name that templates read it by."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in REASONING if key in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def mark(message, i, how):

@@ -409,16 +409,13 @@ def test_a_template_that_cannot_be_followed_is_named(source, message, tokenizer)
     assert message in str(error.value)
 
 
-def test_without_a_template_chatml_serves_a_vocabulary_that_has_it(folder, tmp_path, tokenizer):
+def test_without_a_template_or_a_model_folders_tokenizer_there_is_no_chat(folder, tmp_path, tokenizer):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
-    plain = get_tokenizer(str(tmp_path))
-    assert not plain.chat_templates
-    ids, loss, _ = Template(plain).encode([user("a"), assistant("b")])
-    assert written(ids, loss, plain) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n")
     with pytest.raises(ValueError, match="no chat template.*data.chat_template=FILE"):
-        Template(get_tokenizer("bytes"))
+        Template(get_tokenizer(str(tmp_path)))
+    with pytest.raises(ValueError, match="tokenizer bytes is not that of a model folder"):
+        Template(get_tokenizer("bytes"), TEMPLATES["no generation prompt"])
 
 
 # ----------------------------------------------------------------------------------------------------------------
