@@ -185,17 +185,14 @@ def read_rope(rope, source, architecture, problems):
         problems.append("rope_parameters that differ by layer are not supported")
         return None
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "su":  # the first name of longrope
-        kind = "longrope"
-    if kind == "default":
-        return None
-    if kind not in ARCHITECTURES[architecture].ropes:
+    kind = "longrope" if kind == "su" else kind  # its first name
+    if kind not in ("default", *ARCHITECTURES[architecture].ropes):
         problems.append(f"rope_type={kind!r} is not supported for {architecture}")
+    if kind not in ARCHITECTURES[architecture].ropes:
         return None
     names, longest = ROPE[kind], source.get("max_position_embeddings")
     original = source.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", longest))
-    more = {"mscale": float, "mscale_all_dim": float, "truncate": bool} if kind == "yarn" else {}
-    known = {key: ROPE_TYPES[field] for field, key in (LENGTHS | names).items()} | more
+    known = {key: ROPE_TYPES[field] for field, key in (LENGTHS | names).items()}
     given = {key: value for key, value in rope.items()
              if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")}
     if original is not None:
@@ -211,13 +208,8 @@ def read_rope(rope, source, architecture, problems):
             given["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         given["factor"] = ratio or factor
     if kind == "yarn":
-        given["factor"] = factor = factor or ratio
+        given["factor"] = factor or ratio
         given |= {"beta_fast": given.get("beta_fast") or 32.0, "beta_slow": given.get("beta_slow") or 1.0}
-        if given.get("mscale") and given.get("mscale_all_dim") and "attention_factor" not in given and factor:
-            factors = [0.1 * given[key] * math.log(max(factor, 1)) + 1 for key in ("mscale", "mscale_all_dim")]
-            given["attention_factor"] = factors[0] / factors[1]
-        if not given.get("truncate", True):
-            problems.append("truncate=False of rope_type='yarn' is not supported")
     found = {field: given[key] for field, key in names.items() if given.get(key) is not None}
     missing = names.keys() - found.keys() - {"attention_factor"}
     problems += [f"config.json has rope_type={kind!r}, but no {names[field]}" for field in sorted(missing)]

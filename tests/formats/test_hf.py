@@ -39,8 +39,7 @@ FAMILIES = {  # class of transformers, and what makes the model
     "mistral": ("Mistral", dict(sliding_window=13)),
     "mistral_small_3": ("Mistral", dict(sliding_window=None, head_dim=20)),
     "mistral_yarn": ("Mistral", dict(sliding_window=13, rope_parameters=dict(
-        rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.5,
-        beta_fast=2.0, beta_slow=0.5, **THETA))),
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=2.0, beta_slow=0.5, **THETA))),
     "qwen_2_5": ("Qwen2", {}),
     "qwen_2_yarn": ("Qwen2", dict(rope_parameters=dict(
         rope_type="yarn", factor=4.0, original_max_position_embeddings=32, **THETA))),
@@ -410,8 +409,7 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
     ("llama_3", {"hidden_size": None}, "config.json has no hidden_size"),
     ("llama_3", {"hidden_size": "64"}, "hidden_size='64' in config.json: expected int"),
     ("llama_3", {"num_attention_heads": 3}, "model.n_head=3 must be a multiple of model.n_kv_head=2"),
-    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=False of"),
-    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "new": 1}}, "new of rope_type='yarn' is not"),
+    ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}}, "mscale of rope_type"),
     ("qwen_2_5", {"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor='4' in config.json: expected fl"),
     ("qwen_2_5", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
      "layer_types with full_attention are not"),
