@@ -1,4 +1,4 @@
-"""Token files for config/parity_195m.py, made of the .py, .md and .rst files of installed Python packages.
+"""Token files for config/parity_157m.py, made of the .py, .md and .rst files of installed Python packages.
 
     pip install --no-deps --target /tmp/packages scipy sympy pandas scikit-learn matplotlib django
     python bench/parity_corpus.py $(python -c "import site; print(site.getsitepackages()[0])") /tmp/packages \
