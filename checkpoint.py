@@ -3,8 +3,9 @@
     python checkpoint.py export OUT_DIR HF_DIR [--fp8]     # a run's newest checkpoint as a folder for transformers
 
 `out_dir/checkpoints/step_00000200/` holds a torch.distributed.checkpoint of plain tensors (weights and optimizer state)
-without FP8 wrappers, so that FP8 and bf16 runs can read each other's on any number of ranks; and `run.json` with the
-step and a description of the run. It is written under a temporary name and renamed when every rank is done.
+without FP8 wrappers, so that FP8 and bf16 runs can read each other's on any number of ranks; `run.json` with the step
+and a description of the run; and `SHA256SUMS` of all files, which `sha256sum -c` checks too. It is written under a
+temporary name and renamed when every file is there. Reading one executes nothing that its files say.
 
 The rest of a run's state is not saved, because it is a function of the step (data position, learning rate, noise of
 stochastic rounding) or of the weights (FP8 scales).
@@ -18,9 +19,10 @@ import os
 import pickle
 import re
 import shutil
-import textwrap
 import warnings
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,16 +36,21 @@ import fp8
 import optim
 from formats import families, hf, quantized
 from plumbing import entry
-from plumbing.disk import replacing
-from plumbing.errors import UserError
-from plumbing.ranks import barrier
-from plumbing.sharding import like, plain_local
+from plumbing.disk import damaged_file, replacing, write_sums
+from plumbing.errors import RunStopped, UserError
+from plumbing.ranks import barrier, process_rank
+from plumbing.sharding import HostCopy, like, plain_local
 
+THREADS = 4  # that write and read a rank's part of a checkpoint, a file each
 SHARD_BYTES = 2**31  # about the size of an exported file, and about the memory that an export needs
 # files that an export copies from the folder of the run's tokenizer
 CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*")
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks for
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# which checkpoints there are
 
 
 def latest(out_dir):
@@ -56,15 +63,44 @@ def complete(folder):
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
 
+def last_good(out_dir, say):
+    """The newest checkpoint folder below out_dir whose files are as they were saved; None if there is no checkpoint.
+
+    Newer ones that are damaged are set aside, under a name that says so. Raises UserError if all are damaged. Every
+    rank must call it. say: a function that prints a line.
+    """
+    folders, damaged = complete(Path(out_dir, "checkpoints")), {}
+    while folders and (file := damaged_file(folders[-1])):
+        damaged[folders.pop()] = file
+    if damaged and not folders:
+        listed = ", ".join(f"{folder.name} ({file})" for folder, file in damaged.items())
+        raise UserError(f"all checkpoints in {out_dir} are damaged: {listed}. Copy these files there again, or start "
+                        "anew: another out_dir, or --resume=never")
+    for folder, file in damaged.items():
+        aside = folder.with_name(f"{folder.name}.damaged")
+        say(f"{folder} is damaged, {file} is not as it was saved: going back to {folders[-1].name}. It is now {aside}")
+        if process_rank() == 0:
+            folder.rename(aside)
+    barrier()
+    return folders[-1] if folders else None
+
+
 def open_run(out_dir):
-    """(newest checkpoint folder, Config) of a run of train.py. Raises UserError if there is none."""
+    """(newest checkpoint folder, Config) of a run of train.py. Raises UserError if there is none, or it is damaged."""
     if not Path(out_dir).is_dir():
         raise UserError(f"{out_dir}: no such folder")
     newest = latest(out_dir)
     if newest is None or not Path(out_dir, "config.py").is_file():
         raise UserError(f"{out_dir} holds no checkpoint of train.py and no config.json: give the out_dir of a run "
                          "that has saved one, or a Hugging Face model folder")
+    if file := damaged_file(newest):
+        raise UserError(f"{newest} is damaged, {file} is not as it was saved: delete that folder to use the checkpoint "
+                        "before it")
     return newest, configurator.read_file(Path(out_dir, "config.py"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# save
 
 
 def tensors(model, optimizer=None):
@@ -78,30 +114,49 @@ def tensors(model, optimizer=None):
     return state
 
 
-def save(out_dir, step, model, optimizer, run, *, keep):
-    """Write checkpoint `step`, then remove all but the newest `keep` (0: remove none). Every rank must call it.
+class Writer(dcp.FileSystemWriter):
+    """Writes `folder` for torch.distributed.checkpoint: under a temporary name, until every rank's files are there."""
 
-    run: a description of the run, a dict that JSON can hold; read_run returns it.
-    """
-    folder = Path(out_dir, "checkpoints", f"step_{step:08d}")
-    temporary = folder.with_name(folder.name + ".tmp")
-    is_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-    if is_rank_0:
-        for incomplete in folder.parent.glob("step_*.tmp"):  # left by a run that was killed while saving
+    def __init__(self, folder, run, keep):
+        super().__init__(folder.with_name(f"{folder.name}.tmp"), thread_count=THREADS)
+        self.folder, self.run, self.keep = folder, run, keep
+
+    def prepare_local_plan(self, plan):
+        return plan  # torch would make the folder here
+
+    def prepare_global_plan(self, plans):
+        """Rank 0, before any rank writes: make the folder, and remove what runs left that were killed while saving."""
+        for incomplete in self.folder.parent.glob("step_*.tmp"):
             shutil.rmtree(incomplete)
-    barrier()
-    with writing(out_dir):
-        dcp.save(tensors(model, optimizer), checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    barrier()
-    if is_rank_0:
-        temporary.joinpath("run.json").write_text(json.dumps({"step": step, **run}, indent=1))
-        for path in (*temporary.iterdir(), temporary):  # all on disk before the name says that it is complete
-            flush(path)
-        temporary.rename(folder)
-        flush(folder.parent)
-        for old in complete(folder.parent)[:-keep] if keep else []:
+        self.path.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan, planner):
+        """Every rank: write its files, on disk when this returns, and a file with their hashes."""
+        written = super().write_data(plan, planner)
+        files = {result.storage_data.relative_path for result in written.value()}
+        write_sums(self.path / f"{plan.storage_data.prefix}.sums", sorted(files))
+        return written
+
+    def finish(self, metadata, results):
+        """Rank 0, when every rank has written: check that all is there, give it its name, and remove old ones."""
+        super().finish(metadata, results)
+        sizes = defaultdict(int)
+        for piece in metadata.storage_data.values():
+            sizes[piece.relative_path] = max(sizes[piece.relative_path], piece.offset + piece.length)
+        for file, size in sizes.items():
+            path = self.path / file
+            if not path.is_file() or path.stat().st_size != size:
+                raise RunStopped(f"{path} has not arrived with its {size} bytes, which a rank has written: is "
+                                 "out_dir one folder for all nodes? The checkpoints before it are whole")
+        self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
+        write_sums(self.path / "SHA256SUMS", [".metadata", "run.json"], parts=self.path.glob("*.sums"))
+        for path in (self.path / "run.json", self.path / "SHA256SUMS", self.path):
+            flush(path)  # all on disk before the name says that it is complete
+        self.path.rename(self.folder)
+        flush(self.folder.parent)
+        for old in complete(self.folder.parent)[:-self.keep] if self.keep else []:
             shutil.rmtree(old)
-    barrier()
 
 
 def flush(path):
@@ -111,17 +166,15 @@ def flush(path):
     os.close(descriptor)
 
 
-@contextlib.contextmanager
-def reading(folder):
-    """Report whatever goes wrong while reading a checkpoint folder as one UserError: a complete one is readable."""
-    try:
-        yield
-    except (CheckpointException, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError, AttributeError,
-            ImportError, LookupError) as error:  # a damaged pickle can raise any of these
-        error = entry.cause(error)
-        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 100)}"
-        raise UserError(f"{folder} cannot be read ({reason}). If it is damaged, delete it, and the run resumes from "
-                        "the previous checkpoint") from error
+def save(out_dir, step, state, run, *, keep, group=None):
+    """Write checkpoint `step`, then remove all but the newest `keep` (0: remove none). Every rank must call it.
+
+    state: of tensors(). run: a description of the run, a dict that JSON can hold; read_run returns it. group: the
+    process group to do it in, by default that of all ranks.
+    """
+    writer = Writer(Path(out_dir, "checkpoints", f"step_{step:08d}"), {"step": step, **run}, keep)
+    with writing(out_dir):
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 
 @contextlib.contextmanager
@@ -137,6 +190,100 @@ def writing(folder):
         raise
 
 
+class Saver:
+    """Saves the checkpoints of a run. In the background: training goes on beside it, from a copy in host memory.
+
+    A thread makes the copy while the next step's passes run, so that only the update has to wait for it, and then
+    writes it. Every rank must make one, and call the same methods in the same order.
+    """
+
+    def __init__(self, out_dir, model, optimizer, say, *, keep, background):
+        self.out_dir, self.model, self.optimizer, self.say, self.keep = out_dir, model, optimizer, say, keep
+        self.step = self.copied = self.written = self.thread = None
+        # the thread's collectives must not meet those of training
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        if background:
+            device = next(model.parameters()).device
+            self.thread = ThreadPoolExecutor(1, initializer=(
+                partial(torch.cuda.set_device, device) if device.type == "cuda" else None))
+            self.host = self.thread.submit(HostCopy, tensors(model, optimizer))  # to pin its memory takes long
+
+    def save(self, step, run):
+        """Write checkpoint `step`, or begin to. run: as in save()."""
+        state = tensors(self.model, self.optimizer)
+        if self.thread is None:
+            save(self.out_dir, step, state, run, keep=self.keep, group=self.group)
+            return
+        if self.written and not self.written.done():
+            self.say(f"step {step}: waiting for the checkpoint of step {self.step}, which is still being written")
+        self.wait()
+        self.step, host = step, self.host.result()
+        if host.stream:
+            host.stream.wait_stream(torch.cuda.current_stream())
+        self.copied = self.thread.submit(host.update, state)
+        self.written = self.thread.submit(self.write, run)
+
+    def write(self, run):
+        """In the thread, after the copy."""
+        self.copied.result()
+        save(self.out_dir, self.step, self.host.result().tensors, run, keep=self.keep, group=self.group)
+
+    def before_update(self):
+        """To call before weights or optimizer state change. Raises what went wrong with the last checkpoint."""
+        if self.copied:
+            self.copied.result()
+        if self.written and self.written.done():
+            self.wait()
+
+    def wait(self):
+        """Wait for the checkpoint that is being written, if there is one. Raises what went wrong with it."""
+        if self.written:
+            self.written.result()
+        self.copied = self.written = None
+
+    def finish(self):
+        """Wait for the last checkpoint, and free the memory. Afterwards nothing can be saved."""
+        self.wait()
+        if self.thread:
+            self.host.result().free()
+            self.thread.shutdown()
+        if self.group:
+            dist.destroy_process_group(self.group)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# load
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads `.metadata`, a pickle, without executing anything: it makes only what torch.distributed.checkpoint saves.
+
+    BytesStorageMetadata is left out: torch would unpickle what it stands for without any such limit.
+    """
+
+    HARMLESS = {
+        "torch.distributed.checkpoint.metadata": {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                                                  "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"}, "torch": {"Size"},
+        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"}}
+
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self.HARMLESS.get(module, ()):
+            return super().find_class(module, name)
+        raise UserError(f"a checkpoint's .metadata asks for {module}.{name}, which train.py saves in none: it was made "
+                        "or changed by something else, which could do harm. Do not use it")
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a checkpoint folder for torch.distributed.checkpoint, without executing anything that its files say."""
+
+    def read_metadata(self):
+        with (self.path / ".metadata").open("rb") as file:
+            return Unpickler(file).load()
+
+
 def read_run(folder, config=None, **expected):
     """The run.json of a checkpoint folder: the step and a description of the run.
 
@@ -146,9 +293,7 @@ def read_run(folder, config=None, **expected):
     path = Path(folder, "run.json")
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint of nanofp8: it has no run.json")
-    with reading(folder):
-        run = json.loads(path.read_text())
-        run["step"]  # LookupError if it is not a run.json
+    run = json.loads(path.read_text())
     if different := [key for key in expected if run.get(key) != expected[key]]:
         keys = configurator.changed(Path(folder).parents[1] / "config.py", config)
         raise UserError(f"{folder} was made with another {', '.join(different)}{keys}: resuming would not continue "
@@ -163,8 +308,7 @@ def load(folder, model, optimizer=None):
     does not have are ignored. Raises UserError if the checkpoint is of another model.
     """
     state = tensors(model, optimizer)
-    with reading(folder):
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = Reader(folder).read_metadata().state_dict_metadata
     masters = optimizer.masters if optimizer else {}
     unsaved = [name for name in masters if f"optim.master.{name}" not in saved]
     for name in unsaved:
@@ -179,8 +323,7 @@ def load(folder, model, optimizer=None):
         commit = read_run(folder).get("git_commit") or "unknown"
         raise UserError(f"{folder} is a checkpoint of another model: {', '.join(differ[:3])}{more}. Go back to the "
                         f"code that saved it (commit {commit}), or start anew: another out_dir, or --resume=never")
-    with reading(folder):
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.load(state, storage_reader=Reader(folder), no_dist=not dist.is_initialized())
     if optimizer is not None:
         optimizer.step_count = read_run(folder)["step"]
         for name in unsaved:
@@ -203,8 +346,7 @@ def export(out_dir, folder, in_fp8=False):
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty: name a new folder")
     newest, config = open_run(out_dir)
-    with reading(newest):
-        saved = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+    saved = Reader(newest).read_metadata().state_dict_metadata
     dtype = saved["model.embed.weight"].properties.dtype
     if config.init_from == "scratch":
         source = {"max_position_embeddings": families.longest(config.model), "bos_token_id": None, "eos_token_id": None,
@@ -238,8 +380,8 @@ def export(out_dir, folder, in_fp8=False):
                 source_name, first_row, shape = layout[name]
                 if source_name not in parameter:
                     parameter = {source_name: torch.empty(saved[f"model.{source_name}"].size, dtype=dtype)}
-                    with reading(newest):
-                        dcp.load({f"model.{source_name}": parameter[source_name]}, checkpoint_id=newest, no_dist=True)
+                    dcp.load({f"model.{source_name}": parameter[source_name]}, storage_reader=Reader(newest),
+                             no_dist=True)
                 rows = parameter[source_name][first_row : first_row + shape[0]]
                 if name in fp8_weights:
                     pieces[name], pieces[f"{name}_scale_inv"] = quantized.quantize(rows)

@@ -54,6 +54,7 @@ class Config:
     eval_hellaswag_items: int = 0  # also score this many HellaSwag questions at each evaluation; 0: none
     log_interval: int = 10  # steps between log lines
     checkpoint_interval: int = 200  # save a checkpoint every N steps and at the end; 0: never
+    async_checkpoint: bool = True  # write checkpoints while training goes on, from a copy in host memory
     keep: int = 2  # newest checkpoints to keep; 0: all
     init_from: str = "scratch"  # "scratch", or a Hugging Face folder: weights, and all of model except block_size
     resume: Literal["auto", "never", "must"] = "auto"  # from the checkpoint in out_dir: if there is one, never, always

@@ -31,7 +31,7 @@ from formats import hf
 from optim import AdamW, get_lr
 from plumbing import cudagraph, entry, logs
 from plumbing.compiling import check_compiler, compile_and_checkpoint
-from plumbing.disk import replace_text
+from plumbing.disk import check_shared, replace_text
 from plumbing.errors import RunStopped, UserError
 from plumbing.ranks import device_mesh, find_ranks, join_process_group
 from plumbing.sharding import plain_local
@@ -67,14 +67,15 @@ def main():
     n_shards = world_size // config.replicas if world_size > 1 or config.shard_one_rank else 0
     if n_shards:
         join_process_group(ranks)
+        check_shared("out_dir", out_dir)
 
     hardware = f"CPU with {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
     logs.check_unused(out_dir)
+    resume_from = checkpoint.last_good(out_dir, say) if config.resume != "never" else None
     newest_checkpoint = checkpoint.latest(out_dir)
-    resume_from = newest_checkpoint if config.resume != "never" else None
     if config.resume == "must" and resume_from is None:
         raise UserError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
@@ -179,6 +180,9 @@ def main():
         say(f"weights: {config.init_from}")
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.prepare_weights(model, config.fp8, shards=n_shards)
+    # a run that saves only at its end would wait for it in any case
+    saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep, background=(
+        config.async_checkpoint and 0 < config.checkpoint_interval < config.max_steps))
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {estimated_gib:.1f} GiB estimated per "
         "rank with gradients, optimizer and activations")
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
@@ -272,6 +276,7 @@ def main():
                 optimizer.accumulate()
         loss, grad_norm = ranks.sum(loss) / n_targets, optimizer.grad_norm()
         lr = get_lr(config.optim, step, config.max_steps)
+        saver.before_update()
         optimizer.step(lr, grad_norm, guard.check(step, loss, grad_norm))
         fp8.prepare_weights(model, config.fp8, shards=n_shards)
         progress.update()
@@ -285,7 +290,9 @@ def main():
             rerun = functools.partial(dry_run, bad_batch, count_targets(bad_batch))
             folder, message = nonfinite.save_evidence(config, bad, loader, model, rerun)
             if config.on_nonfinite == "stop" and config.checkpoint_interval:
-                checkpoint.save(folder, bad.step - 1, model, optimizer, {**record, "time_s": timer.seconds}, keep=0)
+                saver.wait()
+                state = checkpoint.tensors(model, optimizer)
+                checkpoint.save(folder, bad.step - 1, state, {**record, "time_s": timer.seconds}, keep=0)
                 message += f" To repeat the step: the same command with --out_dir={folder} --resume=must"
             if config.on_nonfinite == "stop" or bad.in_a_row >= 10:
                 raise RunStopped(message)
@@ -302,8 +309,9 @@ def main():
                     log({"step": step, **row})
                     say(f"step {step}/{config.max_steps} | {result}")
                 if saves_now:
-                    checkpoint.save(out_dir, step, model, optimizer, {**record, "time_s": seconds}, keep=config.keep)
+                    saver.save(step, {**record, "time_s": seconds})
     progress.close()
+    saver.finish()
 
     # ------------------------------------------------------------------------------------------------------------
     # 7) plots and a summary

@@ -65,7 +65,8 @@ class GraphedPass:
             self.run_pass(x, y, (), divisor)
             self.take_gradients()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, stream=stream):
+        # thread_local: the thread that saves checkpoints may pin memory meanwhile
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.loss = self.run_pass(*self.inputs[:2], (), self.inputs[2])
         self.grads = self.take_gradients()
 

@@ -100,3 +100,12 @@ def barrier():
     """Wait for all ranks; nothing to wait for without a process group."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather(value):
+    """[the value of each rank], on every rank; [value] without a process group."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,8 +1,11 @@
 """checkpoint.py: save, resume, export; the same bits in and out. Model folders: tests/formats/test_hf.py."""
 
 import errno
+import io
 import json
+import pickle
 import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,6 +17,7 @@ from conftest import REPO, build, run, train_here
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import checkpoint
 import configurator
@@ -84,7 +88,7 @@ def loaded(folder, dtype=torch.float32, wanted=None):
 def save_run(out_dir, model, init_from="scratch"):
     """What train.py leaves of a model in out_dir."""
     config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32")
-    checkpoint.save(out_dir, 1, model, None, {}, keep=0)
+    checkpoint.save(out_dir, 1, checkpoint.tensors(model, None), {}, keep=0)
     Path(out_dir, "config.py").write_text(configurator.to_python(config))
     return out_dir
 
@@ -235,30 +239,88 @@ def test_fine_tuning_resumes_from_its_own_checkpoint(folders, tiny_run, tmp_path
 
 def test_a_checkpoint_of_another_model_is_told(tmp_path):
     small, large = (build(dtype=torch.bfloat16, n_layer=n) for n in (2, 3))
-    checkpoint.save(tmp_path, 1, small, AdamW(small, OptimConfig(), seed=1, compiled=False), {}, keep=1)
+    state = checkpoint.tensors(small, AdamW(small, OptimConfig(), seed=1, compiled=False))
+    checkpoint.save(tmp_path, 1, state, {}, keep=1)
     for optimizer in (None, AdamW(large, OptimConfig(), seed=1, compiled=False)):
         with pytest.raises(ValueError, match=r"of another model: model.layers.2.*missing for .* and \d+ more. Go back "
                                              r"to the code that saved it \(commit unknown\), or start anew: .*resume="):
             checkpoint.load(checkpoint.latest(tmp_path), large, optimizer)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda b: b[:len(b) // 2], lambda b: b"", lambda b: bytes(255 - x for x in b), lambda b: b"I wrote this\n", None],
-    ids=["cut", "empty", "other", "text", "gone"])
-def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path, damage):
-    model = build()
-    optimizer = AdamW(model, OptimConfig(weights="plain"), seed=0, compiled=False)
-    checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=0)
+DAMAGES = {"cut": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "other": lambda b: bytes(255 - x for x in b),
+           "one_bit": lambda b: bytes([b[0] ^ 1]) + b[1:], "text": lambda b: b"I wrote this\n", "gone": None}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_is_found_and_the_run_goes_back_to_the_checkpoint_before(tmp_path, damage):
+    state, said = checkpoint.tensors(build()), []
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state, {}, keep=0)
     folder = checkpoint.latest(tmp_path)
-    whole = {path: path.read_bytes() for path in folder.iterdir()}
-    assert len(whole) == 3  # run.json, the index, one rank's tensors
-    for path, content in whole.items():
-        path.write_bytes(damage(content)) if damage else path.unlink()
-        with pytest.raises(ValueError, match="_00000001 (cannot be read .*delete it|is not a checkpoint)") as told:
-            checkpoint.load(folder, model, optimizer)
-        assert "\n" not in str(told.value)
+    assert checkpoint.last_good(tmp_path, said.append) == folder and not said
+    names = [path.name for path in folder.iterdir()]
+    assert {".metadata", "run.json", "SHA256SUMS", "__0_0.distcp"} < set(names)
+    for name in names:
+        path, content = folder / name, (folder / name).read_bytes()
+        path.write_bytes(DAMAGES[damage](content)) if DAMAGES[damage] else path.unlink()
+        Path(tmp_path, "config.py").touch()
+        with pytest.raises(ValueError, match="step_00000002 is damaged, .* delete that folder"):
+            checkpoint.open_run(tmp_path)
+        assert checkpoint.last_good(tmp_path, said.append).name == "step_00000001"
+        line = said.pop()
+        assert f"{folder} is damaged, {name} is not" in line or "SHA256SUMS" == name and "is damaged, " in line
+        assert checkpoint.latest(tmp_path).name == "step_00000001"
+        (tmp_path / "checkpoints" / "step_00000002.damaged").rename(folder)
         path.write_bytes(content)
-    checkpoint.load(folder, model, optimizer)
+    for path in (tmp_path / "checkpoints").glob("*/__0_0.distcp"):
+        path.unlink()
+    for _ in range(2):  # nothing is set aside, so that the next start is no start from scratch
+        with pytest.raises(ValueError, match=r"all checkpoints in .* damaged: step_00000002 \(__0_0.distcp\), step_0"):
+            checkpoint.last_good(tmp_path, said.append)
+
+
+def test_sha256sum_agrees(tmp_path):
+    checkpoint.save(tmp_path, 1, checkpoint.tensors(build()), {}, keep=0)
+    folder = checkpoint.latest(tmp_path)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK\n") == len(list(folder.iterdir())) - 1 >= 3
+
+
+class Planted:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_loading_executes_nothing_that_a_file_says(tmp_path):
+    model, proof = build(), tmp_path / "executed"
+    checkpoint.save(tmp_path, 1, checkpoint.tensors(model), {}, keep=0)
+    index = checkpoint.latest(tmp_path) / ".metadata"
+    metadata, bytes_of_metadata = checkpoint.Reader(index.parent).read_metadata(), index.read_bytes()
+    name = "model.norm.weight"
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()  # torch would unpickle a tensor's bytes
+    for planted in (Planted(proof), metadata):
+        index.write_bytes(pickle.dumps(planted))
+        with pytest.raises(ValueError, match="asks for .*, which train.py saves in none"):
+            checkpoint.load(index.parent, model)
+    index.write_bytes(bytes_of_metadata)
+    (piece,) = [piece for entry, piece in metadata.storage_data.items() if entry.fqn == name]
+    path = index.with_name(piece.relative_path)
+    content = bytearray(path.read_bytes())
+    planted = io.BytesIO()
+    torch.save(Planted(proof), planted)
+    assert planted.tell() <= piece.length
+    content[piece.offset : piece.offset + piece.length] = planted.getvalue().ljust(piece.length, b"\0")
+    path.write_bytes(content)
+    with pytest.raises(CheckpointException, match="weights_only|Weights only|UnpicklingError"):
+        checkpoint.load(index.parent, model)
+    assert not proof.exists()
+    pickle.loads(pickle.dumps(Planted(proof)))
+    assert proof.exists()  # it would have
 
 
 def test_a_full_disk_is_told_whatever_the_writer_makes_of_it(tmp_path, monkeypatch):
@@ -273,11 +335,11 @@ def test_a_full_disk_is_told_whatever_the_writer_makes_of_it(tmp_path, monkeypat
         patch.setattr(checkpoint.dcp, "save", fails)
         patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
         with pytest.raises(OSError) as told:
-            checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1)
+            checkpoint.save(tmp_path, 1, checkpoint.tensors(model, optimizer), {}, keep=1)
         assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
         free = 2**30
         with pytest.raises(CheckpointException):
-            checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1)
+            checkpoint.save(tmp_path, 1, checkpoint.tensors(model, optimizer), {}, keep=1)
 
 
 def test_only_a_name_that_save_gives_is_a_checkpoint(tmp_path):

@@ -172,7 +172,7 @@ def save_run(out_dir, model, init_from="scratch", **config):
     """What train.py leaves of a model in out_dir."""
     config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32", **config)
     config.data.resolve_tokenizer(config.init_from)
-    checkpoint.save(out_dir, 1, model, None, {}, keep=0)
+    checkpoint.save(out_dir, 1, checkpoint.tensors(model), {}, keep=0)
     Path(out_dir, "config.py").write_text(configurator.to_python(config))
     return out_dir
 
