@@ -1,19 +1,24 @@
 """checkpoint.py: save, resume, export; the same bits in and out. Model folders: tests/formats/test_hf.py."""
 
 import errno
+import gc
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, build, run, train_here
+import torch.distributed.checkpoint as dcp
+from conftest import REPO, build, main_here, run, train_here
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,6 +32,7 @@ import train
 from formats import families, hf
 from formats.tokenizer import get_tokenizer
 from optim import AdamW, OptimConfig
+from plumbing.sharding import HostCopy
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=None, rope_theta=5000.0)
@@ -321,6 +327,110 @@ def test_loading_executes_nothing_that_a_file_says(tmp_path):
     assert not proof.exists()
     pickle.loads(pickle.dumps(Planted(proof)))
     assert proof.exists()  # it would have
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# in the background
+
+
+def hashes(out_dir, step):
+    """The SHA-256 of the files with tensors of a checkpoint, which say nothing of when and where they were written."""
+    lines = Path(out_dir, "checkpoints", f"step_{step:08d}", "SHA256SUMS").read_text().splitlines()
+    return [line for line in lines if line.endswith(".distcp")]
+
+
+FP32_MASTER = ["--dtype=bfloat16", "--optim.weights=fp32_master"]
+FP8_MOMENTS = ["--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--optim.fp8_moments=True"]
+
+
+@pytest.mark.parametrize("keys", [FP32_MASTER, [*FP8_MOMENTS, "--shard_one_rank=True"]],
+                         ids=["fp32_master", "fp8_moments_sharded"])
+def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tmp_path, monkeypatch, keys):
+    args = [*tiny_run, *keys, "--eval_interval=0", "--checkpoint_interval=2", "--keep=0"]
+    train_here(*args, "--async_checkpoint=False", f"--out_dir={tmp_path / 'waits'}")
+    write, step, trained = checkpoint.Writer.write_data, AdamW.step, threading.Event()
+    reached = []
+
+    def writes_late(self, *planned):
+        if self.run["step"] == 2:
+            assert trained.wait(60)  # an update of step 4, while that of step 2 is not yet written
+            reached.append(len(list(tmp_path.glob("beside/checkpoints/step_????????"))))
+        return write(self, *planned)
+
+    def sets(self, *args):
+        step(self, *args)
+        if self.step_count == 4:
+            trained.set()
+
+    monkeypatch.setattr(checkpoint.Writer, "write_data", writes_late)
+    monkeypatch.setattr(AdamW, "step", sets)
+    train_here(*args, f"--out_dir={tmp_path / 'beside'}")
+    assert reached == [0]
+    for n in (2, 4, 6):
+        assert hashes(tmp_path / "beside", n) == hashes(tmp_path / "waits", n)
+    assert hashes(tmp_path / "beside", 4) != hashes(tmp_path / "beside", 2)
+
+
+def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
+    update = HostCopy.update
+
+    def copies_late(self, originals):
+        time.sleep(0.5)
+        update(self, originals)
+
+    monkeypatch.setattr(HostCopy, "update", copies_late)
+    for name, in_background in (("beside", True), ("waits", False)):
+        train_here(*tiny_run, f"--async_checkpoint={in_background}", f"--out_dir={tmp_path / name}")
+    assert hashes(tmp_path / "beside", 3) == hashes(tmp_path / "waits", 3)
+
+
+def test_a_save_that_is_due_before_the_last_one_ended_waits_and_says_so(tiny_run, tmp_path, monkeypatch, capsys):
+    write = checkpoint.Writer.write_data
+
+    def writes_slowly(*planned):
+        time.sleep(0.5)
+        return write(*planned)
+
+    monkeypatch.setattr(checkpoint.Writer, "write_data", writes_slowly)
+    train_here(*tiny_run, "--max_steps=3", "--checkpoint_interval=1", "--keep=0", f"--out_dir={tmp_path}")
+    told = capsys.readouterr().out
+    for step in (2, 3):
+        assert f"step {step}: waiting for the checkpoint of step {step - 1}, which is still being written" in told
+    assert len(checkpoint.complete(tmp_path / "checkpoints")) == 3
+
+
+@pytest.mark.parametrize("last", [3, 6])  # raised at a step, and at the end
+def test_a_full_disk_in_the_background_is_one_line_and_leaves_the_checkpoint_before(tiny_run, tmp_path, monkeypatch,
+                                                                                    last):
+    write = checkpoint.Writer.write_data
+
+    def fails(self, *planned):
+        if self.run["step"] == last:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *planned)
+
+    monkeypatch.setattr(checkpoint.Writer, "write_data", fails)
+    status, _, error = main_here(train.main, *tiny_run, "--checkpoint_interval=1", f"--out_dir={tmp_path}")
+    assert status == 2 and error.count("\n") == 1 and "No space left on device" in error
+    assert checkpoint.latest(tmp_path).name == f"step_{last - 1:08d}"
+    monkeypatch.undo()
+    gc.collect()  # the failed run's open metrics, which hold the lock on out_dir
+    train_here(*tiny_run, f"--out_dir={tmp_path}")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == "step_00000006"
+
+
+def test_a_file_that_did_not_arrive_is_found_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    write = dcp.FileSystemWriter.write_data
+
+    def on_another_disk(self, *planned):
+        written = write(self, *planned)
+        self.path.joinpath("__0_1.distcp").write_bytes(b"")
+        return written
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", on_another_disk)
+    with pytest.raises(CheckpointException, match="__0_1.distcp has not arrived with its .* bytes"):
+        checkpoint.save(tmp_path, 1, checkpoint.tensors(build()), {}, keep=0)
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_a_full_disk_is_told_whatever_the_writer_makes_of_it(tmp_path, monkeypatch):

@@ -1,6 +1,12 @@
 """disk.py: files and folders are complete or not there."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
+from conftest import REPO
 
 from plumbing.disk import replace_text, replacing
 
@@ -30,3 +36,39 @@ def test_a_text_is_replaced_as_a_whole_or_stays(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         replace_text(path, "new and then \ud800")
     assert path.read_text() == "old" and len(list(path.parent.iterdir())) == 1
+
+
+CHECK = f"""
+import os, socket, sys
+sys.path.insert(0, {str(REPO)!r})
+from pathlib import Path
+from plumbing import disk, ranks
+ranks.join_process_group(ranks.find_ranks("cpu"))
+socket.gethostname = lambda: f"node-{{os.environ['GROUP_RANK']}}"
+for folder in sys.argv[1:]:
+    try:
+        disk.check_shared("out_dir", Path(folder))
+        print("one folder")
+    except disk.UserError as error:
+        print(error)
+"""
+
+
+def test_two_nodes_without_a_common_folder_are_told_so_with_their_names(tmp_path):
+    """Two launchers with a rank each, as on two machines."""
+    script = tmp_path / "check.py"
+    script.write_text(CHECK)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+              "--master-addr=127.0.0.1", f"--master-port={port}"]
+    folders = [(tmp_path / f"disk_{node}", tmp_path / "common") for node in (0, 1)]
+    nodes = [subprocess.Popen([*launch, f"--node-rank={node}", script, *folders[node]], stdout=subprocess.PIPE,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for node in (0, 1)]
+    told = [node.communicate()[0].splitlines() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    for (own, _), (refused, accepted) in zip(folders, told, strict=True):
+        assert refused.startswith(f"out_dir={own} must be one folder for all nodes") and accepted == "one folder"
+        assert "rank 0 on node-0" in refused and "not seen by rank 1 on node-1. Name" in refused
+    assert not list(tmp_path.glob("*/.seen*"))
