@@ -190,7 +190,7 @@ def check_weights(stored, expected, quantization, notes):
                     "whole model (AutoModelForCausalLM)"]
     if why := quantized.problem(quantization, stored):
         return [why]
-    problems, harmless, block = [], set(expected), quantized.block_size(quantization)
+    problems, harmless = [], set(expected)
     for name, (_, _, shape) in expected.items():
         scale = quantized.scale_of(name, stored)
         if name not in stored:
@@ -201,7 +201,7 @@ def check_weights(stored, expected, quantization, notes):
             problems.append(f"{name} is in FP8, but its scale is missing")
         elif stored[name].dtype == "F8_E4M3":
             harmless.add(scale)
-            if not quantized.fits(shape, stored[scale].shape, block):
+            if not quantized.fits(shape, stored[scale].shape):
                 problems.append(f"{scale} has shape {stored[scale].shape}, which fits no scales of a weight {shape}")
     if activation := [name for name in stored if name.endswith(quantized.ACTIVATION_SCALES)]:
         notes.append(f"{len(activation)} fixed scales of activations are ignored: {activation[0]}, ...")
@@ -239,9 +239,7 @@ def load(folder, model, optimizer=None):
     stored = stored_tensors(folder)
     params = dict(model.named_parameters())
     masters = optimizer.masters if optimizer else {}
-    source, architecture = read_config(folder)
-    block = quantized.block_size(source.get("quantization_config"))
-    for name, (ours, first, shape) in layout(model.cfg, architecture).items():
+    for name, (ours, first, shape) in layout(model.cfg, read_config(folder)[1]).items():
         held = shard_rows(torch.arange(params[ours].shape[0]), params[ours])
         begin, end = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
         start, stop = max(begin, first), min(end, first + shape[0])
@@ -249,7 +247,7 @@ def load(folder, model, optimizer=None):
             rows = read(stored, name, slice(start - first, stop - first))
             if rows.dtype == torch.float8_e4m3fn:
                 scale = read(stored, quantized.scale_of(name, stored))
-                rows = quantized.dequantize(rows, scale, start - first, shape[0], block)
+                rows = quantized.dequantize(rows, scale, start - first, shape[0])
             for target in (plain_local(params[ours]), *([masters[ours]] if ours in masters else [])):
                 target[start - begin : stop - begin].copy_(rows)
     if with_nan := [name for name, p in params.items() if plain_local(p).isnan().any()]:

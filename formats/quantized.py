@@ -24,6 +24,8 @@ def problem(config, stored):
     if config and config.get("quant_method") not in METHODS:
         return (f"quantization {config.get('quant_method')!r} is not supported, only {', '.join(METHODS)} with e4m3 "
                 "weights")
+    if config and config.get("weight_block_size", [BLOCK, BLOCK]) not in (None, [BLOCK, BLOCK]):
+        return f"weight_block_size={config['weight_block_size']} is not supported, only {BLOCK} x {BLOCK}"
     for name, (_, _, dtype) in stored.items():
         if name.rsplit(".", 1)[-1] in FOREIGN or name.endswith(("weight", "bias")) and dtype not in READABLE:
             return (f"{name} ({dtype}) is of a quantization or precision that is not supported, only F32, BF16, F16, "
@@ -33,35 +35,27 @@ def problem(config, stored):
     return None
 
 
-def block_size(config):
-    """(rows, columns) that share a scale where scales are a matrix."""
-    groups = (config or {}).get("config_groups") or {}
-    structures = [group.get("weights", {}).get("block_structure") for group in groups.values()]
-    return tuple((config or {}).get("weight_block_size") or next(filter(None, structures), None) or (BLOCK, BLOCK))
-
-
 def scale_of(name, tensors):
     """The name of the scale that belongs to weight `name`, or None."""
     return next((name + suffix for suffix in WEIGHT_SCALES if name + suffix in tensors), None)
 
 
-def fits(shape, scale_shape, block):
+def fits(shape, scale_shape):
     """Whether a scale of this shape is one for the tensor, for each row, or for each block of a weight."""
     rows, columns = shape
-    blocks = (-(-rows // block[0]), -(-columns // block[1]))
+    blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
     return scale_shape in ((), (1,), (1, 1), (rows,), (rows, 1), blocks)
 
 
-def dequantize(part, scale, begin, n_rows, block):
+def dequantize(part, scale, begin, n_rows):
     """Rows `begin` onwards of an FP8 weight with n_rows rows, in float32. scale: of the whole weight."""
-    scale, columns = scale.float(), part.shape[1]
-    rows = torch.arange(begin, begin + len(part))
+    scale, rows = scale.float(), torch.arange(begin, begin + len(part))
     if scale.numel() == 1:
         scale = scale.reshape(1, 1)
     elif tuple(scale.shape) in ((n_rows,), (n_rows, 1)):
         scale = scale.reshape(-1, 1)[rows]
     else:
-        scale = scale[rows // block[0]].repeat_interleave(block[1], dim=1)[:, :columns]
+        scale = scale[rows // BLOCK].repeat_interleave(BLOCK, dim=1)[:, : part.shape[1]]
     return part.float() * scale
 
 

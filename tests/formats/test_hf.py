@@ -722,10 +722,10 @@ def test_blocks_at_the_edge_are_smaller():
     for i, j in [(0, 0), (1, 1), (2, 1)]:
         block = weight[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
         assert scale[i, j] == block.abs().max() / 448
-    back = quantized.dequantize(stored, scale, 0, 300, (128, 128))
+    back = quantized.dequantize(stored, scale, 0, 300)
     assert ((back - weight).abs() <= weight.abs() / 16 + scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[
         :300, :200] * 2**-10).all()  # half a unit in the last of 3 bits, or half of the smallest subnormal
-    part = quantized.dequantize(stored[130:], scale, 130, 300, (128, 128))
+    part = quantized.dequantize(stored[130:], scale, 130, 300)
     assert torch.equal(part, back[130:])
     assert torch.equal(quantized.quantize(torch.zeros(4, 4))[0].float(), torch.zeros(4, 4))
 
@@ -737,6 +737,8 @@ def test_other_quantizations_are_refused_by_name(copy):
     for method in ("gptq", "awq", "bitsandbytes", "mxfp4", "modelopt"):
         message = error(edit_config(folder, quantization_config={"quant_method": method}))
         assert f"quantization '{method}' is not supported" in message
+    message = error(edit_config(folder, quantization_config=BLOCKS | {"weight_block_size": [64, 128]}))
+    assert "weight_block_size=[64, 128] is not supported, only 128 x 128" in message
     edit_config(folder, remove=["quantization_config"])
     for tensors, part in [
         ({name.replace("weight", "qweight"): torch.ones(3, 3, dtype=torch.int32)}, "qweight (I32) is of a quant"),
