@@ -24,6 +24,7 @@ import tiktoken
 from formats.files import open_binary, package
 from formats.hf import read_json
 from plumbing.errors import UserError
+from plumbing.ranks import process_rank
 
 END = "<|endoftext|>"
 BLANKS = 2**16  # characters: tiktoken's regular expressions overflow their stack at a million blanks in a row
@@ -37,18 +38,18 @@ QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 # GPT2_SPLIT between numerals, each a piece of its own: white space before one ends as at the end of the text
 DIGITS_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-# Special tokens of rank files, which do not hold them. Sources: llama-models; dashscope, tokenizers/qwen_tokenizer.py
-LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-                  "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
-                  "python_tag", "image", *(f"reserved_special_token_{i}" for i in range(2, 246))]
-QWEN_SPECIAL = ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))]
+# What rank files do not hold, by their number of ranks: split pattern and special tokens of Llama 3 and Qwen, or the
+# tiktoken name to use instead. Sources: llama-models; dashscope, tokenizers/qwen_tokenizer.py
+RANK_FILES = {
+    128000: (LLAMA3_SPLIT, ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                            "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
+                            "python_tag", "image", *(f"reserved_special_token_{i}" for i in range(2, 246))]),
+    151643: (QWEN_SPLIT, ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))])}
+TIKTOKEN_NAMES = {50256: "gpt2", 50280: "p50k_base", 100256: "cl100k_base", 199998: "o200k_base"}
 # The first ids of a tekken.json that does not list its own. Source: mistral-common, tokens/tokenizers/tekken.py
 TEKKEN_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
                   "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
                   "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
-# Rank files by their number of ranks: known split patterns and special tokens, or the tiktoken name to use instead
-RANK_FILES = {128000: (LLAMA3_SPLIT, LLAMA3_SPECIAL), 151643: (QWEN_SPLIT, QWEN_SPECIAL)}
-TIKTOKEN_NAMES = {50256: "gpt2", 50280: "p50k_base", 100256: "cl100k_base", 199998: "o200k_base"}
 
 # tokenizer.json writes bytes as printable characters: themselves where they print, else those from U+0100 on
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -237,6 +238,8 @@ def read_tekken(spec, path, name):
 def read_hugging_face(path, name, folder):
     """The Tokenizer that transformers makes of a folder, whose tokenizer.json or SentencePiece model is `path`."""
     transformers = package("transformers", path)
+    if process_rank() != 0:
+        transformers.logging.set_verbosity_error()  # what it warns of, rank 0 prints
     try:
         # mistral-common would read the folder in its own way; the folder's own Python code is not run
         read = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, mistral_format=False,
