@@ -5,7 +5,8 @@
 
 A variant is bf16 or a recipe, with more keys after colons: `tensorwise:fp8.filter_fqns=[]:loss_chunks=8`. Everything
 else comes from the config (default: config/llama_fp8.py). Writes out_dir/bench.json and bench.png; out_dir/VARIANT/
-has each variant's metrics and log. Exit status 1 if a variant failed.
+has each variant's metrics and log. ms_per_step is a median; slowest_ms is the longest of all steps after the second, so
+that a stall cannot hide. Exit status 1 if a variant failed.
 
 --gemms times every kind of linear layer alone, in bf16 and in FP8 with its casts. With the time of a bf16 step it
 predicts the step with all of them in FP8, and with those that get faster. In a model casts fuse and cost less.
@@ -37,8 +38,8 @@ TRAIN = (REPO / "train.py",)  # the program that trains a variant
 FIXED = {"max_steps", "log_interval", "eval_interval", "checkpoint_interval", "resume"}  # set by this script
 NOT_PER_VARIANT = FIXED | {"seed", "out_dir"}
 WINDOW = 5  # steps per timing: to synchronize with the GPU after every step would slow each of them
-COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "tokens_per_s": ",.0f", "speedup": ".2f",
-           "mfu": ".1%", "peak_gib": ".2f", "compile_s": ".1f"}
+COLUMNS = {"variant": "", "ms_per_step": ".1f", "spread_ms": ".1f", "slowest_ms": ".1f", "tokens_per_s": ",.0f",
+           "speedup": ".2f", "mfu": ".1%", "peak_gib": ".2f", "compile_s": ".1f"}
 
 
 @dataclass(kw_only=True)
@@ -151,16 +152,16 @@ def measure(variant, base, folder, own, program):
            f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}", *flags(variant)],
           folder / "log.txt", program)
     run = json.loads((folder / "run.json").read_text())
-    timed = [row for row in logs.read_metrics(folder)
-             if "loss" in row and row["step"] > own.warmup and row["step"] % WINDOW == 0]
+    rows = [row for row in logs.read_metrics(folder) if "loss" in row]
+    timed = [row for row in rows if row["step"] > own.warmup and row["step"] % WINDOW == 0]
     per_rank = timed[0]["tokens"] / timed[0]["step"] / run["ranks"]
     ms = [1000 * per_rank / row["tokens_per_s"] for row in timed]
     tokens_per_s = 1000 * per_rank / statistics.median(ms)
     mfu = run["flops_per_token"] * tokens_per_s / run["peak_flops"] if run["peak_flops"] else None
     return {"variant": variant, "ms_per_step": statistics.median(ms), "spread_ms": max(ms) - min(ms),
-            "tokens_per_s": tokens_per_s, "speedup": None, "mfu": mfu, "peak_gib": timed[-1]["peak_gib"],
-            "compile_s": run["compile_s"], "loss": timed[-1]["loss"], "fp8_flops": run["fp8_flops"],
-            "auto_filtered": run["auto_filtered"], "ms": ms}, run
+            "slowest_ms": max(row["slowest_ms"] for row in rows if "slowest_ms" in row), "tokens_per_s": tokens_per_s,
+            "speedup": None, "mfu": mfu, "peak_gib": timed[-1]["peak_gib"], "loss": timed[-1]["loss"], "ms": ms,
+            **{key: run[key] for key in ("compile_s", "fp8_flops", "auto_filtered")}}, run
 
 
 def compare(runs, base, own, path):

@@ -22,7 +22,6 @@ puts together what is there.
 import functools
 import json
 import math
-import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -38,7 +37,8 @@ from plumbing.errors import RunStopped, UserError
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f", "time_s": ".1f",
            "time_to_bf16_loss_s": ".1f"}
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")  # safe for color blindness
+# safe for color blindness; bf16 is the first
+COLORS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MOST_SEEDS = 100  # beyond this, more seeds are no advice
 
 
@@ -230,43 +230,38 @@ def sentence(result, tolerance):
 
 
 def plot(results, report, path):
-    """Plot validation loss against steps and seconds, and the interval of every variant with the tolerance."""
+    """Plot validation loss against seconds, and the interval of every variant with the tolerance."""
     from matplotlib.figure import Figure
 
     runs = [run for run in results if not isinstance(run[2], str)]
     variants = list(dict.fromkeys(variant for variant, *_ in runs))
-    colors = {variant: COLORS[(i - 1) % len(COLORS)] if i else "black" for i, variant in enumerate(variants)}
-    names = {variant: re.sub(r":(\w+\.)?", ", ", variant) for variant in variants}
-    figure = Figure(figsize=(13, 4 + 0.25 * len(variants)), layout="constrained")
-    *curves_axes, gap_axes = figure.subplots(1, 3)
+    colors = {variant: COLORS[i % len(COLORS)] for i, variant in enumerate(variants)}
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    loss_axes, gap_axes = figure.subplots(1, 2)
+    for variant, _, curves in runs:
+        loss_axes.plot(curves["time_s"], curves["val_loss"], color=colors[variant], lw=1.2)
     late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 5 :]]
     margin = 0.05 * (max(late) - min(late))
-    for ax, key in zip(curves_axes, ("step", "time_s"), strict=True):
-        for variant, seed, curves in runs:
-            ax.plot(curves[key], curves["val_loss"], color=colors[variant], lw=1,
-                    label=names[variant] if key == "step" and seed == runs[0][1] else None)
-        ax.set(ylabel="validation loss, nats per token", ylim=(min(late) - margin, max(late) + margin))
-        ax.grid(alpha=0.3)
-    scale = report["tokens_per_step"] / 1e6
-    curves_axes[0].set_xlabel("step")
-    curves_axes[0].secondary_xaxis("top", functions=(lambda s: s * scale, lambda t: t / scale)).set_xlabel(
-        "million tokens")
-    curves_axes[1].set_xlabel(f"seconds of training, {report['hardware']}")
-    tolerance = report["tolerance"]
-    gap_axes.axvspan(-tolerance, tolerance, color="0.9", label=f"tolerance, ±{tolerance}%")
-    gap_axes.axvline(0, color="black", lw=1)
-    shown = [result for result in report["intervals"] if "gap_percent" in result][::-1]
+    loss_axes.set(xlabel=f"seconds of training, {report['hardware']}", ylabel="validation loss, nats per token",
+                  ylim=(min(late) - margin, max(late) + margin),
+                  title=f"{report['max_steps']:,} steps of {report['tokens_per_step']:,} tokens; bf16 in black")
+    tolerance, shown = report["tolerance"], [result for result in report["intervals"] if "gap_percent" in result]
+    gap_axes.axvspan(-tolerance, tolerance, color="0.9")
     for y, result in enumerate(shown):
-        variant = result["variant"]
+        color = colors[result["variant"]]
+        seeds = [row["gap_percent"] for row in report["rows"] if row["variant"] == result["variant"] and "gap" in row]
         if result["low"] is not None:
-            gap_axes.plot([result["low"], result["high"]], [y, y], color=colors[variant], lw=3, solid_capstyle="butt")
-        seeds = [row["gap_percent"] for row in report["rows"] if row["variant"] == variant and "gap" in row]
-        gap_axes.plot(seeds, [y] * len(seeds), "o", ms=4, mfc="white", color=colors[variant])
-    gap_axes.set_yticks(range(len(shown)), [f"{names[r['variant']]}\n{r['verdict']}" for r in shown], fontsize=8)
-    gap_axes.set(xlabel="gap to bf16, % of its loss", ylim=(-0.6, len(shown) - 0.4),
-                 title="95% interval (bar), each seed (dots)")
-    gap_axes.grid(alpha=0.3, axis="x")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+            gap_axes.plot([result["low"], result["high"]], [y, y], color=color, lw=3, solid_capstyle="butt")
+        gap_axes.plot(seeds, [y] * len(seeds), "o", ms=4, mfc="white", color=color)
+    names = ["\n".join([*bench.split(result["variant"], ":"), result["verdict"]]) for result in shown]
+    gap_axes.set_yticks(range(len(shown)), names, fontsize=8)
+    gap_axes.axvline(0, color=colors["bf16"])
+    gap_axes.set(xlabel=f"gap to bf16 in % of its loss, tolerance ±{tolerance}% shaded",
+                 title="95% interval (bar) and seeds (dots)", ylim=(len(shown) - 0.5, -0.5))
+    for ax in (loss_axes, gap_axes):
+        ax.grid(alpha=0.3)
+    for label, result in zip(gap_axes.get_yticklabels(), shown, strict=True):
+        label.set_color(colors[result["variant"]])
     figure.savefig(path, dpi=150)
 
 

@@ -280,6 +280,7 @@ def main():
         optimizer.step(lr, grad_norm, guard.check(step, loss, grad_norm))
         fp8.prepare_weights(model, config.fp8, shards=n_shards)
         progress.update()
+        timer.end_step(step)
 
         logs_now = first or last or step % config.log_interval == 0  # the first also compiles AdamW
         evaluates_now = config.eval_interval and (last or step % config.eval_interval == 0)

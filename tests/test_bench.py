@@ -38,8 +38,9 @@ def test_times_are_those_of_the_runs_clock(bench):
 
 
 def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(monkeypatch, tmp_path):
-    rows = [{"step": step, "loss": 1.0, "tokens": 4000 * step, "tokens_per_s": speed, "peak_gib": 2.0}
-            for step, speed in ((5, 1.0), (10, 1000.0), (15, 500.0), (20, 250.0))]
+    rows = [{"step": step, "loss": 1.0, "tokens": 4000 * step, "tokens_per_s": speed, "peak_gib": 2.0, **slowest}
+            for step, speed, slowest in ((1, 1.0, {}), (5, 1.0, {"slowest_ms": 9e3}), (10, 1000.0, {"slowest_ms": 2e3}),
+                                         (15, 500.0, {"slowest_ms": 7e3}), (20, 250.0, {"slowest_ms": 8e3}))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run.json").write_text(json.dumps({
         "ranks": 2, "flops_per_token": 3e9, "peak_flops": 6e12, "compile_s": 1, "fp8_flops": 0, "auto_filtered": None}))
@@ -47,6 +48,7 @@ def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(monkeypatch, tmp_
     row, _ = measure("bf16", "base.py", tmp_path, BenchConfig(warmup=5, steps=15), None)
     # 2,000 tokens a step and rank: 2, 4 and 8 s, the warm-up left out; 2000 x 3e9 FLOP in 4 s on 6e12 FLOP/s
     assert row["ms"] == [2000, 4000, 8000] and (row["ms_per_step"], row["spread_ms"]) == (4000, 6000)
+    assert row["slowest_ms"] == 9000  # in the warm-up too
     assert row["mfu"] == pytest.approx(2000 * 3e9 / 4 / 6e12) and row["tokens_per_s"] == 500
 
 
@@ -56,6 +58,7 @@ def test_rows_have_the_promised_keys_and_add_up(bench):
     assert [row["variant"] for row in report["rows"]][:2] == [
         "bf16", "tensorwise:fp8.filter_fqns=[]:fp8.stats_interval=4"]
     for row in report["rows"][:2]:
+        assert 0 < row["ms_per_step"] * 0.5 < row["slowest_ms"]
         assert {"variant", "ms_per_step", "spread_ms", "tokens_per_s", "speedup", "mfu", "peak_gib",
                 "compile_s"} <= set(row)
         assert row["tokens_per_s"] * row["ms_per_step"] == pytest.approx(1000 * 8 * 64)

@@ -45,6 +45,28 @@ def test_speed_and_time_are_those_of_training_alone(clock):
     assert (row["time_s"], row["tokens_per_s"]) == (62.0, 25.0)
 
 
+def test_the_slowest_step_counts_neither_the_first_two_nor_what_comes_between_steps(clock, monkeypatch):
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: clock.seconds)
+    timer = logs.StepTimer(clock.ranks, 10, 0.0, max_steps=30, tokens=8, flops=1.0, peak_flops=None)
+
+    def steps(first, *seconds):
+        for step, duration in enumerate(seconds, first):
+            clock.seconds += duration
+            timer.end_step(step)
+        row, _ = timer.log_row(step, torch.tensor(2.5), 1e-3, torch.tensor(0.5))
+        return row.get("slowest_ms")
+
+    assert steps(11, 60) is None and steps(12, 30) is None  # they compile
+    assert steps(13, 1, 3, 2) == 3000
+    with timer.paused():
+        clock.seconds += 1000
+    clock.seconds += 1
+    timer.end_step(16)
+    with timer.paused():  # an evaluation between two rows
+        clock.seconds += 1000
+    assert steps(17, 1, 0.5) == 1000
+
+
 def test_what_json_and_the_data_sheet_lack_is_none_in_the_row_and_named_on_the_screen(clock):
     timer = logs.StepTimer(clock.ranks, 0, 0.0, max_steps=1, tokens=8, flops=1.0, peak_flops=None)
     clock.seconds += 1
