@@ -82,9 +82,8 @@ def plan(own, config, base):
             runs.append((variant, seed, folder, configurator.to_python(configurator.load([str(base), *keys]))))
     for *_, folder, text in runs:  # all variants have been checked
         wanted = folder / "wanted.py"
-        if config.resume != "never" and wanted.exists() and wanted.read_text() != text:
-            raise UserError(f"{wanted} is another config than this command gives: set another out_dir, or "
-                            "resume=never to start over")
+        if wanted.exists() and wanted.read_text() != text:
+            raise UserError(f"{wanted} is another config than this command gives: set another out_dir")
         replace_text(wanted, text)
     return [(variant, seed, folder) for variant, seed, folder, _ in runs]
 
@@ -105,15 +104,15 @@ def train_all(runs, config, own):
 
     Raises RunStopped if a bf16 run fails.
     """
-    results, start_over = [], ["--resume=never"] if config.resume == "never" else []
+    results = []
     for variant, seed, folder in runs:
         finished = read(folder)["step"][-1:] == [config.max_steps]
         if own.report_only and not finished:
             continue
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
         try:
-            if not own.report_only and (start_over or not finished):
-                bench.train([folder / "wanted.py", *start_over], folder / "log.txt")
+            if not finished:
+                bench.train([folder / "wanted.py"], folder / "log.txt")
             result = read(folder)
             if not math.isfinite(sum(result["val_loss"][-own.last_evals :])):
                 raise RunStopped("its validation loss ends as inf or nan")
@@ -190,8 +189,8 @@ def judge(results, own):
     for variant in dict.fromkeys(variant for variant, *_ in results if variant != "bf16"):
         mine = [row for row in rows if row["variant"] == variant]
         gaps = [row["gap_percent"] for row in mine if "gap" in row]
-        if failed := any("error" in row for row in mine):
-            intervals.append({"variant": variant, "seeds": len(gaps), "verdict": "worse", "failed": failed})
+        if any("error" in row for row in mine):
+            intervals.append({"variant": variant, "seeds": len(gaps), "verdict": "worse"})
         elif gaps:
             intervals.append({"variant": variant, "seeds": len(gaps), **interval(gaps, own.tolerance)})
     bf16 = [loss for (variant, _), loss in final.items() if variant == "bf16"]
@@ -273,6 +272,7 @@ def main():
         raise UserError(f"a final loss is the mean of last_evals={own.last_evals} evaluations, and max_steps="
                         f"{config.max_steps} with eval_interval={config.eval_interval} has {n_evals}: set "
                         "eval_interval to about max_steps / 20, or --last_evals")
+    bench.report_ignored({"resume"})
     out_dir = base.parent
     results = train_all(plan(own, config, base), config, own)
     if not results:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import main_here, metrics, run, train_here
+from conftest import REPO, main_here, metrics, run, train_here
 
 import bench
 from parity import ParityConfig, interval, judge, main, plot, sentence, student_t, time_to
@@ -132,7 +132,8 @@ def test_mistakes_are_told(keys, told):
 def test_the_plot_is_drawn_for_any_number_of_variants_and_seeds(tmp_path):
     many = [(f"rowwise:loss_chunks={i}", seed, curves(i / 1000 + seed / 100)) for i in range(9) for seed in (1, 2)]
     for results in ([*BF16, *many, ("rowwise", 1, "failed")], [BF16[0], many[0]]):
-        plot(results, {**judge(results, OWN), "max_steps": 9, "tokens_per_step": 9, "hardware": "1 x this"}, tmp_path / "plot.png")
+        run = {"max_steps": 9, "tokens_per_step": 9, "hardware": "1 x this"}
+        plot(results, {**judge(results, OWN), **run}, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -218,3 +219,28 @@ def test_under_torchrun_a_variant_runs_on_all_ranks(compared):
     done = run("parity.py", *args, "--seeds=1", f"--variants=bf16,{gather}", ranks=2)  # the bf16 run is there
     assert f"{gather}: " in done.stdout and "one seed: cannot tell" in done.stdout
     assert "all-gather: fp8, scales precomputed" in next(out.glob("tensorwise_fp8.enable*/log.txt")).read_text()
+
+
+def test_the_corpus_holds_each_text_once_in_training_or_validation(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.syspath_prepend(REPO / "bench")
+    import parity_corpus
+
+    texts = [f"def f{i}(x):\n    return x * {i}  # größer\n" for i in range(64)]
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for i, text in enumerate(texts):
+        (tmp_path / "a" / f"{i}.{('py', 'md', 'rst')[i % 3]}").write_text(text)
+    (tmp_path / "a" / "b" / "copy.py").write_bytes(texts[0].replace("\n", "\r\n").encode())
+    (tmp_path / "a" / "b" / "latin1.py").write_bytes(b"# gr\xf6\xdfer")
+    (tmp_path / "a" / "b" / "no.txt").write_text("not a kind of it")
+    _, said, _ = main_here(parity_corpus.main, tmp_path / "a", f"--out={tmp_path / 'out'}", "--vocab_size=300")
+    assert "66 files, 64 different texts" in said
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    parts = []
+    for name in ("train.bin", "val.bin"):
+        ids = np.fromfile(tmp_path / "out" / name, "<u2")
+        assert ids[-1] == 0 and ids.max() < 300
+        parts.append([tokenizer.decode(text.tolist()) for text in np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]])
+    assert len(parts[1]) == 3 and sorted([*parts[0], *parts[1]]) == sorted(texts)
+    status, _, err = main_here(parity_corpus.main, tmp_path / "a", "--vocab_size=70000")
+    assert status == 2 and "must be from 300 to 65536" in err
