@@ -79,12 +79,11 @@ def plan(own, config, base):
         for variant in bench.split(own.variants):
             folder = base.parent / f"{bench.slug(variant)}_seed{seed}"
             keys = ["--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]
-            runs.append((variant, seed, folder, configurator.to_python(configurator.load([str(base), *keys]))))
-    for *_, folder, text in runs:  # all variants have been checked
-        wanted = folder / "wanted.py"
-        if wanted.exists() and wanted.read_text() != text:
-            raise UserError(f"{wanted} is another config than this command gives: set another out_dir")
-        replace_text(wanted, text)
+            runs.append((variant, seed, folder, configurator.load([str(base), *keys])))
+    for *_, folder, wanted in runs:  # all variants have been checked
+        if changes := configurator.changed(folder / "wanted.py", wanted):
+            raise UserError(f"{folder} holds a run of another config{changes}: set another out_dir")
+        replace_text(folder / "wanted.py", configurator.to_python(wanted))
     return [(variant, seed, folder) for variant, seed, folder, _ in runs]
 
 
