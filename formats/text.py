@@ -214,8 +214,8 @@ def prepare(cfg, block_size, seed):
     made_from = [[files.identity(path) for path in paths] for paths in (found.train, found.val)]
     made_by = cfg.text_key, tokenizer.fingerprint, tokenizer.bos, tokenizer.eos, VERSION
     key = hashlib.blake2b(repr((made_from, made_by)).encode(), digest_size=8).hexdigest()
-    name = re.sub(r"[^\w.-]+", "_", Path(cfg.train[0]).stem if cfg.train else "python_stdlib")
-    folder = Path(cfg.cache_dir, f"{name}-{tokenizer.name}-{key}")
+    source = re.sub(r"[^\w.-]+", "_", Path(cfg.train[0]).stem if cfg.train else "python_stdlib")
+    folder = Path(cfg.cache_dir, f"{source}-{tokenizer.name}-{key}")
     if not folder.is_dir():
         with work_folder(folder) as work:
             if not folder.is_dir():  # else another process made it meanwhile
@@ -224,20 +224,16 @@ def prepare(cfg, block_size, seed):
                 work.rename(folder)
     try:
         index = json.loads((folder / "index.json").read_text())
-        for path, digest in ((folder / name, digest) for name, digest in index["shards"].items()):
-            if survey(path, open_tokens(path)[0], cfg.cache_dir)[-1] != digest:
-                raise UserError(f"{path} is corrupt: it does not hold the tokens that were written")
+        for name, digest in index["shards"].items():
+            if survey(folder / name, open_tokens(folder / name)[0], cfg.cache_dir)[-1] != digest:
+                raise UserError(f"{folder / name} is corrupt: it does not hold the tokens that were written")
     except (FileNotFoundError, UserError) as error:
         raise UserError(f"{error}: delete {folder}, it is made again from the text") from error
-    train, val = open_splits(*([folder / name for name in index["shards"] if name.startswith(split)]
-                               for split in ("train", "val")), cfg, block_size)
-    counts = index["counts"]
-    train.counts |= counts | {"files not used": len(found.unused)}
-    source = ", ".join(cfg.train) or "Python's standard library"
-    train.description = (
-        f"{files.number_of(found.train)} of {source}{found.note}, "
-        f"{len(train):,} training and {len(val):,} validation tokens in {folder}, tokenizer {tokenizer.described}")
+    shards = [[folder / name for name in index["shards"] if name.startswith(split)] for split in ("train", "val")]
+    train, val = open_splits(*shards, cfg, block_size, found)
+    train.counts |= index["counts"]
+    train.description += f" in {folder}, tokenizer {tokenizer.described}"
     for what in ("empty documents dropped", "forced cuts"):
-        if counts.get(what):
-            train.description += f", {counts[what]:,} {what}"
+        if train.counts.get(what):
+            train.description += f", {train.counts[what]:,} {what}"
     return train, val, tokenizer

@@ -159,8 +159,11 @@ def survey(path, ids, cache_dir):
     return remembered(cache_dir, files.identity(path), read_all)
 
 
-def open_splits(train, val, cfg, block_size):
-    """(training Tokens, validation Tokens) of files; without files for validation the end of the others is for that."""
+def open_splits(train, val, cfg, block_size, found):
+    """(training Tokens, validation Tokens) of files; without files for validation the end of the others is for that.
+
+    found: the files.Files that they are, or were made from.
+    """
     if val:
         splits = open_split(train, cfg, block_size, "train"), open_split(val, cfg, block_size, "val")
     else:
@@ -171,6 +174,10 @@ def open_splits(train, val, cfg, block_size):
     if min(map(len, splits)) < 2:
         raise UserError(f"data: {len(splits[0])} tokens for training and {len(splits[1])} for validation are too few: "
                         "give more, or name data.val")
+    source = ", ".join(cfg.train) or "Python's standard library"
+    splits[0].description = (f"{files.number_of(found.train)} of {source}{found.note}, {len(splits[0]):,} training and "
+                             f"{len(splits[1]):,} validation tokens")
+    splits[0].counts["files not used"] = len(found.unused)
     return splits
 
 
@@ -200,10 +207,8 @@ def prepare(cfg, block_size, seed):
     """
     tokenizer = get_tokenizer(cfg.tokenizer)
     found = files.resolve(cfg, {"tokens"})
-    train, val = open_splits(found.train, found.val, cfg, block_size)
-    train.counts |= {"files": len(found.train), "files not used": len(found.unused)}
-    train.description = (f"{files.number_of(found.train)} of tokens of {', '.join(cfg.train)}{found.note}, "
-                         f"{len(train):,} training and {len(val):,} validation tokens, ids up to {train.largest}, ")
+    train, val = open_splits(found.train, found.val, cfg, block_size, found)
+    train.description += f", ids up to {train.largest}, "
     if cfg.eos_id is None:
         train.description += "attention sees whole rows (data.eos_id is not set)"
     else:
