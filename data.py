@@ -86,8 +86,8 @@ class Rows(Protocol):
     """
 
     n_rows: int
-    block_size: int  # tokens of a row
-    padding: float  # share of a row that is no text
+    block_size: int  # tokens of a row; prepare() may raise it where rows have padding
+    padding: float  # share of the rows that is padding
     document: float | None  # the length that attention sees, mean over tokens; None: the whole row
     longest: int  # tokens of the longest document that attention sees
     most_documents: int  # in a row

@@ -1,4 +1,4 @@
-"""Conversations and instructions as training rows, in the words of the tokenizer's chat template.
+"""Conversations and instructions as training rows, formatted by the tokenizer's chat template.
 
     rows of files -> messages -> template.Template: ids, and which are targets -> packed or padded rows
 

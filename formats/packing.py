@@ -108,7 +108,7 @@ class Samples:
 
     @property
     def padding(self):
-        """The share of a row that is no text."""
+        """The share of the rows that is padding."""
         return 1 - self.n_inputs / (self.n_rows * self.block_size)
 
     def sample(self, i):

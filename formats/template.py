@@ -178,7 +178,7 @@ class Template:
         for (i, places), high in zip(words.items(), starts[1:], strict=True):
             (first, is_name), (last, is_end) = places[0], places[-1]
             if not is_end:
-                raise UserError(f"{self.name} turns the words of a message around: {ADVICE}")
+                raise UserError(f"{self.name} changes the order of the words of a message: {ADVICE}")
             if messages[i]["role"] == "assistant":
                 begin = low + self.begin_of_turn(plain[low:first], is_name)
                 spans.append((begin, last + self.end_of_turn(plain[last:high])))
@@ -260,7 +260,7 @@ class Template:
 
 
 def mark(message, i, how):
-    """A copy of message i with a mark at the begin and at the end of each text in it.
+    """A copy of message i with a mark at the beginning and at the end of each text in it.
 
     how: "around" the whole text, "within" white space that the text begins or ends with, or only at such an "end".
     """
@@ -270,7 +270,7 @@ def mark(message, i, how):
         words = text if how == "around" else text.strip()
         return text.replace(words, begin + words + end, 1)
 
-    def end_of_name(call):  # where a name begins is not where the turn does
+    def end_of_name(call):  # a turn does not begin where a name does
         if "function" in call:
             return {**call, "function": end_of_name(call["function"])}
         return {**call, "name": call["name"] + end}
@@ -284,7 +284,7 @@ def mark(message, i, how):
             marked[key] = around(text)
     if calls := message.get("tool_calls"):
         marked["tool_calls"] = [end_of_name(call) for call in calls]
-    if marked == message and message["role"] == "assistant":  # it says nothing, and ends its turn
+    if marked == message and message["role"] == "assistant":  # an empty reply: only its turn ends
         marked["content"] = around(message["content"])
     return marked
 

@@ -1,4 +1,4 @@
-"""Text as training rows: tokenized once into shards on disk, which are then read like anyone's token files.
+"""Text as training rows: tokenized once into shards on disk, which are then read as any token files.
 
     documents -> pieces -> tokenizer (threads) -> shards (.npy) -> formats/tokens.py
 
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
     """A part of a document. context: stands for the text before it, which decides how its first word is encoded."""
 
     text: str
-    context: str  # "" at the beginning of a document
+    context: str  # "" at the beginning of a document, and after a forced cut
     starts: bool
     ends: bool
 
@@ -85,7 +85,7 @@ def safe_place(text, start, stop, tokenizer):
 
 
 def encode_behind(tokenizer, context, text):
-    """The ids of `text` where it follows `context`."""
+    """The ids of `text` as a continuation of `context`."""
     return tokenizer.encode(context + text)[len(tokenizer.encode(context)) if context else 0 :]
 
 
@@ -164,7 +164,7 @@ def build(folder, train, val, cfg, tokenizer):
     total = sum(path.stat().st_size for path in (*train, *val))
     every = 0.1 if sys.stderr.isatty() else 60  # seconds: in a log file a line a minute
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every)
-    with ThreadPoolExecutor(workers) as pool, bar:  # threads are enough: tokenizers let go of the interpreter lock
+    with ThreadPoolExecutor(workers) as pool, bar:  # threads are enough: tokenizers release the GIL
         stream = pieces(train, val, cfg, tokenizer, counts, bar)
         deque(itertools.islice(stream, n_done), maxlen=0)  # skip what an earlier run has done
         for batch, arrays in in_order(pool, encode, batches(stream), 2 * workers):
@@ -182,10 +182,10 @@ def build(folder, train, val, cfg, tokenizer):
 
 @contextlib.contextmanager
 def work_folder(folder):
-    """The place to build `folder` at, with what a killed run left there. Processes that share a cache take turns.
+    """The path to build `folder` at, with what a killed run left there. Processes that share a cache take turns.
 
     It is deleted after an error, but not when the process is interrupted. On a file system without locks each process
-    has a place of its own, which is never taken up.
+    has a path of its own, and a killed run is not resumed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f"{folder.name}.partial")
@@ -218,7 +218,7 @@ def prepare(cfg, block_size, seed):
     folder = Path(cfg.cache_dir, f"{source}-{tokenizer.name}-{key}")
     if not folder.is_dir():
         with work_folder(folder) as work:
-            if not folder.is_dir():  # else another process made it meanwhile
+            if not folder.is_dir():  # else another process has made it meanwhile
                 build(work, found.train, found.val, cfg, tokenizer)
             if not folder.is_dir():  # the same, where the file system has no locks
                 work.rename(folder)

@@ -1,6 +1,6 @@
 """Tokens as training rows: a stream of token ids, memory-mapped, cut into windows of block_size.
 
-data.format="tokens" reads files that others have tokenized:
+data.format="tokens" reads the token files of other programs:
 
     nanoGPT                 .bin    uint16 ids and nothing else; EOS ends each document
     llm.c, modded-nanogpt   .bin    a header of 256 int32 (magic, version, number of ids), then uint16 or uint32 ids;
@@ -105,7 +105,7 @@ class Tokens:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# files that others made
+# token files
 
 
 def open_tokens(path):

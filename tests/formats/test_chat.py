@@ -397,7 +397,7 @@ def test_words_that_are_no_special_tokens_are_found_in_replies(tokenizer):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "turns the words of a message around"),
+    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "changes the order of the words of a message"),
     ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "does not show where the assistant's words are"),
     ("{% for m in messages %}{% if m.content == 'b' %}yes{% endif %}{% endfor %}", "does not show where"),
     ("{% for m in messages %}{{ m.content[9] }}{{ 1 + m.role }}{% endfor %}", "fails on it: TypeError"),
