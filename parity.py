@@ -107,6 +107,7 @@ def train_all(runs, config, own):
     for variant, seed, folder in runs:
         finished = read(folder)["step"][-1:] == [config.max_steps]
         if own.report_only and not finished:
+            print(f"{variant}, seed {seed}: not finished, left out")
             continue
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
         try:
