@@ -15,6 +15,8 @@ root, which spans half as many binades. Both are rounded stochastically, since o
 resolves.
 
 The update of a tensor is one elementwise function, `adamw_`, which torch.compile makes one pass over memory.
+`optim.offload` keeps moments and masters of matrices, or a part of them, in host memory, from where each update streams
+them through the GPU (plumbing/offload.py); what is computed is the same, bit for bit.
 
 Another optimizer is another class in this file with `weights`, `state`, `masters`, `step_count`, `unfilled`,
 `accumulate`, `grad_norm` and `step`, and what it stores in `state_layout`: train.py, checkpoints, model folders and the
@@ -30,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from plumbing.offload import host_zeros, streamed
 from plumbing.sharding import plain_local
 
 
@@ -46,6 +49,7 @@ class OptimConfig:
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
     weights: Literal["fp32_master", "stochastic_rounding", "plain"] = "fp32_master"  # how bf16 keeps small updates
     fp8_moments: bool = False  # both moments of matrices in FP8: 2 bytes per parameter instead of 4 or 8
+    offload: float = 0.0  # part of moments and masters kept in host memory and streamed at each step; 1: all of them
 
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
@@ -56,6 +60,8 @@ class OptimConfig:
             yield {"optim.eps"}, f"optim.eps={self.eps} must be at least 1e-30"
         if not all(0 <= b < 1 for b in self.betas):
             yield {"optim.betas"}, f"optim.betas={self.betas} must both be at least 0 and below 1"
+        if not 0 <= self.offload <= 1:
+            yield {"optim.offload"}, f"optim.offload={self.offload} must be between 0 (nothing) and 1 (everything)"
 
 
 def get_lr(cfg, step, max_steps):
@@ -101,10 +107,23 @@ def state_layout(cfg, shape, dtype):
     return layout
 
 
-def bytes_per_parameter(cfg, dtype):
-    """What AdamW stores for each parameter in large matrices of `dtype`, in bytes, beside weight and gradient."""
-    row = 128
-    return sum(math.prod(shape) * kind.itemsize for shape, kind in state_layout(cfg, (1, row), dtype).values()) / row
+def state_bytes(cfg, shape, dtype):
+    """What AdamW stores for one weight, in bytes, beside weight and gradient."""
+    return sum(math.prod(size) * kind.itemsize for size, kind in state_layout(cfg, shape, dtype).values())
+
+
+def offloaded(cfg, weights):
+    """The names of the weights whose state is in host memory: matrices, as many as optim.offload allows.
+
+    weights: {name: weight}.
+    """
+    matrices = {name: w.numel() for name, w in weights.items() if w.ndim == 2 and len(w)}
+    limit, total, names = cfg.offload * sum(matrices.values()), 0, set()
+    for name, size in matrices.items():
+        if total + size <= limit:
+            total += size
+            names.add(name)
+    return names
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -238,10 +257,13 @@ class AdamW:
         self.sums_in_float32 = has_masters(cfg, first.dtype)
         self.rounds_weights = cfg.weights == "stochastic_rounding" and first.dtype != torch.float32
         self.state = defaultdict(dict)  # {kind: {name: tensor}}
+        self.offloaded = offloaded(cfg, self.weights)
         for name, w in self.weights.items():
+            zeros = host_zeros if name in self.offloaded else torch.zeros
             for kind, (shape, dtype) in state_layout(cfg, w.shape, w.dtype).items():
-                is_master = kind == "master"
-                self.state[kind][name] = w.float() if is_master else torch.zeros(shape, dtype=dtype, device=w.device)
+                self.state[kind][name] = zeros(shape, dtype=dtype, device=w.device)
+        for name, master in self.masters.items():
+            master.copy_(self.weights[name])
         self.grads = {}
         self.update = adamw_
         if compiled:
@@ -306,17 +328,22 @@ class AdamW:
             "beta1": beta1, "beta2": beta2, "eps": cfg.eps, "exact_weight": not self.rounds_weights,
         }
         decay_of_matrices, no_decay = scalar(cfg.weight_decay), scalar(0.0)
+        states = {name: {kind: self.state[kind][name] for kind in self.state if name in self.state[kind]}
+                  for name in self.weights if name in self.grads}
+        copies = streamed([states[name] for name in states if name in self.offloaded], grad_norm.device)
         for i, (name, w) in enumerate(self.weights.items()):
             if name not in self.grads:
                 continue
+            state = next(copies) if name in self.offloaded else states[name]
             in_fp8 = cfg.fp8_moments and w.ndim == 2
             shape = (-1, fp8_block(w.shape[1])) if in_fp8 else (-1,)
-            moments = [(self.state[f"{kind}_fp8"][name].view(shape), self.state[f"{kind}_unit"][name].view(-1, 1))
-                       if in_fp8 else self.state[kind][name].view(shape) for kind in MOMENTS]
-            master = self.masters[name].view(shape) if self.masters else None
+            moments = [(state[f"{kind}_fp8"].view(shape), state[f"{kind}_unit"].view(-1, 1)) if in_fp8
+                       else state[kind].view(shape) for kind in MOMENTS]
+            master = state["master"].view(shape) if "master" in state else None
             seed = None
             if self.rounds_weights or in_fp8:
                 bits = hash((self.seed, self.step_count, i)) & 0x7FFFFFFF  # of integers: the same in every process
                 seed = torch.full((), bits, dtype=torch.int32, device=w.device)
             self.update(w.view(shape), self.grads.pop(name).view(shape), *moments, master, seed=seed,
                         decay=decay_of_matrices if w.ndim >= 2 else no_decay, **shared)
+        next(copies, None)  # resume it once more, to write the last state back

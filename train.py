@@ -146,7 +146,7 @@ def main():
         fp8.convert(model, step_config.fp8, shards=n_shards, accumulation=accumulation)
         fp8_flops = proof.covered_flops(model) / flops_per_token
         say(proof.table(model, config.fp8, fp8_flops, shards=n_shards))
-    estimated_gib = estimate.check_memory(step_config, n_shards, accumulation, device)
+    gib, host_gib = estimate.check_memory(step_config, n_shards, accumulation, device)
     compile_and_checkpoint(model, config.compile, config.activation_checkpoint, config.fp8.copies)
     if n_shards:
         mesh = device_mesh(ranks, config.replicas)
@@ -183,8 +183,8 @@ def main():
     # a run that saves only at its end would wait for it in any case
     saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep, background=(
         config.async_checkpoint and 0 < config.checkpoint_interval < config.max_steps))
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {estimated_gib:.1f} GiB estimated per "
-        "rank with gradients, optimizer and activations")
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gib:.1f} GiB estimated per rank with "
+        "gradients, optimizer and activations" + (f", and {host_gib:.1f} GiB of host memory" if host_gib else ""))
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
     say(f"step: {config.micro_batch_size} sequences x {row_length} tokens x {world_size} ranks x {accumulation} "
         f"accumulation = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))

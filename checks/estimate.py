@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 
 import torch
 import torch.nn as nn
@@ -9,6 +10,7 @@ import torch.nn as nn
 import fp8
 import model as models
 import optim
+from plumbing import offload
 from plumbing.errors import UserError
 
 # Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: the reference of MFU, in FP8 runs too.
@@ -57,7 +59,8 @@ def memory(config, shards, accumulation):
 
     held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
-    always = held * (size + optim.bytes_per_parameter(config.optim, dtype))  # weights, masters and moments
+    state, _, buffers = optimizer_bytes(config, model, shards)
+    always = held * size + state
     if config.cuda_graph and accumulation > 1:
         always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
@@ -98,7 +101,15 @@ def memory(config, shards, accumulation):
         begins += gradients
         if sums_in_float32:  # sums of earlier passes, beside this pass's own gradients
             ends += held * size
-    return (always + max(begins, ends)) / 2**30
+    return (always + max(begins, ends, gradients + buffers)) / 2**30
+
+
+def optimizer_bytes(config, model, shards):
+    """Bytes per rank of masters and moments: (on the GPU, in host memory, buffers on the GPU to stream the latter)."""
+    params, dtype = dict(model.named_parameters()), getattr(torch, config.dtype)
+    sizes = {name: optim.state_bytes(config.optim, p.shape, dtype) / max(1, shards) for name, p in params.items()}
+    on_host = [sizes[name] for name in optim.offloaded(config.optim, params)]
+    return sum(sizes.values()) - sum(on_host), sum(on_host), offload.BUFFERS * max(on_host, default=0)
 
 
 def saved_values(config, linears):
@@ -119,16 +130,31 @@ def saved_values(config, linears):
     return values
 
 
+def host_memory(config, shards):
+    """GiB per rank of the optimizer state that is kept in host memory."""
+    with torch.device("meta"):
+        return optimizer_bytes(config, models.Transformer(config.model), shards)[1] / 2**30
+
+
 def check_memory(config, shards, accumulation, device):
-    """The estimated GiB per rank. UserError if `device` is a GPU with less memory, with the keys that lower it."""
-    gib = memory(config, shards, accumulation)
+    """The estimated GiB per rank: (on the GPU, in host memory).
+
+    UserError if `device` is a GPU with less memory, with the keys that lower it, or if the host has less than its ranks
+    need.
+    """
+    gib, host_gib = memory(config, shards, accumulation), host_memory(config, shards)
+    needed = host_gib * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    host_has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > host_has and config.check_memory:
+        raise UserError(f"optim.offload={config.optim.offload} needs {needed:.1f} GiB of host memory, there are "
+                        f"{host_has:.1f}: lower it, or set optim.fp8_moments=True or optim.weights=stochastic_rounding")
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
     if gib <= 1.05 * capacity or not config.check_memory:  # the estimate may be 5% off: the GPU decides close calls
-        return gib
+        return gib, host_gib
     helps = []
     for key, value in (("fp8.keep_casts", False), ("activation_checkpoint", "selective"),
                        ("activation_checkpoint", "full"), ("loss_chunks", 8), ("micro_batch_size", 1),
-                       ("optim.fp8_moments", True), ("optim.weights", "stochastic_rounding"),
+                       ("optim.fp8_moments", True), ("optim.weights", "stochastic_rounding"), ("optim.offload", 1.0),
                        ("reshard_after_forward", True), ("reduce_dtype", "bfloat16"),
                        ("fp8.force_recompute_fp8_weight_in_bwd", True)):
         changed = copy.deepcopy(config)
@@ -184,8 +210,8 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
     def all_reduce_s(n_bytes):
         return 2 * n_bytes * (replicas - 1) / replicas / NETWORK_RATE + 2 * (replicas - 1) * HOP_S
 
-    state = size + optim.bytes_per_parameter(config.optim, dtype)
-    update_s = n_all * (2 * state + size) / COPY_RATE  # AdamW reads and writes its state, and reads gradients
+    state = sum(optim.state_bytes(config.optim, p.shape, dtype) for p in model.parameters())
+    update_s = (2 * state + 3 * size * n_all) / COPY_RATE  # AdamW reads and writes state and weights, reads gradients
     compute_s = one_gpu_ms / 1000 - part * update_s
 
     gathered = gathers * (m.n_layer * block_bytes + root_bytes)

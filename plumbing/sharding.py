@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 
 def local_shard(p):
@@ -28,7 +29,9 @@ def like(p, local):
     if not isinstance(p, DTensor):
         return local
     shape = torch.Size([len(p), *local.shape[1:]])
-    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=shape, stride=local.stride())
+    # not DTensor.from_local, which would copy a tensor in host memory (optim.offload) to the mesh's device
+    meta = TensorMeta(shape, local.stride(), local.dtype)
+    return DTensor(local, DTensorSpec(p.device_mesh, p.placements, meta), requires_grad=False)
 
 
 def shard_rows(full, p):
@@ -67,10 +70,7 @@ class HostCopy:
             local = local_shard(t)
             # from numpy: each has a storage of its own. Of a part of a storage, torch.save would write all of it.
             copy = torch.from_numpy(self.memory[start : start + local.nbytes]).view(local.dtype).view(local.shape)
-            self.tensors[name] = copy
-            if isinstance(t, DTensor):
-                self.tensors[name] = like(t, local)
-                self.tensors[name]._local_tensor = copy  # from_local would move it to the GPU
+            self.tensors[name] = like(t, copy)
 
     @torch.no_grad()
     def update(self, originals):

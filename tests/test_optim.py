@@ -8,16 +8,17 @@ import torch.nn as nn
 from conftest import build, metrics, train_here
 
 import model as models
+import optim
 import train
 from optim import (
     AdamW,
     OptimConfig,
     adamw_,
-    bytes_per_parameter,
     get_lr,
     hash32,
     load_moment,
     round_to,
+    state_bytes,
     store_moment,
     to_fp8,
 )
@@ -173,11 +174,11 @@ def test_what_is_stored_takes_the_bytes_that_the_estimate_is_given(dtype, weight
     model = nn.Linear(256, 32, bias=False).to(dtype)
     optimizer = AdamW(model, cfg, seed=0, compiled=False)
     stored = sum(t.nbytes for kind in optimizer.state.values() for t in kind.values())
-    assert stored == bytes_per_parameter(cfg, dtype) * model.weight.numel()
+    assert stored == state_bytes(cfg, model.weight.shape, dtype)
     # by hand: both moments, and the float32 master of a bf16 weight
     master = 4 if dtype == torch.bfloat16 and weights == "fp32_master" else 0
     moments = 2 + 2 * 4 / 128 if fp8_moments else 8 if master else 2 * dtype.itemsize
-    assert bytes_per_parameter(cfg, dtype) == master + moments
+    assert stored == (master + moments) * model.weight.numel()
 
 
 def test_weights_and_masters_that_nothing_filled_are_found():
@@ -240,6 +241,62 @@ def test_weight_decay_spares_norms():
     optimizer.step(0.1, optimizer.grad_norm())
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.allclose(p, old * (1 - 0.05) if p.ndim == 2 else old)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# state in host memory
+
+
+def trained(cfg, dtype, steps=3):
+    """The weights and the optimizer of a small model after some steps, one of them without a gradient for a weight."""
+    model = toy(dtype, 256)
+    optimizer = AdamW(model, cfg, seed=1, compiled=False)
+    for step in range(steps):
+        set_gradients(model, step)
+        if step == 1:
+            model[0].weight.grad = None
+        optimizer.step(1e-2, optimizer.grad_norm())
+    return dict(model.named_parameters()), optimizer
+
+
+@pytest.mark.parametrize("fp8_moments", [False, True])
+@pytest.mark.parametrize("dtype, weights", [
+    (torch.bfloat16, "fp32_master"), (torch.bfloat16, "stochastic_rounding"), (torch.bfloat16, "plain"),
+    (torch.float32, "plain")])
+def test_updates_with_offloaded_state_are_the_same_bit_for_bit(dtype, weights, fp8_moments):
+    kept, optimizer = trained(OptimConfig(weights=weights, fp8_moments=fp8_moments), dtype)
+    for part, names in ((0.5, {"2.weight"}), (1.0, {"0.weight", "2.weight"})):  # the first is eight times the other
+        moved, offloading = trained(OptimConfig(weights=weights, fp8_moments=fp8_moments, offload=part), dtype)
+        assert offloading.offloaded == names
+        assert all(torch.equal(moved[name], kept[name]) for name in kept)
+        assert offloading.state.keys() == optimizer.state.keys()
+        for kind, tensors in optimizer.state.items():
+            assert all(torch.equal(offloading.state[kind][name].view(torch.uint8), tensor.view(torch.uint8))
+                       for name, tensor in tensors.items())
+
+
+def test_only_what_is_offloaded_is_in_host_memory(monkeypatch):
+    on_host = []
+
+    def host_zeros(shape, dtype, device):
+        on_host.append(torch.zeros(shape, dtype=dtype))
+        return on_host[-1]
+
+    monkeypatch.setattr(optim, "host_zeros", host_zeros)
+    optimizer = AdamW(toy(torch.bfloat16, 256), OptimConfig(offload=0.5), seed=1, compiled=False)
+    stored = [tensors["2.weight"] for tensors in optimizer.state.values()]
+    assert len(on_host) == len(stored) == 3 and all(a is b for a, b in zip(on_host, stored, strict=True))
+    assert torch.equal(optimizer.masters["2.weight"], optimizer.weights["2.weight"].float())
+
+
+def test_a_run_resumes_bit_for_bit_with_another_part_offloaded(tiny_run, tmp_path):
+    keys = [*tiny_run, "--optim.fp8_moments=True", "--optim.min_lr=0.003", "--eval_interval=0", "--model.n_layer=1"]
+    train_here(*keys, f"--out_dir={tmp_path / 'kept'}")
+    moved = [*keys, f"--out_dir={tmp_path / 'moved'}"]
+    train_here(*moved, "--optim.offload=1", "--shard_one_rank=True", "--max_steps=3")
+    train_here(*moved, "--optim.offload=0.5")
+    losses = [[row["loss"] for row in metrics(tmp_path / name).train.values()] for name in ("kept", "moved")]
+    assert len(losses[0]) == 6 and losses[0] == losses[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------

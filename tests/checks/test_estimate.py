@@ -124,7 +124,8 @@ RECIPES = json.loads((REPO / "docs/results/recipes_2_gpus.json").read_text())["r
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe["config"])
 def test_few_activations_put_the_peak_where_gradients_are_reduced(recipe):
-    config = configurator.load([str(REPO / f"config/{recipe['config']}.py"), "--global_batch_size=2"])
+    config = configurator.load([str(REPO / f"config/{recipe['config']}.py"), "--global_batch_size=2",
+                                "--optim.offload=0"])
     measured = max(row.get("peak_gib", 0) for row in recipe["rows"])
     assert estimate.memory(config, shards=2, accumulation=1) == pytest.approx(measured, rel=0.05)
 
@@ -213,13 +214,14 @@ def test_memory_of_the_recipes_is_within_5_percent_of_what_they_took(row):
 def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help(monkeypatch):
     card, gpu = SimpleNamespace(total_memory=79.2 * 2**30), SimpleNamespace(type="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert estimate.check_memory(llama_8b(), 0, 1, gpu) < 75
-    assert estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, torch.device("cpu")) > 80  # a CPU's is not known
+    assert estimate.check_memory(llama_8b(), 0, 1, gpu)[0] < 75
+    cpu = torch.device("cpu")  # whose memory is not known
+    assert estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, cpu)[0] > 80
     with pytest.raises(ValueError) as error:  # a second pass would keep the gradients of the first beside activations
         estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, gpu)
     assert "needs about 8" in str(error.value) and "there are 79.2" in str(error.value)
     assert str(error.value).endswith("or set check_memory=False if your model takes less")
-    assert estimate.check_memory(llama_8b(global_batch_size=2, check_memory=False), 0, 2, gpu) > 80
+    assert estimate.check_memory(llama_8b(global_batch_size=2, check_memory=False), 0, 2, gpu)[0] > 80
     assert "activation_checkpoint=full" in str(error.value) and "micro_batch_size" not in str(error.value)
     with pytest.raises(ValueError, match=r"optim.weights=stochastic_rounding \(7\d"):
         estimate.check_memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 0, 1, gpu)
@@ -270,3 +272,35 @@ def test_what_is_exposed_on_many_gpus():
     # a slow network between nodes, one card each
     alone = estimate.step_ms(config, 600, 64, gpus_per_node=1)
     assert alone["exposed"] > 2 * exposed[1]
+
+
+def test_offloaded_state_moves_from_the_gpu_to_the_host_but_for_three_buffers():
+    def gib(offload, shards, weights="fp32_master"):  # no passes' sums or activations: the peak is the update
+        config = gathering(optim=OptimConfig(weights=weights, offload=offload), activation_checkpoint="full",
+                           model=models.llama3_1_8b(block_size=64), fp8=FP8Config(), reduce_dtype="bfloat16")
+        return estimate.memory(config, shards, 1), estimate.host_memory(config, shards)
+
+    for shards, ranks in ((0, 1), (2, 2)):
+        assert gib(0.0, shards)[1] == 0.0
+        device, host = gib(1.0, shards)
+        assert host * 2**30 * ranks == pytest.approx(12 * 8.03e9, rel=1e-3)  # float32 master and moments
+        assert gib(0.5, shards)[1] == pytest.approx(host / 2, rel=0.05)
+    device, _ = gib(1.0, 0)
+    assert device * 2**30 == pytest.approx((2 + 2) * 8.03e9 + 3 * 12 * TABLE, rel=1e-3)
+    assert gib(0.0, 0)[0] * 2**30 == pytest.approx((2 + 2 + 12) * 8.03e9, rel=0.05)
+
+
+def test_offloading_is_offered_and_refused_where_the_host_has_too_little(monkeypatch):
+    card, gpu = SimpleNamespace(total_memory=60 * 2**30), SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with pytest.raises(ValueError, match=r"optim.offload=1.0 \(\d\d.\d\)"):
+        estimate.check_memory(llama_8b(), 0, 1, gpu)
+    monkeypatch.setattr(estimate.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 64 * 2**18}.get)
+    config = llama_8b(optim=OptimConfig(weights="stochastic_rounding", offload=1.0), activation_checkpoint="full")
+    assert estimate.check_memory(config, 0, 1, gpu)[1] == pytest.approx(4 * 8.03e9 / 2**30, rel=1e-3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"optim.offload=1.0 needs 119.\d GiB of host memory, there are 64.0"):
+        estimate.check_memory(config, 0, 1, gpu)
+    estimate.check_memory(config, 2, 1, gpu)  # half of it each
+    config.check_memory = False
+    estimate.check_memory(config, 0, 1, gpu)

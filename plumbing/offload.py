@@ -1,0 +1,70 @@
+"""Tensors in host memory, streamed through a GPU that computes with them: its own memory holds a few pieces at a time.
+
+PCIe 5 carries about 50 GB/s in each direction, both at once, so streaming N bytes there and back takes N / 50 GB/s.
+"""
+
+import math
+import mmap
+import weakref
+
+import torch
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
+
+BUFFERS = 3  # one is being read, one computed with, one written
+
+
+def host_zeros(shape, dtype, device):
+    """Zeros in host memory; page-locked if `device` is a GPU, or it could not copy them while it computes.
+
+    torch's own allocator of page-locked memory would round the size up to a power of two.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
+    if device.type == "cuda":
+        pin_memory(tensor.data_ptr(), tensor.nbytes)
+        weakref.finalize(memory, unpin_memory, tensor.data_ptr()).atexit = False  # the end of the process does it too
+    return tensor
+
+
+def streamed(pieces, device):
+    """Yield a copy of each piece on `device`, and write back to host memory what the caller has changed in it.
+
+    pieces: [{name: tensor in host memory}], all with the same names and dtypes. While the caller computes with one
+    piece, the next is read and the previous one written, each on a stream of its own. The host's tensors are complete
+    when the current stream is.
+    """
+    if not pieces:
+        return
+    gpu = torch.get_device_module(device)
+    computing, reading, writing = gpu.current_stream(), gpu.Stream(), gpu.Stream()
+    sizes = {name: max(piece[name].numel() for piece in pieces) for name in pieces[0]}
+    buffers = [{name: torch.empty(size, dtype=pieces[0][name].dtype, device=device) for name, size in sizes.items()}
+               for _ in range(BUFFERS)]
+    copies = [{name: buffers[i % BUFFERS][name][: t.numel()].view(t.shape) for name, t in piece.items()}
+              for i, piece in enumerate(pieces)]
+    read, written = [], []  # events
+    reading.wait_stream(computing)  # whatever had the buffers' memory before, and the last call's writing
+
+    def read_next():
+        i = len(read)
+        if i == len(pieces):
+            return
+        if i >= BUFFERS:
+            reading.wait_event(written[i - BUFFERS])
+        with gpu.stream(reading):
+            for name, tensor in pieces[i].items():
+                copies[i][name].copy_(tensor, non_blocking=True)
+        read.append(reading.record_event())
+
+    for _ in range(BUFFERS - 1):
+        read_next()
+    for i, piece in enumerate(pieces):
+        read_next()
+        computing.wait_event(read[i])
+        yield copies[i]
+        writing.wait_stream(computing)
+        with gpu.stream(writing):
+            for name, tensor in piece.items():
+                tensor.copy_(copies[i][name], non_blocking=True)
+        written.append(writing.record_event())
+    computing.wait_stream(writing)  # before the buffers' memory is used for something else
