@@ -93,6 +93,11 @@ class Recipe:
         """The names of the matmuls that run in FP8."""
         return [name for name in ("output", "grad_input", "grad_weight") if getattr(self, name)]
 
+    @property
+    def by_row(self):
+        """Whether a cast has a scale for each row; all scales are then powers of two."""
+        return any(cast.scaling == "row" for name in self.fp8_matmuls for cast in getattr(self, name))
+
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TENSOR_E4M3, TENSOR_E5M2, ROW_E4M3 = Cast("tensor", E4M3), Cast("tensor", E5M2), Cast("row", E4M3)
@@ -281,7 +286,7 @@ def torchao_config(recipe, emulate, grad_fast_accum):
     from torchao.float8.config import CastConfig, Float8GemmConfig, Float8LinearConfig, ScalingGranularity, ScalingType
 
     granularity = {"tensor": ScalingGranularity.TENSORWISE, "row": ScalingGranularity.AXISWISE}
-    casts, by_row = {}, False
+    casts = {}
     gradient = recipe.grad_input or recipe.grad_weight
     for matmul, operands in OPERANDS.items():
         for operand, cast in zip(operands, getattr(recipe, matmul) or (None, None), strict=True):
@@ -290,11 +295,10 @@ def torchao_config(recipe, emulate, grad_fast_accum):
                 config = CastConfig(scaling_type=ScalingType.DISABLED, target_dtype=dtype)
             else:
                 config = CastConfig(scaling_granularity=granularity[cast.scaling], target_dtype=cast.dtype)
-                by_row |= cast.scaling == "row"
             casts[f"cast_config_{operand}"] = config
     accumulation = Float8GemmConfig(use_fast_accum=grad_fast_accum)
     return Float8LinearConfig(**casts, gemm_config_grad_input=accumulation, gemm_config_grad_weight=accumulation,
-                              emulate=emulate, round_scales_to_power_of_2=by_row)
+                              emulate=emulate, round_scales_to_power_of_2=recipe.by_row)
 
 
 def torchao_linear(linear, recipe, cfg, *, gathers):

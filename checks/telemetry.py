@@ -7,14 +7,13 @@ A cast loses in three ways, and `health` measures each for every FP8 layer and e
     underflow    the share of values that become zero: too small for the scale that the largest value sets
     saturated    the share that is clipped to the format's largest value: the scale does not fit the tensor
 
-While `health` runs, `__class__` of each Float8Linear is swapped for a subclass whose backward also reports what its
+While `health` runs, `__class__` of each FP8 layer is swapped for a subclass whose backward also reports what its
 casts lose, compiled, recomputed and sharded as the layer always is, on the same weights, batch and scales. Training is
 bit for bit the same with and without it, and a run that never calls it has none of its code in its graphs.
 """
 
 import functools
 import math
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -67,57 +66,60 @@ torch.library.register_fake("nanofp8::cast_stats", lib=library)(
     lambda x, *_: x.new_empty(len(SUMS) + len(PEAKS), dtype=torch.float64))
 
 
-@functools.cache
-def watched_linear():
-    """Float8Linear whose backward adds what its casts lose to self.seen (built on first use)."""
+def cast_as_recipe(t, cast, dim, recipe):
+    """(values, scale) of a tensor's cast, in a compiled graph the very cast that the layer's matmul reads."""
     from torchao.float8.config import ScalingGranularity
-    from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
-    from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
     from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import LinearMMConfig
 
-    granularities = {"tensor": ScalingGranularity.TENSORWISE, "row": ScalingGranularity.AXISWISE}
+    granularity = {"tensor": ScalingGranularity.TENSORWISE, "row": ScalingGranularity.AXISWISE}[cast.scaling]
+    q = hp_tensor_to_float8_dynamic(t, cast.dtype, LinearMMConfig(), scaling_granularity=granularity,
+                                    axiswise_dim=get_maybe_axiswise_dim(dim, granularity),
+                                    round_scales_to_power_of_2=recipe.by_row)
+    return q._data, q._scale
 
-    @torch._dynamo.allow_in_graph
-    class WatchedMatmuls(matmul_with_hp_or_float8_args):
-        @staticmethod
-        def forward(ctx, x, w_t, mm_config, config, recipe, seen):
-            ctx.recipe, ctx.seen = recipe, seen
-            return matmul_with_hp_or_float8_args.forward(ctx, x, w_t, mm_config, config)
 
-        @staticmethod
-        def backward(ctx, g):
-            # Selective recompute allows one read of ctx.saved_tensors: torchao's backward gets a stand-in for ctx.
-            x, w_t = ctx.saved_tensors
-            config, mm_config = ctx.config, ctx.linear_mm_config
-            stand_in = SimpleNamespace(saved_tensors=(x, w_t), config=config, linear_mm_config=mm_config)
-            grads = matmul_with_hp_or_float8_args.backward(stand_in, g)
-            # reshaped as torchao does, or the compiler sees two casts instead of one
-            tensors, done = {"x": x.reshape(-1, x.shape[-1]), "w_t": w_t, "g": g.reshape(-1, g.shape[-1])}, set()
-            for i, (_, name, matmul, operand, dim) in enumerate(CASTS):
-                t, casts = tensors[name], getattr(fp8.RECIPES[ctx.recipe], matmul)
-                if casts is None or tensor_already_casted_to_fp8(t) or (name, casts[operand]) in done:
-                    continue
-                cast = casts[operand]
-                if cast.scaling == "tensor":  # a second matmul reads the same cast
-                    done.add((name, cast))
-                granularity = granularities[cast.scaling]
-                q = hp_tensor_to_float8_dynamic(  # in a compiled graph, the very cast that the matmul reads
-                    t, cast.dtype, mm_config, scaling_granularity=granularity,
-                    axiswise_dim=get_maybe_axiswise_dim(dim, granularity),
-                    round_scales_to_power_of_2=config.round_scales_to_power_of_2)
-                parts = t, q._data, q._scale
-                if name == "w_t":
-                    parts = [part.t() for part in parts]  # contiguous
-                sums, peaks = torch.ops.nanofp8.cast_stats(*parts).split((len(SUMS), len(PEAKS)))
-                ctx.seen[i].copy_(torch.cat([ctx.seen[i, :len(SUMS)] + sums, ctx.seen[i, len(SUMS):].maximum(peaks)]))
-            return *grads, None, None
+@torch._dynamo.allow_in_graph
+class ReportCasts(torch.autograd.Function):
+    """Returns y, the output of an FP8 layer for x; its backward adds what the layer's casts lose to `seen`."""
 
-    class WatchedLinear(Float8Linear):
+    @staticmethod
+    def forward(ctx, y, x, w_t, recipe, seen):
+        ctx.save_for_backward(x, w_t)
+        ctx.recipe, ctx.seen = recipe, seen
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
+
+        x, w_t = ctx.saved_tensors  # selective recompute allows to read them once
+        # reshaped as torchao does, or the compiler sees two casts instead of one
+        tensors, done = {"x": x.reshape(-1, x.shape[-1]), "w_t": w_t, "g": g.reshape(-1, g.shape[-1])}, set()
+        for i, (_, name, matmul, operand, dim) in enumerate(CASTS):
+            t, casts = tensors[name], getattr(ctx.recipe, matmul)
+            if casts is None or tensor_already_casted_to_fp8(t) or (name, casts[operand]) in done:
+                continue
+            if casts[operand].scaling == "tensor":  # a second matmul reads the same cast
+                done.add((name, casts[operand]))
+            parts = t, *cast_as_recipe(t, casts[operand], dim, ctx.recipe)
+            if name == "w_t":
+                parts = [part.t() for part in parts]  # contiguous
+            sums, peaks = torch.ops.nanofp8.cast_stats(*parts).split((len(SUMS), len(PEAKS)))
+            ctx.seen[i].copy_(torch.cat([ctx.seen[i, :len(SUMS)] + sums, ctx.seen[i, len(SUMS):].maximum(peaks)]))
+        return g, None, None, None, None
+
+
+@functools.cache
+def watched(kind):
+    """The class of an FP8 layer, with a backward that reports to self.seen."""
+
+    class Watched(kind):
         def forward(self, x):
-            y = WatchedMatmuls.apply(x, self.weight.t(), self.linear_mm_config, self.config, self.recipe, self.seen)
-            return y if self.bias is None else y + self.bias
+            y = super().forward(x)
+            return ReportCasts.apply(y, x, self.weight.t(), fp8.RECIPES[self.recipe], self.seen)
 
-    return WatchedLinear
+    return Watched
 
 
 def health(model, run, step):
@@ -130,12 +132,12 @@ def health(model, run, step):
     nothing = torch.tensor([0.0] * len(SUMS) + [-math.inf] * len(PEAKS), dtype=torch.float64, device=device)
     classes = {m: type(m) for m in linears.values()}
     for m in classes:
-        m.seen, m.__class__ = nothing.repeat(len(CASTS), 1), watched_linear()
+        m.seen, m.__class__ = nothing.repeat(len(CASTS), 1), watched(type(m))
     try:
         run()
         for m in classes:
             shard = local_shard(m.weight)
-            if isinstance(shard, fp8.gather_in_fp8()):  # cast before the all-gather: each rank measures its own rows
+            if hasattr(shard, "fsdp_pre_all_gather"):  # cast before the all-gather: each rank measures its own rows
                 mesh = m.weight.device_mesh
                 (data,), (scale,) = shard.fsdp_pre_all_gather(mesh[mesh.mesh_dim_names[-1]])
                 m.seen[1] = torch.ops.nanofp8.cast_stats(shard._tensor, data, scale)

@@ -385,9 +385,9 @@ cls.fsdp_post_all_gather = lambda self, gathered, meta, dtype, *, out=None: None
     "loses_the_wrapper": ("""
 fp8.nn = SimpleNamespace(**vars(fp8.nn))
 fp8.nn.Parameter = lambda w, requires_grad: torch.nn.Parameter(w._tensor)""",
-                          "these weights are not set up for it: layers.0.attn.qkv (high precision)"),
+                          "configured: layers.0.attn.qkv would be gathered in high precision, "),
     "never_precomputes": ("""
-fp8.prepare_weights = lambda *args, **kwargs: None""", "not set up for it: layers.0.attn.qkv (no precomputed scale)"),
+fp8.prepare_weights = lambda *args, **kwargs: None""", "configured: layers.0.attn.qkv has no precomputed scale, "),
 }
 
 
