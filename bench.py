@@ -8,8 +8,9 @@ else comes from the config (default: config/llama_fp8.py). Writes out_dir/bench.
 has each variant's metrics and log. ms_per_step is a median; slowest_ms is the longest of all steps after the second, so
 that a stall cannot hide. Exit status 1 if a variant failed.
 
---gemms times every kind of linear layer alone, in bf16 and in FP8 with its casts. With the time of a bf16 step it
-predicts the step with all of them in FP8, and with those that get faster. In a model casts fuse and cost less.
+--gemms times every kind of linear layer alone, in bf16 and with the recipes of --variants, casts included. With the
+time of a bf16 step it predicts the step with each recipe, and with the fastest for each layer. In a model casts fuse
+and cost less.
 """
 
 import datetime
@@ -254,7 +255,8 @@ def main():
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
         bf16_config = configurator.read_file(base.parent / "bf16" / "config.py")  # has init_from's model
         model = replace(bf16_config.model, block_size=run["block_size"])  # the length of the data's rows
-        report["gemms"] = gemms.time_linears(replace(bf16_config, model=model, fp8=config.fp8), device, passes)
+        recipes = dict.fromkeys(base for base, _ in map(parts, split(own.variants)) if base != "bf16")
+        report["gemms"] = gemms.time_linears(replace(bf16_config, model=model, fp8=config.fp8), device, passes, recipes)
         report_path.write_text(json.dumps(report, indent=1))
         print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
         finish(config, report_path)

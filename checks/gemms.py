@@ -1,4 +1,4 @@
-"""Which linear layers FP8 pays for: each kind timed alone, in bf16 and in FP8 with its casts.
+"""Which linear layers FP8 pays for: each kind timed alone, in bf16 and with FP8 recipes, casts included.
 
 FP8 halves the time of a matmul and adds casts, whose cost grows with the operands and not with the matmul: small layers
 lose. `bench.py --gemms` prints these timings; `fp8.auto_filter` leaves layers that do not pay in bf16. In the whole
@@ -7,7 +7,6 @@ for Python (small models without cuda_graph), FP8 costs more than here, because 
 """
 
 import itertools
-import json
 import statistics
 import time
 from collections import Counter
@@ -21,40 +20,44 @@ import fp8
 import model as models
 
 
-def time_linears(config, device, passes):
+def time_linears(config, device, passes, recipes):
     """Time every kind of linear layer of a configurator.Config's model alone on `device`: a list of dicts.
 
-    passes: forward and backward passes per step. `layer` is an entry for fp8.filter_fqns, `calls` how often it runs in
-    a step; `bf16` (config.dtype, more precisely) and `fp8` are medians of (forward, backward) in ms. `fp8` is None if
-    FP8 cannot take the shape.
+    passes: forward and backward passes per step. recipes: names in fp8.RECIPES to compare with bf16. `layer` is the
+    kind, an entry for fp8.recipes, and `calls` how often it runs in a step. `ms` has the medians of (forward, backward)
+    in ms, by "bf16" (config.dtype, more precisely) and recipe: None if the recipe cannot take the shape.
     """
-    with torch.device("meta"):
-        model = models.Transformer(config.model)
     kinds = Counter((models.layer_kind(fqn), m.out_features, m.in_features, m.bias is not None)
-                    for fqn, m in model.named_modules() if isinstance(m, nn.Linear))
+                    for fqn, m in linear_layers(config).items())
     rows, dtype = [], getattr(torch, config.dtype)
-    unfiltered = replace(config.fp8, enabled=True, filter_fqns=[])
     for (name, n_out, n_in, bias), count in kinds.items():
         pieces = models.calls_per_pass(name, config.loss_chunks)
         tokens = config.micro_batch_size * config.model.block_size // pieces
-        row = {"layer": name, "shape": [n_out, n_in], "tokens": tokens, "calls": count * pieces * passes, "fp8": None}
+        row = {"layer": name, "shape": [n_out, n_in], "tokens": tokens, "calls": count * pieces * passes, "ms": {}}
         x = torch.randn(tokens, n_in, device=device, dtype=dtype, requires_grad=True)
         g = torch.randn(tokens, n_out, device=device, dtype=dtype)
-        for precision in ("bf16", "fp8"):
+        for recipe in (None, *recipes):
+            if recipe and any(n % fp8.RECIPES[recipe].multiple for n in (n_out, n_in, tokens)):
+                row["ms"][recipe] = None
+                continue
             holder = nn.ModuleDict({"linear": nn.Linear(n_in, n_out, bias=bias, device=device, dtype=dtype)})
-            if precision == "fp8":
-                multiple = fp8.RECIPES[fp8.recipe_of(name, unfiltered)].multiple
-                if any(n % multiple for n in (n_out, n_in, tokens)):
-                    continue
-                fp8.convert(holder, unfiltered, shards=0)
+            cfg = replace(config.fp8, enabled=True, filter_fqns=[], recipes={"linear": recipe})
+            fp8.convert(holder, cfg, shards=0)
             torch._dynamo.reset()  # otherwise shapes of the other kinds count against the recompile limit
             linear = torch.compile(holder["linear"]) if config.compile.enabled else holder["linear"]
             inputs = x, *linear.parameters()
             forward = milliseconds(device, linear, x)
             both = milliseconds(device, lambda f, i, g: torch.autograd.grad(f(i[0]), i, g), linear, inputs, g)
-            row[precision] = forward, max(0.0, both - forward)
+            row["ms"][recipe or "bf16"] = forward, max(0.0, both - forward)
         rows.append(row)
     return rows
+
+
+def linear_layers(config):
+    """{name: layer} of the model's linear layers, without memory."""
+    with torch.device("meta"):
+        model = models.Transformer(config.model)
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def milliseconds(device, run, *args, calls=20):
@@ -78,39 +81,52 @@ def milliseconds(device, run, *args, calls=20):
     return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))
 
 
-def gain(row):
-    """ms per step that FP8 saves on the layers of a row (negative: costs); 0 if it cannot take their shape."""
-    return row["calls"] * (sum(row["bf16"]) - sum(row["fp8"])) if row["fp8"] else 0.0
+def gain(row, recipe):
+    """ms per step that a recipe saves on the layers of a row (negative: costs); 0 if it cannot take their shape."""
+    return row["calls"] * (sum(row["ms"]["bf16"]) - sum(row["ms"][recipe])) if row["ms"].get(recipe) else 0.0
 
 
-def not_paying(rows):
-    """The layers that FP8 does not speed up, as entries for fp8.filter_fqns."""
-    return [row["layer"] for row in rows if gain(row) <= 0]
+def best(row):
+    """The recipe with which the layers of a row are fastest; None for bf16."""
+    recipe = max((name for name in row["ms"] if name != "bf16"), key=lambda name: gain(row, name))
+    return recipe if gain(row, recipe) > 0 else None
 
 
 def choose(config, device, passes):
-    """fp8.auto_filter: the layers to leave out beside filter_fqns, timed by rank 0 and the same on every rank."""
+    """fp8.auto_filter: the modules to leave out since their recipes make them no faster, the same on every rank.
+
+    Timed by rank 0. A kind of layer, such as mlp.down, stands for all of them; names of single layers are listed where
+    the same kind pays with one recipe and not with another.
+    """
     chosen = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        chosen = [not_paying(time_linears(config, device, passes))]
+        recipes = {fqn: name for fqn in linear_layers(config) if (name := fp8.recipe_of(fqn, config.fp8))}
+        rows = time_linears(config, device, passes, list(dict.fromkeys(recipes.values())))
+        pays = {(row["layer"], name): gain(row, name) > 0 for row in rows for name in row["ms"]}
+        slow = [fqn for fqn, name in recipes.items() if not pays[models.layer_kind(fqn), name]]
+        mixed = {models.layer_kind(fqn) for fqn in recipes if fqn not in slow}
+        kinds = {fqn: models.layer_kind(fqn) for fqn in slow}
+        chosen = [list(dict.fromkeys(fqn if kind in mixed else kind for fqn, kind in kinds.items()))]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen)
-    return [name for name in chosen[0] if name not in config.fp8.filter_fqns]
+    return chosen[0]
 
 
 def table(rows, step_ms):
-    """The rows of time_linears as text, with the FP8 step time that they predict from a bf16 step of step_ms."""
-    lines = [f"{'layer':<14} {'shape':<16} {'calls':>5}  {'bf16: fwd + bwd ms':>18} {'fp8: fwd + bwd ms':>18}  "
-             "saves per step"]
-    slow, gains = not_paying(rows), [gain(row) for row in rows]
+    """The rows of time_linears as text, with the step times that they predict from a bf16 step of step_ms."""
+    names = list(rows[0]["ms"])
+    lines = [f"{'ms of forward + backward':<32} {'calls':>5}" + "".join(f"  {name:>18}" for name in names)]
     for row in rows:
-        bf16, fp8_ms = ("{:7.3f} + {:7.3f}".format(*row[p]) if row[p] else "not possible" for p in ("bf16", "fp8"))
-        lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<16} {row['calls']:>5}  {bf16:>18} {fp8_ms:>18}  "
-                     f"{gain(row):+8.2f} ms  {'no' if row['layer'] in slow else 'pays'}")
-    every, best = step_ms - sum(gains), step_ms - sum(g for g in gains if g > 0)
-    keys = f"--fp8.filter_fqns='{json.dumps(slow)}'"
-    if len(slow) == len(rows):
+        times = ["{:8.3f} + {:7.3f}".format(*ms) if ms else "not possible" for ms in row["ms"].values()]
+        lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<17} {row['calls']:>5}"
+                     + "".join(f"  {time:>18}" for time in times))
+    lines += ["", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with"]
+    chosen = {row["layer"]: best(row) for row in rows}
+    predicted = {f"{name} wherever it can": sum(gain(row, name) for row in rows) for name in names[1:]}
+    predicted["the fastest for each layer"] = sum(gain(row, chosen[row["layer"]]) for row in rows)
+    lines += [f"  {name}: {step_ms - saved:.1f} ms ({step_ms / (step_ms - saved):.2f}x)"
+              for name, saved in predicted.items()]
+    keys = f'--fp8.recipes="{chosen}"'
+    if not any(chosen.values()):
         keys = "FP8 pays for none of them here: --fp8.enabled=False"
-    return "\n".join([
-        *lines, "", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with FP8 wherever it can: {every:.1f} ms "
-        f"({step_ms / every:.2f}x), where it pays: {best:.1f} ms ({step_ms / best:.2f}x)", keys])
+    return "\n".join([*lines, keys])

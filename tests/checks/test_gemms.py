@@ -1,5 +1,6 @@
 """gemms.py: timings of single layers, what they predict, and fp8.auto_filter."""
 
+import ast
 import json
 import textwrap
 import time
@@ -17,8 +18,9 @@ from model import ModelConfig
 @pytest.fixture
 def rows(monkeypatch):
     """time_linears of a small model on the CPU, with a clock that says what the test wants."""
-    ms = {"attn.qkv": (4, 2), "attn.out": (1, 2), "mlp.gate_up": (8, 4), "mlp.down": (3, 3), "lm_head": (5, 1)}
-    times = iter([t for bf16, low in ms.values() for t in (bf16, 3 * bf16, low, 3 * low)])
+    ms = {"attn.qkv": (4, 2, 3), "attn.out": (1, 2, 3), "mlp.gate_up": (8, 4, 2), "mlp.down": (3, 3, 3),
+          "lm_head": (5, 1, 2)}  # bf16, tensorwise, rowwise
+    times = iter([t for layer in ms.values() for forward in layer for t in (forward, 3 * forward)])
 
     def clock(device, run, *args):
         run(*args)  # it must work, however long it takes
@@ -27,29 +29,54 @@ def rows(monkeypatch):
     monkeypatch.setattr(gemms, "milliseconds", clock)
     config = Config(model=ModelConfig(n_layer=3, n_kv_head=2, vocab_size=256), loss_chunks=2, micro_batch_size=2,
                     fp8=FP8Config(emulate=True), dtype="float32")
-    return gemms.time_linears(config, torch.device("cpu"), passes=4)
+    return gemms.time_linears(config, torch.device("cpu"), 4, ["tensorwise", "rowwise"])
 
 
 def test_every_kind_of_layer_is_timed_as_often_as_a_step_calls_it(rows):
     assert [(row["layer"], row["calls"], row["tokens"]) for row in rows] == [
         ("attn.qkv", 12, 512), ("attn.out", 12, 512), ("mlp.gate_up", 12, 512), ("mlp.down", 12, 512),
         ("lm_head", 8, 256)]
-    assert rows[0]["shape"] == [(6 + 2 * 2) * 32, 192] and rows[0]["bf16"] == (4, 8) and rows[0]["fp8"] == (2, 4)
+    assert rows[0]["shape"] == [(6 + 2 * 2) * 32, 192] and rows[0]["ms"] == {
+        "bf16": (4, 8), "tensorwise": (2, 4), "rowwise": (3, 6)}
 
 
 def test_what_pays_and_what_the_step_becomes(rows):
-    assert [gemms.gain(row) for row in rows] == [12 * 6, 12 * -3, 12 * 12, 0, 8 * 12]
-    assert gemms.not_paying(rows) == ["attn.out", "mlp.down"]
+    assert [gemms.gain(row, "tensorwise") for row in rows] == [12 * 6, 12 * -3, 12 * 12, 0, 8 * 12]
     text = gemms.table(rows, step_ms=1000)
-    assert "wherever it can: 724.0 ms (1.38x), where it pays: 688.0 ms (1.45x)" in text
-    assert """--fp8.filter_fqns='["attn.out", "mlp.down"]'""" in text
+    assert "  tensorwise wherever it can: 724.0 ms (1.38x)\n  rowwise wherever it can: 748.0 ms (1.34x)\n" in text
+    assert "  the fastest for each layer: 616.0 ms (1.62x)\n" in text
+    keys = text.splitlines()[-1]
+    assert keys.startswith('--fp8.recipes="') and ast.literal_eval(keys.partition("=")[2].strip('"')) == {
+        "attn.qkv": "tensorwise", "attn.out": None, "mlp.gate_up": "rowwise", "mlp.down": None, "lm_head": "tensorwise"}
+    slow = [{**row, "ms": {"bf16": (1, 1), "rowwise": (2, 2)}} for row in rows]
+    assert gemms.table(slow, step_ms=1000).endswith("FP8 pays for none of them here: --fp8.enabled=False")
+
+
+@pytest.mark.parametrize("recipes, chosen", [
+    ({}, ["attn.out", "mlp.down"]), ({"attn.out": "rowwise"}, ["attn.out", "mlp.down"]),
+    ({"mlp.down": None}, ["attn.out"]), ({"layers.1": "rowwise"}, ["attn.out", "mlp.down", "layers.1.attn.qkv"])])
+def test_auto_filter_judges_each_layer_by_its_own_recipe(monkeypatch, recipes, chosen):
+    """Rowwise pays for mlp.gate_up and lm_head only."""
+    pays = {"tensorwise": ("attn.qkv", "mlp.gate_up", "lm_head"), "rowwise": ("mlp.gate_up", "lm_head")}
+    timed = []
+
+    def time_linears(config, device, passes, names):
+        timed.append(set(names))
+        return [{"layer": kind, "calls": 1, "ms": {"bf16": (2, 2), **{name: (1 if kind in pays[name] else 2, 2)
+                                                                      for name in names}}}
+                for kind in ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down", "lm_head")]
+
+    monkeypatch.setattr(gemms, "time_linears", time_linears)
+    config = Config(model=ModelConfig(n_layer=2, vocab_size=256), fp8=FP8Config(enabled=True, recipes=recipes))
+    assert gemms.choose(config, torch.device("cpu"), 1) == chosen
+    assert timed == [{"tensorwise"} | set(filter(None, recipes.values()))]
 
 
 def test_a_shape_that_fp8_cannot_take_is_left_out():
     config = Config(model=ModelConfig(n_layer=1, vocab_size=257), dtype="float32", fp8=FP8Config(emulate=True))
-    rows = gemms.time_linears(config, torch.device("cpu"), passes=1)
-    assert rows[-1]["fp8"] is None and rows[0]["fp8"] is not None and "lm_head" in gemms.not_paying(rows)
-    assert "not possible" in gemms.table(rows, 10.0)
+    rows = gemms.time_linears(config, torch.device("cpu"), 1, ["tensorwise"])
+    assert rows[-1]["ms"]["tensorwise"] is None and rows[0]["ms"]["tensorwise"] and gemms.best(rows[-1]) is None
+    assert gemms.gain(rows[-1], "tensorwise") == 0 and "not possible" in gemms.table(rows, 10.0)
 
 
 def test_emulated_fp8_cannot_choose():
@@ -70,7 +97,9 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
             from plumbing.ranks import barrier
             fp8.FP8Config.problems = lambda self: ()
             rank = os.environ.get("RANK", "0")
-            gemms.time_linears = lambda *args: [dict(layer=slow if rank == "0" else "mlp.down", calls=1, fp8=None)]
+            gemms.time_linears = lambda config, device, passes, recipes: [
+                dict(layer=kind, calls=1, ms=dict(bf16=(2, 2), tensorwise=(1 + (kind == slow or rank == "1"), 2)))
+                for kind in ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down")]
             keys = sys.argv[1:]
             for slow, steps in (("attn.out", 3), ("attn.qkv", 6)):
                 sys.argv[1:] = [*keys, f"--max_steps={{steps}}"]
@@ -83,18 +112,20 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
     assert "no faster: attn.out" in done and "fp8: 6 of 9 linear layers converted" in done
     assert "no faster: attn.out" in again and "fp8: 6 of 9" in again
     resuming = next(line for line in again.splitlines() if line.startswith("resuming from"))
-    assert "max_steps=6 instead of 3" in resuming and "filter_fqns" not in resuming
+    assert "max_steps=6 instead of 3" in resuming and "filter_fqns" not in resuming and "recipes" not in resuming
+    assert "layers.*.attn.out      (64, 64)         x2    float32: fp8.auto_filter" in done
     assert list(metrics(tmp_path / "out").train) == [1, 2, 3, 4, 5, 6]
 
 
 def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "train", lambda args, log, program: train_here(*args))
     _, told, _ = main_here(bench.main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={tmp_path}",
-                           "--compile.enabled=False", "--steps=10", "--warmup=5", "--gemms")
+                           "--compile.enabled=False", "--steps=10", "--warmup=5", "--gemms",
+                           "--variants=bf16,rowwise,tensorwise,tensorwise:loss_chunks=2")
     report = json.loads((tmp_path / "gemms.json").read_text())
     assert [row["layer"] for row in report["gemms"]] == ["attn.qkv", "attn.out", "mlp.gate_up", "mlp.down", "lm_head"]
-    assert all(ms > 0 for row in report["gemms"] for p in ("bf16", "fp8") for ms in row[p][:1])
-    assert all(len(row[p]) == 2 for row in report["gemms"] for p in ("bf16", "fp8"))
+    assert all(list(row["ms"]) == ["bf16", "rowwise", "tensorwise"] for row in report["gemms"])
+    assert all(forward > 0 and backward >= 0 for row in report["gemms"] for forward, backward in row["ms"].values())
     assert report["rows"][0]["variant"] == "bf16" and "bf16 step, measured" in told
     assert not (tmp_path / "bench.json").exists()
 
@@ -127,6 +158,7 @@ def test_on_a_gpu_large_layers_pay_and_small_ones_do_not():
     config = Config(model=ModelConfig(n_layer=1, n_embd=4096, n_head=32, n_kv_head=8, head_dim=128, ffn_dim=14336,
                                       vocab_size=256, block_size=8192), fp8=FP8Config())
     config.compile.enabled = True
-    rows = gemms.time_linears(config, torch.device("cuda"), passes=1)
-    assert "mlp.gate_up" not in gemms.not_paying(rows) and "mlp.down" not in gemms.not_paying(rows)
-    assert "lm_head" in gemms.not_paying(rows)  # 256 rows: the casts cost more than the whole matmul
+    rows = gemms.time_linears(config, torch.device("cuda"), 1, ["tensorwise"])
+    best = {row["layer"]: gemms.best(row) for row in rows}
+    assert best["mlp.gate_up"] == best["mlp.down"] == "tensorwise"
+    assert best["lm_head"] is None  # 256 rows: the casts cost more than the whole matmul
