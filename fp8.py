@@ -105,8 +105,8 @@ RECIPES = {
     "tensorwise": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
                          grad_weight=(TENSOR_E5M2, TENSOR_E4M3), gather_rows=1, keep_casts=True),
     "tensorwise_with_gw_hp": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
-                                    grad_weight=None, gather_rows=1),
-    # not gathered in FP8: backward needs the weight in high precision
+                                    grad_weight=None, gather_rows=1, keep_casts=True),
+    # neither gathered in FP8 nor kept: backward reads the weight in high precision
     "tensorwise_forward": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=None, grad_weight=None),
     # without the switch, NaN: https://github.com/pytorch/pytorch/issues/150859
     "rowwise": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, ROW_E4M3), grad_weight=(ROW_E4M3, ROW_E4M3),

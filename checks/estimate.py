@@ -66,10 +66,12 @@ def memory(config, shards, accumulation):
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
 
     activations = size * tokens * saved_values(config, linears)
-    if config.fp8.enabled and config.fp8.keep_casts:  # a byte per input value, and per weight unless gathered in FP8
-        activations += sum(tokens * layer.in_features + (0 if fqn in gathered_fp8 else layer.weight.numel())
-                           for fqn, layer in fp8_linears.items()
-                           if fp8.RECIPES[fp8.recipe_of(fqn, config.fp8)].keep_casts)
+    for fqn, layer in fp8_linears.items() if config.fp8.keep_casts else ():
+        recipe = fp8.RECIPES[fp8.recipe_of(fqn, config.fp8)]
+        if recipe.keep_casts and recipe.grad_weight:
+            activations += tokens * layer.in_features  # a byte for each value of its input
+        if recipe.keep_casts and fqn not in gathered_fp8:
+            activations += layer.weight.numel()
     if (gathered_fp8 and config.compile.enabled and config.activation_checkpoint == "none"
             and not config.fp8.force_recompute_fp8_weight_in_bwd):
         # PyTorch's partitioner saves transposed FP8 copies of the MLP's weights

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import fp8
 import model as models
 from checks import estimate, proof
+from configurator import Config
 from fp8 import FP8Config
 from plumbing.compiling import CompileConfig, compile_and_checkpoint
 from plumbing.errors import RunStopped
@@ -155,7 +156,7 @@ def test_number_of_tokens_that_fp8_cannot_take_is_an_error():
 def test_all_gather_with_a_rowwise_recipe_is_an_error(recipe):
     with pytest.raises(ValueError, match=f"tensorwise_with_gw_hp recipe only, .* here have {recipe}: turn it off"):
         check(emulated(recipe_name=recipe, enable_fsdp_float8_all_gather=True))
-    with pytest.raises(ValueError, match="keep_casts works with the tensorwise recipe only"):
+    with pytest.raises(ValueError, match="keep_casts works with the tensorwise or tensorwise_with_gw_hp recipe only"):
         check(emulated(recipes={"layers": recipe, "lm_head": None}, keep_casts=True))  # tensorwise by name alone
     check(emulated(recipe_name=recipe, recipes={"mlp": "tensorwise"}, enable_fsdp_float8_all_gather=True,
                    keep_casts=True))
@@ -498,6 +499,25 @@ def test_weights_cast_once_give_the_same_gradients_until_they_change(monkeypatch
         fp8.prepare_weights(once, cfg, shards=0)
         assert all(map(torch.equal, gradients(once), gradients(every_pass)))
     assert len(casts) == 2 * len(fp8.float8_linears(once))
+
+
+def test_casts_are_kept_for_the_layers_whose_recipe_reads_them_again_and_the_estimate_knows():
+    """With real FP8: tensorwise keeps inputs and weights, tensorwise_with_gw_hp weights, rowwise nothing."""
+    torch._dynamo.reset()
+    cfg = FP8Config(enabled=True, filter_fqns=["lm_head"], keep_casts=True,
+                    recipes={"mlp.gate_up": "tensorwise_with_gw_hp", "mlp.down": "rowwise"})
+    model = build(cfg, n_layer=1).to(torch.bfloat16)
+    compile_and_checkpoint(model, CompileConfig(enabled=True), "none", cfg.copies)
+    x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch._inductor.config.patch({"cpp.simdlen": REAL_FP8_SIMDLEN}):
+        held = saved_fp8_bytes(model.layers[0](x, model.cos[:64], model.sin[:64]))
+    weights, inputs = 128 * 64 + 64 * 64 + 256 * 64, 2 * 64 * 64
+    assert held == weights + inputs
+    # enough rows that activations make the peak
+    config = Config(model=models.ModelConfig(**{**TINY, "n_layer": 1}), fp8=cfg, micro_batch_size=64)
+    more = estimate.memory(config, 0, 1) - estimate.memory(replace(config, fp8=replace(cfg, keep_casts=False)), 0, 1)
+    assert more * 2**30 == pytest.approx(weights + 64 * inputs)
+    assert "rowwise (emulated), casts not kept" in proof.table(model, replace(cfg, emulate=True), 0.5, shards=0)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from plumbing.compiling import CompileConfig, compile_and_checkpoint
 from plumbing.sharding import plain_local
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+OURS = (*RECIPES, "tensorwise_with_gw_hp", "tensorwise_forward")
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True"]
 GATHER = ["--fp8.enable_fsdp_float8_all_gather=True", "--fp8.precompute_float8_dynamic_scale_for_fsdp=True"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -206,6 +207,7 @@ def sharded(tiny_run, tmp_path_factory):
     runs = {"off": [*base, *GATHER], "on": [*base, *watch], "bf16_gather": [*base, "--fp8.stats_interval=3"],
             "hsdp": [*base, *watch, "--replicas=2"], "compiled_off": compiled,
             "compiled_on": [*compiled, "--fp8.stats_interval=3"],
+            "mixed": [*base, *watch, '--fp8.recipes={"attn": "rowwise", "lm_head": "tensorwise_forward"}'],
             "half": [*base, *watch, "--max_steps=2", "--checkpoint_interval=2"]}
     return run_many(folder, runs, ranks=2), folder, [*base, *watch]
 
@@ -228,6 +230,21 @@ def test_health_of_weights_gathered_in_fp8_is_that_of_weights_cast_after_the_gat
                 assert row[operand]["format"] == expected["format"]
                 assert all(row[operand][key] == pytest.approx(expected[key], rel=1e-4) for key in expected
                            if key != "format")
+
+
+def test_a_run_with_several_recipes_gathers_and_reports_each_layer_as_its_own_recipe_says(sharded):
+    mixed = sharded[0]["mixed"]
+    assert "layers.*.attn.qkv      (128, 64)        x1    fp8 rowwise (emulated), gathered in float32\n" in mixed.text
+    assert "lm_head                (272, 64)        x1    fp8 tensorwise_forward (emulated), gathered in" in mixed.text
+    assert "layers.*.mlp.down      (64, 128)        x1    fp8 tensorwise (emulated)\n" in mixed.text
+    assert "all-gather: fp8, scales precomputed\n" in mixed.text and "fp8: verified, " in mixed.text
+    operands = {fqn: set(row) - {"step", "fp8_layer"} for fqn, row in by_layer(mixed, 1).items()}
+    assert operands["layers.0.mlp.down"] == {"input", "weight", "grad_output"}
+    assert operands["layers.0.attn.qkv"] == {name for name, *_ in telemetry.CASTS}
+    assert operands["lm_head"] == {"input", "weight"}
+    reference = sharded[0]["on"]
+    for step, row in mixed.train.items():
+        assert row["loss"] == pytest.approx(reference.train[step]["loss"], rel=0.05)
 
 
 def test_a_compiled_model_trains_as_the_eager_one_and_has_its_health(sharded):
@@ -490,7 +507,9 @@ def test_self_check_passes_on_a_gpu(recipe):
 
 # dB of y, grad_x, grad_w for normal data, as derived in test_fp8.py: e4m3 gives an operand 31.5, e5m2 25.5, and a
 # product has the noise of both. 3 dB for a bad draw of a small tensor.
-BOUNDS = {"tensorwise": (25.5, 21.5, 21.5), "rowwise": (25.5, 25.5, 25.5), "rowwise_with_gw_hp": (25.5, 25.5, 100.0)}
+BOUNDS = {"tensorwise": (25.5, 21.5, 21.5), "tensorwise_with_gw_hp": (25.5, 21.5, 100.0),
+          "tensorwise_forward": (25.5, 100.0, 100.0), "rowwise": (25.5, 25.5, 25.5),
+          "rowwise_with_gw_hp": (25.5, 25.5, 100.0)}
 
 
 def linear_pass(recipe, x, w, g, emulate=True, compiled=False):
@@ -516,7 +535,7 @@ def draw(seed, device="cpu"):
     return [power * torch.randn(shape, generator=gen).to(device) for shape, power in zip(shapes, powers, strict=True)]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OURS)
 def test_any_shape_and_magnitude_has_the_sqnr_that_the_formats_allow(recipe):
     for seed in range(25):
         tensors = draw(seed)
@@ -720,7 +739,7 @@ def test_documented_figures_are_what_the_code_computes():
     torch.manual_seed(0)
     tensors = torch.randn(512, 256), torch.randn(384, 256), torch.randn(512, 384)
     exact = linear_pass(None, *tensors)
-    for recipe in RECIPES:
+    for recipe in OURS:
         dbs = [sqnr(e, f) for e, f in zip(exact, linear_pass(recipe, *tensors), strict=True)]
         cells = [f"{db:.1f} dB" if db < 100 else "exact" for db in dbs]
         print(recipe, *cells)
