@@ -53,21 +53,20 @@ def read(paths):
     """The questions of files of rows in the published format: dicts of ind, query, endings, label."""
     items = []
     for number, (place, raw) in enumerate(files.rows(paths)):
-        context = ["ctx"] if raw.get("ctx_a") is None else ["ctx_a", "ctx_b"]
-        for name in ("activity_label", *context):
+        for name in ("activity_label", "ctx_a", "ctx_b"):
             if not isinstance(raw.get(name), str):
                 raise UserError(f"{place}: no HellaSwag question: `{name}` is {files.type_of(raw.get(name))}, expected "
                                 "text")
         endings = raw.get("endings")
         if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
             raise UserError(f"{place}: no HellaSwag question: `endings` must be a list of texts")
-        label, indices = str(raw.get("label")).removesuffix(".0"), [str(i) for i in range(len(endings))]
-        if label not in indices:  # published as a string or a number
+        label, indices = str(raw.get("label")), [str(i) for i in range(len(endings))]  # published as either type
+        if label not in indices:
             raise UserError(f"{place}: no HellaSwag question: `label` is {raw.get('label')!r}, expected the index of "
                             f"the right ending, one of {', '.join(indices)}")
-        text = raw["ctx"] if context == ["ctx"] else f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
-        items.append({"ind": raw.get("ind", number), "query": clean(f"{raw['activity_label']}: {text}"),
-                      "endings": [clean(ending) for ending in endings], "label": int(label)})
+        query = clean(f"{raw['activity_label']}: {raw['ctx_a']} {raw['ctx_b'].capitalize()}")
+        items.append({"ind": raw.get("ind", number), "query": query, "endings": list(map(clean, endings)),
+                      "label": int(label)})
     return items
 
 

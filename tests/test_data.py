@@ -686,7 +686,7 @@ def test_shorter_rows_of_a_mixture_are_padded(tmp_path):
     for name, length in (("short", 20), ("long", 50)):
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps({
-            "activity_label": name, "ctx": f"{i:02}", "endings": ["x" * length, "y"], "label": 0}) + "\n"
+            "activity_label": name, "ctx_a": f"{i:02}", "ctx_b": "", "endings": ["x" * length, "y"], "label": 0}) + "\n"
             for i in range(20)))
     cfg = config(tmp_path, *files, format="hellaswag", weights=[1.0, 3.0])
     train, val, _ = data.prepare(cfg, 256, 0)

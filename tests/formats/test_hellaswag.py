@@ -71,11 +71,11 @@ def test_text_is_prepared_by_the_rules_of_the_harness(tmp_path):
                      {"ind": 8, "query": "Dogs: A dog runs.", "endings": ["x", "y"], "label": 0}]
 
 
-def test_fields_that_the_published_rows_always_have_may_be_missing(tmp_path):
-    row = {"activity_label": "A", "ctx": "b c", "ctx_a": None, "endings": ["d", "e"], "label": 1.0}
+def test_a_question_without_an_index_is_counted_and_its_label_may_be_a_number(tmp_path):
+    row = {"activity_label": "A", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": 1}
     (tmp_path / "q.jsonl").write_text(f"{json.dumps(row)}\n\n{json.dumps(row)}\n")
     assert [(q["ind"], q["query"], q["label"]) for q in hellaswag.read([tmp_path / "q.jsonl"])] == [
-        (0, "A: b c", 1), (1, "A: b c", 1)]
+        (0, "A: b C", 1), (1, "A: b C", 1)]
 
 
 @pytest.mark.parametrize("line, told", [

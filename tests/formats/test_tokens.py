@@ -142,3 +142,5 @@ def test_an_eos_that_is_nowhere_is_an_error(tmp_path):
     (tmp_path / "a.bin").write_bytes(IDS.astype("<u2").tobytes())
     with pytest.raises(UserError, match="data.eos_id=60000 is nowhere in data.train"):
         prepare(tmp_path, "a.bin", eos_id=60000)
+    (tmp_path / "a.bin").write_bytes(np.append(IDS, np.ones(len(IDS))).astype("<u2").tobytes())
+    assert prepare(tmp_path, "a.bin", eos_id=99)[1].longest == 16  # the end of the last document is for validation
