@@ -224,23 +224,18 @@ class Template:
             spans = [(0, len(text))]
         else:
             text, spans, n_left_out = self.targets(messages, tools)
-        return *self.encode_text(text, spans), n_left_out
+        # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
+        encoding = self.full.encode_batch([text], add_special_tokens=False)[0]
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        loss = np.zeros(len(begins), bool)
+        for begin, end in spans:
+            loss |= (ends > begin) & (begins < end)
+        return self.real_ids[encoding.ids], loss, n_left_out
 
     def end_of_reply(self):
         """The id of the special token that follows the assistant's words, or None."""
         special = self.marked_special.search(self.ending)
         return special and self.tokenizer.specials[special[0].removeprefix(SPECIAL)]
-
-    def encode_text(self, text, spans=()):
-        """(ids, loss) of text without other marks than SPECIAL. spans: (begin, end) of what is trained on in it."""
-        # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
-        encoding = self.full.encode_batch([text], add_special_tokens=False)[0]
-        ids = self.real_ids[encoding.ids]
-        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        loss = np.zeros(len(ids), bool)
-        for begin, end in spans:
-            loss |= (ends > begin) & (begins < end)
-        return ids, loss
 
     def protect(self, value):
         """A copy of messages or tools in which a BREAK follows each character of a special token's text."""

@@ -145,8 +145,8 @@ def build(folder, train, val, cfg, tokenizer):
 
     folder.mkdir(exist_ok=True)
     index, counts, waiting, sizes = folder / "index.json", Counter(), {"train": [], "val": []}, Counter()
-    found = json.loads(index.read_text()) if index.is_file() else {"pieces": 0, "shards": {}}
-    n_done, shards = found["pieces"], found["shards"]  # {name: hash}
+    earlier = json.loads(index.read_text()) if index.is_file() else {"pieces": 0, "shards": {}}
+    n_done, shards = earlier["pieces"], earlier["shards"]  # {name: hash}
 
     def write_shards():
         for split, arrays in waiting.items():
