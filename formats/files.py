@@ -96,15 +96,14 @@ def find_files(patterns, kinds=frozenset(TEXT), *, held_out=False, skip=""):
     for pattern in patterns:
         if not pattern.strip():
             raise UserError(f"data: {pattern!r} is an empty entry (an unset variable?): name a file, folder or glob")
-        path, named, around = Path(pattern).expanduser(), [], []
-        for match in [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True))):
-            if match.is_dir():
-                around += walk(match, {Path(skip).resolve()} if skip else set())
-            elif match.is_file() and (match == path or path.suffix == match.suffix != ""):  # "*.csv", but not "*"
-                check_named_file(match, kinds)
-                named.append(match)
-            else:
-                around.append(match)
+        path = Path(pattern).expanduser()
+        matches = [path] if path.exists() else list(map(Path, sorted(glob.glob(str(path), recursive=True))))
+        # a file is named by its path, and by "*.csv", but not by "*"
+        named = [p for p in matches if p.is_file() and (p == path or p.suffix == path.suffix != "")]
+        for p in named:
+            check_named_file(p, kinds)
+        visited = {Path(skip).resolve() if skip else None}
+        around = [p for match in matches if match not in named for p in walk(match, visited)]
         found = named + of_split([p for p in around if is_data(p, kinds)], held_out)
         others = sorted(set(around).difference(found))
         if not found:
@@ -117,16 +116,14 @@ def find_files(patterns, kinds=frozenset(TEXT), *, held_out=False, skip=""):
     return list(files.values()), [p for real, p in unused.items() if real not in files]
 
 
-def walk(folder, visited):
+def walk(path, visited):
     """Yield the files below a folder, sorted, without hidden ones. Links are followed, each folder is visited once."""
-    if folder.resolve() in visited:
-        return
-    visited.add(folder.resolve())
-    for path in sorted(folder.glob("[!.]*")):
-        if path.is_dir():
-            yield from walk(path, visited)
-        else:
-            yield path
+    if not path.is_dir():
+        yield path
+    elif path.resolve() not in visited:
+        visited.add(path.resolve())
+        for inner in sorted(path.glob("[!.]*")):
+            yield from walk(inner, visited)
 
 
 def of_split(paths, held_out):
