@@ -60,11 +60,12 @@ class Config:
     resume: Literal["auto", "never", "must"] = "auto"  # from the checkpoint in out_dir: if there is one, never, always
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, activations and gradients
-    replicas: int = 1  # HSDP: copies of the sharded model; must divide the number of ranks
+    replicas: int = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node
     shard_one_rank: bool = False  # run FSDP2 on a single rank too, which takes 7 to 17% of the step
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradient reduction over ranks; bfloat16: half the bytes
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recompute in backward: cheap ops, or all
+    timeout_minutes: float = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
     check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU
     flash4: bool | None = None  # attention by FlashAttention 4: True: or fail, False: never, None: where installed
     cuda_graph: bool = False  # record a pass as one CUDA graph: small models, one GPU; its memory stays reserved
@@ -76,12 +77,15 @@ class Config:
 
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas", "loss_chunks"):
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "loss_chunks"):
             if getattr(self, name) < 1:
                 yield {name}, f"{name}={getattr(self, name)} must be at least 1"
-        for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep"):
+        for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep",
+                     "replicas"):
             if getattr(self, name) < 0:
                 yield {name}, f"{name}={getattr(self, name)} must not be negative"
+        if self.timeout_minutes <= 0:
+            yield {"timeout_minutes"}, f"timeout_minutes={self.timeout_minutes} must be positive"
         if self.seed >= 2**40:  # times a million it has to fit into 64 bits
             yield {"seed"}, f"seed={self.seed} must be below 2**40"
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):

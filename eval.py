@@ -83,6 +83,7 @@ class HellaSwag:
                 logits = model(torch.from_numpy(x).to(device))[rows, columns]  # (targets of all endings, V)
             targets = torch.from_numpy(y[rows, columns]).to(device)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            ranks.watchdog.progress()
             if mine < len(batches):  # else another rank has this batch, and this pass only joins the collectives
                 sums.index_add_(0, torch.tensor(batch)[rows].to(device), -losses.double())
         reshard(model)
@@ -133,6 +134,7 @@ class Evaluation:
             x, y, documents = data.on_device(*batch, self.rows, ranks.device)
             totals[0] += model(x, y, config.loss_chunks, *documents)
             totals[1] += (y != IGNORE).sum()
+            ranks.watchdog.progress()
         reshard(model)
         loss, n_targets = ranks.sum(totals).tolist()
         loss /= max(1, n_targets)
@@ -172,7 +174,7 @@ def main():
         mistakes.append(f"--out={out}: name a writable file in a folder that exists")
     if mistakes:
         raise UserError("\n".join(mistakes))
-    with ranks.main_first():
+    with ranks.node_first():
         path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
     questions = hellaswag.read([Path(path)])[: args.limit or None]
     if not questions:

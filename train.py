@@ -10,6 +10,7 @@
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -33,8 +34,9 @@ from plumbing import cudagraph, entry, logs
 from plumbing.compiling import check_compiler, compile_and_checkpoint
 from plumbing.disk import check_shared, replace_text
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import device_mesh, find_ranks, join_process_group
+from plumbing.ranks import device_mesh, find_ranks, from_launcher, join_process_group
 from plumbing.sharding import plain_local
+from plumbing.stopping import StopSignals
 
 
 def main():
@@ -61,20 +63,26 @@ def main():
         raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of micro_batch_size x ranks "
                         f"= {config.micro_batch_size} x {world_size} = {rows_per_pass}")
     accumulation = config.global_batch_size // rows_per_pass  # forward passes per optimizer step
-    if world_size % config.replicas:
-        raise UserError(f"replicas={config.replicas} must divide the number of ranks, {world_size}")
+    replicas = config.replicas or ranks.n_nodes
+    if world_size % replicas:
+        raise UserError(f"replicas={replicas} must divide the number of ranks, {world_size}")
     # Ranks that share one copy of the weights. 0: no FSDP2, whose copies cost a single rank 7 to 17% of the step.
-    n_shards = world_size // config.replicas if world_size > 1 or config.shard_one_rank else 0
+    n_shards = world_size // replicas if world_size > 1 or config.shard_one_rank else 0
     if n_shards:
-        join_process_group(ranks)
+        join_process_group(ranks, config.timeout_minutes)
         check_shared("out_dir", out_dir)
+    ranks.watch(config.timeout_minutes)
 
     hardware = f"CPU with {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
+    if replicas > 1:
+        say(f"HSDP: {replicas} replicas on {ranks.n_nodes} nodes, each sharded over {n_shards} ranks; --replicas=1 "
+            "shards one over all")
     logs.check_unused(out_dir)
-    resume_from = checkpoint.last_good(out_dir, say) if config.resume != "never" else None
+    restarted = from_launcher("TORCHELASTIC_RESTART_COUNT", 0) > 0  # by torchrun --max-restarts: it goes on
+    resume_from = checkpoint.last_good(out_dir, say) if config.resume != "never" or restarted else None
     newest_checkpoint = checkpoint.latest(out_dir)
     if config.resume == "must" and resume_from is None:
         raise UserError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
@@ -104,7 +112,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------------
     # 2) data: rows of tokens, whatever their format
 
-    with ranks.main_first():
+    with ranks.node_first():
         train_rows, val_rows, encoding = data.prepare(config.data, config.model.block_size, config.seed)
         evaluate = Evaluation(config, val_rows, encoding, ranks)
     models.check_ids(config.model, max(train_rows.largest, evaluate.largest))
@@ -149,7 +157,7 @@ def main():
     gib, host_gib = estimate.check_memory(step_config, n_shards, accumulation, device)
     compile_and_checkpoint(model, config.compile, config.activation_checkpoint, config.fp8.copies)
     if n_shards:
-        mesh = device_mesh(ranks, config.replicas)
+        mesh = device_mesh(ranks, replicas)
         policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, config.reduce_dtype))
         for block in model.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=policy)
@@ -258,6 +266,7 @@ def main():
     timer = logs.StepTimer(ranks, start_step, previous_run["time_s"], max_steps=config.max_steps,
                            tokens=tokens_per_step, flops=flops_per_token, peak_flops=peak_flops)
     n_skipped = 0  # updates since the last log line
+    signals = StopSignals()
     for step in range(start_step + 1, config.max_steps + 1):
         first, last = step == start_step + 1, step == config.max_steps
         batch = micro_batches(step)
@@ -274,6 +283,7 @@ def main():
             loss += run_pass(*micro_batch, n_targets)
             if accumulation > 1:
                 optimizer.accumulate()
+        signals.share()
         loss, grad_norm = ranks.sum(loss) / n_targets, optimizer.grad_norm()
         lr = get_lr(config.optim, step, config.max_steps)
         saver.before_update()
@@ -281,10 +291,12 @@ def main():
         fp8.prepare_weights(model, config.fp8, shards=n_shards)
         progress.update()
         timer.end_step(step)
+        ranks.watchdog.progress(step)
+        stop = None if last else signals.wait()
 
-        logs_now = first or last or step % config.log_interval == 0  # the first also compiles AdamW
-        evaluates_now = config.eval_interval and (last or step % config.eval_interval == 0)
-        saves_now = config.checkpoint_interval and (last or step % config.checkpoint_interval == 0)
+        logs_now = first or last or stop or step % config.log_interval == 0  # the first also compiles AdamW
+        evaluates_now = config.eval_interval and (last or not stop and step % config.eval_interval == 0)
+        saves_now = config.checkpoint_interval and (last or stop or step % config.checkpoint_interval == 0)
         if (logs_now or evaluates_now or saves_now) and (bad := guard.take()):
             n_skipped += bad.skipped
             bad_batch = micro_batches(bad.step)
@@ -311,8 +323,15 @@ def main():
                     say(f"step {step}/{config.max_steps} | {result}")
                 if saves_now:
                     saver.save(step, {**record, "time_s": seconds})
+        if stop:
+            break
     progress.close()
     saver.finish()
+    signals.restore()
+    if stop:
+        resume = " with --resume=auto" if config.resume == "never" else ""
+        say(f"stopped by {stop.name} after step {step}/{config.max_steps}, "
+            f"{f'saved: the same command{resume} goes on' if saves_now else 'not saved, as checkpoint_interval=0'}")
 
     # ------------------------------------------------------------------------------------------------------------
     # 7) plots and a summary
@@ -324,11 +343,14 @@ def main():
             say(f"fp8 health of every layer: {health_plot}")
         if not config.eval_interval:
             result = f"training loss {loss:.4f} nats per token"
-        say(f"done: {config.max_steps} steps, {config.max_steps * tokens_per_step:,} tokens in "
-            f"{timer.seconds / 60:.1f} min, {result}; curves in {out_dir / 'loss.png'}, metrics in "
-            f"{out_dir / 'metrics.jsonl'}")
-        if config.checkpoint_interval:
-            say(f"sample from it: python sample.py --from={out_dir}")
+        if not stop:
+            say(f"done: {config.max_steps} steps, {config.max_steps * tokens_per_step:,} tokens in "
+                f"{timer.seconds / 60:.1f} min, {result}; curves in {out_dir / 'loss.png'}, metrics in "
+                f"{out_dir / 'metrics.jsonl'}")
+            if config.checkpoint_interval:
+                say(f"sample from it: python sample.py --from={out_dir}")
+    ranks.watchdog.stop()
+    return 130 if stop == signal.SIGINT else 0
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import gc
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import process_rank
+from plumbing.ranks import fails_first, speaker
+from plumbing.stopping import SIGNALS
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # these errors name no file
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
@@ -44,17 +44,20 @@ def as_expected(error):
     if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED and error.filename):
         place = error.filename or "the disk"
         return UserError(f"{place}: {error.strerror}: name another path, or make this one usable")
+    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+        return RunStopped(f"lost the connection to another rank, which has ended or is stuck ({str(error)[:200]})")
     return error if isinstance(error, (UserError, RunStopped)) else None
 
 
 def run(main):
     """Call main(), print an expected error as one message, and set the exit status.
 
-    UserError: the user's mistake, exit status 2; a full disk, or a path that the operating system refuses, counts as
-    one. RunStopped: a run that must not go on, exit status 1. Anything else is a bug: it passes through, and Python
-    prints its traceback and exits with status 1.
+    main: a function that returns an exit status; None is 0. UserError: the user's mistake, exit status 2; a full disk,
+    or a path that the operating system refuses, counts as one. RunStopped: a run that must not go on, exit status 1.
+    Anything else is a bug: it passes through, and Python prints its traceback and exits with status 1. Of several
+    ranks, the one that fails first prints.
     """
-    rank, interrupted = process_rank(), False
+    interrupted = False
 
     def interrupt(*_):
         nonlocal interrupted
@@ -63,23 +66,24 @@ def run(main):
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        main()
+        status = main()
     except SystemExit:
         raise
     except BaseException as error:
+        for number in SIGNALS:  # torchrun now ends the ranks
+            signal.signal(number, signal.SIG_DFL)
+        first, expected = fails_first(), as_expected(error)
         if interrupted:  # libraries turn a KeyboardInterrupt into other exceptions: torch.distributed.checkpoint does
-            if rank == 0:
+            if first:
                 print("interrupted", file=sys.stderr)
             sys.exit(130)
-        if rank > 0:
-            # Usually all ranks fail for the same reason, and only rank 0 should print it. torchrun ends every rank
-            # when the first one exits, so the others let rank 0 finish. Still alive after 10 s: rank 0 did not fail,
-            # and the error is this rank's own.
+        if not first:  # the first one prints and exits, then torchrun ends this one
             time.sleep(10)
-        expected = as_expected(error)
-        if expected is None:
+        elif expected is None:
             raise
-        speaker = Path(sys.argv[0]).name + (f": rank {rank}" if rank else "")
-        print(f"{speaker}: {expected}", file=sys.stderr, flush=True)
+        else:
+            print(f"{speaker()}: {expected}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(expected, UserError) else 1)
     leave()  # not after an error: it would wait for ranks that are stuck in a collective
+    if status:
+        sys.exit(status)

@@ -1,11 +1,14 @@
 """The processes of a run: torchrun's ranks, one device each."""
 
 import contextlib
+import functools
 import os
+import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 from plumbing.errors import UserError
+from plumbing.stopping import STARTUP, Watchdog
+
+PREPARATION = 6 * 3600  # seconds that ranks wait while others tokenize or download
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,9 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0  # among those of its node
+    n_nodes: int = 1
+    watchdog: Watchdog = field(default_factory=Watchdog, compare=False)
 
     @property
     def is_main(self):
@@ -35,13 +44,24 @@ class Ranks:
         return tensor
 
     @contextlib.contextmanager
-    def main_first(self):
-        """Rank 0 runs the block before the others, which then find on disk what it has downloaded or tokenized."""
-        if not self.is_main:
-            barrier()
+    def node_first(self):
+        """One rank of each node runs the block before the others, which then find on disk what it has made.
+
+        A folder of downloads or tokens may be each node's own, or one for all. The ranks wait for up to six hours.
+        """
+        self.watchdog.grace = PREPARATION
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PREPARATION)) if self.world_size > 1 else None
+        if self.local_rank > 0:
+            dist.barrier(group)
         yield
-        if self.is_main:
-            barrier()
+        if group and self.local_rank == 0:
+            dist.barrier(group)
+        self.watchdog.grace = STARTUP
+
+    def watch(self, timeout_minutes):
+        """Start the watchdog, if there is a launcher: other ranks and its store."""
+        if "RANK" in os.environ:
+            self.watchdog.start(shared_store(), self.rank, self.world_size, 60 * timeout_minutes)
 
     def say(self, text):
         """Print a line on rank 0, above a progress bar if there is one."""
@@ -56,36 +76,81 @@ class Ranks:
         return time.perf_counter()
 
 
+def from_launcher(name, default):
+    """A number that torchrun has put into the environment."""
+    return int(os.environ.get(name, default))
+
+
 def process_rank():
     """This process's rank, 0 without torchrun: for what runs before, or without, a Ranks."""
-    return int(os.environ.get("RANK", 0))
+    return from_launcher("RANK", 0)
 
 
 def find_ranks(device="auto"):
     """The Ranks of this process, by torchrun's environment variables; makes a GPU the current device.
 
-    device: "auto" (cuda if there is a GPU), "cuda" or "cpu". Raises UserError if the rank has no GPU.
+    device: "auto" (cuda if there is a GPU), "cuda" or "cpu". Raises UserError if the rank has no GPU, if some of the
+    variables are missing, or if nodes have different numbers of ranks.
     """
-    rank, world_size = process_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        raise UserError(f"the environment has RANK or WORLD_SIZE, but no {', '.join(missing)}: start with torchrun, "
+                        "which sets them all, or unset RANK and WORLD_SIZE for a run of one rank")
+    rank, world_size, local_rank = process_rank(), from_launcher("WORLD_SIZE", 1), from_launcher("LOCAL_RANK", 0)
+    per_node = from_launcher("LOCAL_WORLD_SIZE", world_size)
+    n_nodes = from_launcher("GROUP_WORLD_SIZE", world_size // per_node)
+    if n_nodes * per_node != world_size:
+        raise UserError(f"{per_node} of {world_size} ranks are on {socket.gethostname()}, which is one of {n_nodes} "
+                        "nodes: start the same number of ranks on each (torchrun --nproc-per-node)")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
     if device == "cpu" or not torch.cuda.is_available():
-        return Ranks(rank, world_size, torch.device("cpu"))
-    gpu, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if gpu >= n_gpus:
-        raise UserError(f"a rank for GPU {gpu}, but there are {n_gpus}: start no more ranks than there are GPUs "
+        return Ranks(rank, world_size, torch.device("cpu"), local_rank, n_nodes)
+    if local_rank >= (n_gpus := torch.cuda.device_count()):
+        raise UserError(f"a rank for GPU {local_rank}, but there are {n_gpus}: start no more ranks than there are GPUs "
                         "(torchrun --nproc-per-node)")
-    torch.cuda.set_device(gpu)
-    return Ranks(rank, world_size, torch.device("cuda", gpu))
+    torch.cuda.set_device(local_rank)
+    return Ranks(rank, world_size, torch.device("cuda", local_rank), local_rank, n_nodes)
 
 
-def join_process_group(ranks):
-    """Start torch.distributed among the ranks of torchrun, or with this process alone. A running group is kept."""
+@functools.cache
+def shared_store():
+    """The key-value store of all ranks: torchrun's, which is there before them. Raises UserError if it is not there.
+
+    torchrun keeps it when it restarts the ranks, with the addresses of those that are gone: hence the prefix.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    except dist.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the ranks cannot meet at {place}: {error}. Name the address of node 0 and a free port of it "
+                        "(torchrun --master-addr, --master-port)") from error
+    return dist.PrefixStore(f"start_{from_launcher('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def fails_first():
+    """Whether no other rank has failed before this one, as far as they can tell each other."""
+    alone = not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return alone or "RANK" not in os.environ or shared_store().add("failed", 1) == 1
+
+
+def speaker():
+    """Who prints an error: the script, and where there are several nodes the rank and its host."""
+    where = f": rank {process_rank()} on {socket.gethostname()}" if from_launcher("GROUP_WORLD_SIZE", 1) > 1 else ""
+    return Path(sys.argv[0]).name + where
+
+
+def join_process_group(ranks, timeout_minutes=10.0):
+    """Start torch.distributed among the ranks of torchrun, or with this process alone. A running group is kept.
+
+    timeout_minutes: beside the watchdog's patience, which is shorter, so that it is the one to say who is stuck.
+    """
     if not dist.is_initialized():
-        address = "env://" if "RANK" in os.environ else "tcp://localhost:0"  # port 0: any that is free
-        dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", address,
+        store = shared_store() if "RANK" in os.environ else dist.HashStore()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", store=store,
                                 rank=ranks.rank, world_size=ranks.world_size,
-                                timeout=timedelta(hours=6))  # ranks wait while rank 0 tokenizes
+                                timeout=timedelta(minutes=timeout_minutes, seconds=2 * STARTUP))
 
 
 def device_mesh(ranks, replicas=1):

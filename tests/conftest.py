@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import model as models
 import train
 from formats.tokenizer import Tokenizer
 from plumbing import entry, logs
+from plumbing.stopping import SIGNALS
 
 torch.set_num_threads(1)  # matrices of 64 x 128 gain nothing from a second thread, whose waiting costs the other worker
 REPO = Path(__file__).parent.parent
@@ -94,6 +96,9 @@ def train_here(*args):
         sys.argv = before
         if dist.is_initialized():
             dist.destroy_process_group()
+        signal.set_wakeup_fd(-1)  # what a run that failed has left
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         torch.use_deterministic_algorithms(False)
 
 

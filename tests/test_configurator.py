@@ -389,14 +389,14 @@ def test_every_wrong_type_of_a_file_is_reported(file):
 # values that do not go together
 
 
-@pytest.mark.parametrize("name", ["max_steps", "global_batch_size", "micro_batch_size", "log_interval", "replicas",
+@pytest.mark.parametrize("name", ["max_steps", "global_batch_size", "micro_batch_size", "log_interval",
                                   "loss_chunks"])
 def test_zero_is_refused_where_it_makes_no_sense(name):
     assert errors_of(f"--{name}=0") == [f"{name}=0 must be at least 1"]
 
 
 @pytest.mark.parametrize("name", ["seed", "eval_interval", "eval_sequences", "eval_hellaswag_items",
-                                  "checkpoint_interval", "keep"])
+                                  "checkpoint_interval", "keep", "replicas"])
 def test_zero_has_a_meaning_and_less_has_none(name):
     assert getattr(load([f"--{name}=0"]), name) == 0
     assert errors_of(f"--{name}=-1") == [f"{name}=-1 must not be negative"]

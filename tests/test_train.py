@@ -911,32 +911,6 @@ def test_diverged_training_stops_and_says_so(tiny_run, tmp_path):
     assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("moment", ["training", "saving"])
-def test_interrupt_ends_without_a_traceback(tiny_run, tmp_path, moment):
-    """Also within torch.distributed.checkpoint, which wraps the KeyboardInterrupt in an exception of its own."""
-    place = {"training": "train.data.Loader.batch",
-             "saving": "torch.distributed.checkpoint.FileSystemWriter.write_data"}
-    script = tmp_path / "interrupted.py"
-    script.write_text(textwrap.dedent(f"""
-            import os, signal, sys
-            sys.path.insert(0, {str(REPO)!r})
-            import torch
-            import train
-            from plumbing import entry
-            calls, old = [], {place[moment]}
-            def interrupted(self, *args):
-                calls.append(1)
-                if len(calls) == 2:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return old(self, *args)
-            {place[moment]} = interrupted
-            entry.run(train.main)
-            """))
-    done = run(script, *tiny_run, f"--out_dir={tmp_path / 'out'}", check=False)
-    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (130, "interrupted")
-    assert "Traceback" not in done.stderr
-    assert len(list((tmp_path / "out").glob("checkpoints/step_*3"))) == (moment == "saving")
-
 
 @pytest.mark.parametrize("reshards, gathers", [(False, 1), (True, 4)], ids=["kept", "freed"])
 def test_kept_weights_are_gathered_once_for_all_passes_of_a_step(reshards, gathers, tiny_run, tmp_path, monkeypatch):

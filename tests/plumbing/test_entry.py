@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from configurator import load
 from plumbing import entry
-from plumbing.errors import RunStopped
+from plumbing.errors import RunStopped, UserError
 
 
 def test_a_users_mistake_is_one_message_and_exit_status_2(tmp_path):
@@ -101,18 +101,41 @@ def test_a_full_disk_is_reported_and_what_is_not_about_a_path_is_a_bug(error, me
     assert not message or done.value.code == 2 and capsys.readouterr().err.startswith(message)
 
 
-@pytest.mark.parametrize("error, waits", [(CheckpointException("save", {0: (OSError(5, "I/O"), None)}), [10]),
-                                          (TypeError("a bug"), [10]), (SystemExit(3), [])])
-def test_other_ranks_wait_before_a_traceback_too(error, waits, monkeypatch):
+@pytest.mark.parametrize("first, error, status, printed", [
+    (True, TypeError("a bug"), None, ""), (False, TypeError("a bug"), 1, ""),
+    (False, CheckpointException("save", {0: (OSError(5, "I/O"), None)}), 1, ""), (False, UserError("no"), 2, ""),
+    (True, UserError("no"), 2, "train.py: no\n"),
+    (True, RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection reset"), 1, "train.py: lost the connection to")])
+def test_the_first_rank_that_fails_prints_and_the_others_wait_to_be_ended(first, error, status, printed, monkeypatch,
+                                                                          capsys):
     def main():
         raise error
 
     waited = []
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
+    monkeypatch.setattr(entry, "fails_first", lambda: first)
     monkeypatch.setattr(entry.time, "sleep", waited.append)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error) if status is None else SystemExit) as done:
         entry.run(main)
-    assert waited == waits
+    assert waited == ([] if first else [10]) and getattr(done.value, "code", None) == status
+    err = capsys.readouterr().err
+    assert err.startswith(printed) and bool(err) == bool(printed)
+
+
+def test_on_several_nodes_a_message_names_rank_and_host(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr("socket.gethostname", lambda: "node7")
+    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
+    with pytest.raises(SystemExit):
+        entry.run(lambda: load(["--max_steps=x"]))
+    assert capsys.readouterr().err == "train.py: rank 9 on node7: --max_steps=x: expected int\n"
+
+
+def test_main_may_return_an_exit_status():
+    with pytest.raises(SystemExit) as done:
+        entry.run(lambda: 130)
+    assert done.value.code == 130
 
 
 def test_arguments_of_scripts_without_a_config_are_reported_in_one_line():
@@ -144,18 +167,6 @@ def test_an_interrupt_ends_quietly_whatever_a_library_makes_of_it(capsys, become
     with pytest.raises(SystemExit) as done:
         entry.run(main)
     assert (done.value.code, capsys.readouterr().err) == (130, "interrupted\n")
-
-
-@pytest.mark.parametrize("rank, waits, speaker", [("0", [], ""), ("1", [10], "rank 1: ")])
-def test_other_ranks_leave_the_word_to_rank_0_and_speak_up_if_it_has_none(rank, waits, speaker, monkeypatch, capsys):
-    waited = []
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(entry.time, "sleep", waited.append)
-    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
-    with pytest.raises(SystemExit) as done:
-        entry.run(lambda: load(["--max_steps=x"]))
-    assert (done.value.code, waited) == (2, waits)
-    assert capsys.readouterr().err == f"train.py: {speaker}--max_steps=x: expected int\n"
 
 
 def test_a_process_group_is_destroyed_at_the_end_and_left_alone_after_an_error(tmp_path):

@@ -119,19 +119,28 @@ def test_a_replaced_path_is_whole_or_what_it_was(tmp_path, kind):
 
 
 def test_ranks_and_devices_are_those_of_torchrun(monkeypatch):
-    assert find_ranks("cpu") == Ranks(0, 1, torch.device("cpu"))
+    assert find_ranks("cpu") == Ranks(0, 1, torch.device("cpu"), 0, 1)
     monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="no WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start"):
+        find_ranks()
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_ranks("auto") == Ranks(5, 8, torch.device("cpu")) and not find_ranks("auto").is_main
+    assert find_ranks("auto") == Ranks(5, 8, torch.device("cpu"), 1, 4) and not find_ranks("auto").is_main
     with pytest.raises(UserError, match="device=cuda, but torch finds no GPU"):
         find_ranks("cuda")
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert find_ranks("auto") == find_ranks("cuda") == Ranks(5, 8, torch.device("cuda", 1)) and current == [1, 1]
+    assert find_ranks("auto") == find_ranks("cuda") == Ranks(5, 8, torch.device("cuda", 1), 1, 4) and current == [1, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="a rank for GPU 2, but there are 2: start no more ranks than there are GPUs"):
+        find_ranks()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # as torchrun says: other nodes have 3 ranks
+    with pytest.raises(UserError, match="2 of 8 ranks are on .* one of 3 nodes: start the same number"):
+        find_ranks()
 
 
 def test_metrics_of_a_killed_run_are_read_and_continued_at_any_step(tmp_path):
