@@ -122,7 +122,7 @@ def tokenize(paths, template, train_on, limit):
     counts, samples, unused, roles = Counter(), [], {}, {}
     rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _, ((ids, loss, n_left_out), ignored, speakers) in in_order(pool, encode, rows, 4 * os.cpu_count()):
+        for (ids, loss, n_left_out), ignored, speakers in in_order(pool, encode, rows, 4 * os.cpu_count()):
             unused |= dict.fromkeys(ignored)
             roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)
             counts["messages the template drops"] += n_left_out

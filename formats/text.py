@@ -115,15 +115,14 @@ def batches(stream):
 
 
 def in_order(pool, function, items, n_ahead):
-    """Yield (item, function(item)) in order, computed by a pool, n_ahead at once."""
+    """Yield function(item) in order, computed by a pool, n_ahead at once."""
     running = deque()
     for item in items:
-        running.append((item, pool.submit(function, item)))
+        running.append(pool.submit(function, item))
         if len(running) > n_ahead:
-            item, future = running.popleft()
-            yield item, future.result()
-    for item, future in running:
-        yield item, future.result()
+            yield running.popleft().result()
+    for future in running:
+        yield future.result()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -139,9 +138,9 @@ def build(folder, train, val, cfg, tokenizer):
     eos, nothing = np.array([tokenizer.eos], dtype), np.array([], dtype)
 
     def encode(batch):
-        return [np.concatenate([bos if piece.starts else nothing,
-                                encode_behind(tokenizer, piece.context, piece.text).astype(dtype),
-                                eos if piece.ends else nothing]) for _, piece in batch]
+        return [(split, np.concatenate([bos if piece.starts else nothing,
+                                        encode_behind(tokenizer, piece.context, piece.text).astype(dtype),
+                                        eos if piece.ends else nothing])) for split, piece in batch]
 
     folder.mkdir(exist_ok=True)
     index, counts, waiting, sizes = folder / "index.json", Counter(), {"train": [], "val": []}, Counter()
@@ -167,8 +166,8 @@ def build(folder, train, val, cfg, tokenizer):
     with ThreadPoolExecutor(workers) as pool, bar:  # threads are enough: tokenizers release the GIL
         stream = pieces(train, val, cfg, tokenizer, counts, bar)
         deque(itertools.islice(stream, n_done), maxlen=0)  # skip what an earlier run has done
-        for batch, arrays in in_order(pool, encode, batches(stream), 2 * workers):
-            for (split, _), ids in zip(batch, arrays, strict=True):
+        for batch in in_order(pool, encode, batches(stream), 2 * workers):
+            for split, ids in batch:
                 waiting[split].append(ids)
                 sizes[split] += len(ids)
             n_done += len(batch)

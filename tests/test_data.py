@@ -254,7 +254,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         written = 0
         stream = text_format.pieces(["a"], [], DataConfig(), BYTES, counts, None)
-        for batch, _ in text_format.in_order(pool, len, text_format.batches(stream), n_ahead):
+        for batch in text_format.in_order(pool, list, text_format.batches(stream), n_ahead):
             written += sum(len(piece.text) for _, piece in batch)
             assert read[0] - written < (n_ahead + 6) * 2000  # characters that are held
     assert written == 500 * 1000 and counts["documents"] == 1
@@ -483,7 +483,7 @@ def test_a_killed_run_is_carried_on_from_its_shards(tmp_path, monkeypatch, n_bat
         for i, item in enumerate(items):
             if i == n_batches:
                 raise Killed
-            yield item, function(item)
+            yield function(item)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(text_format, "in_order", batches_until_killed)
