@@ -7,8 +7,6 @@ before any slow step. A new knob is one line in a dataclass, whose comment is it
 
 import copy
 import inspect
-import itertools
-import json
 import os
 import re
 import runpy
@@ -138,13 +136,12 @@ def load(argv, own=None):
     switches = {"--help", "--print_config"}  # flags that take no value
     switches |= {f"--{f.name}" for _, section in parts for f in fields(section) if f.type is bool}
     flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
-    files = [arg for previous, arg in itertools.pairwise(["", *argv])
-             if not arg.startswith("-") and not awaits_value(previous, switches)]
+    files = [arg for arg in argv if not arg.startswith("-")]
 
-    config, errors = Config(), [f"{arg}: write --{arg}" for arg in files if "=" in arg and not Path(arg).exists()]
-    if not errors and len(files) > 1:
+    config, errors = Config(), []
+    if len(files) > 1:
         errors = [f"{' '.join(files)}: one config file at most"]
-    elif not errors and files:
+    elif files:
         try:
             config = read_file(files[0])
         except UserError as error:
@@ -164,11 +161,6 @@ def load(argv, own=None):
     if "--print_config" in argv:
         print_and_exit(to_python(config).rstrip())
     return config
-
-
-def awaits_value(flag, switches):
-    """Whether the word behind `flag` was meant as its value, as in `--max_steps 20`."""
-    return flag.startswith("-") and "=" not in flag and flag not in switches
 
 
 def set_flags(parts, flags, switches):
@@ -199,25 +191,16 @@ def set_flags(parts, flags, switches):
             elif not equals:
                 error = f"write {flag}=VALUE"
             elif not fits(value, key.type):
-                error = expected(name, text, key.type)
+                error = f"expected {type_name(key.type)}"
+                if typing.get_origin(key.type) in (list, tuple, dict):
+                    brackets = "{...}" if typing.get_origin(key.type) is dict else "[...]"
+                    error += f" as a Python literal, in shell quotes: '--{name}={brackets}'"
             else:
                 setattr(section, key.name, value)
                 continue
         errors.append(f"{flag}: {error}")
         broken.add(aliases.get(name, name))
     return errors, broken
-
-
-def expected(name, text, kind):
-    """The error message for a value that is not of type `kind`, with an example for lists and tuples."""
-    message, origin = f"expected {type_name(kind)}", typing.get_origin(kind)
-    if origin not in (list, tuple, dict):
-        return message
-    example = "{...}" if origin is dict else "[...]"
-    if kind == list[str]:
-        words = [word.strip(" '\"") for word in text.strip("[]").split(",")]
-        example = json.dumps([word for word in words if word])
-    return f"{message} as a Python literal, in shell quotes: '--{name}={example}'"
 
 
 def value_errors(parts, broken):
@@ -246,6 +229,8 @@ def read_file(path):
     if not Path(path).is_file():
         folder = os.path.relpath(REPO / "config")
         near = suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")], f"{folder}/{{}}.py")
+        if "=" in path:
+            near = f": write --{path}"
         raise UserError(f"{path}: no such config file{near or f', see {folder}'}")
     if str(REPO) not in sys.path:  # for `import model` and `from config.llama_fp8 import config`, whatever the cwd
         sys.path.insert(0, str(REPO))
