@@ -181,6 +181,16 @@ def recipe_of(fqn, cfg):
     return name if cfg.enabled else None
 
 
+def linear_layers(model):
+    """{name: layer} of a model's linear layers, whatever their precision."""
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def float8_linears(model):
+    """{name: layer} of the linear layers that are converted."""
+    return {fqn: m for fqn, m in linear_layers(model).items() if hasattr(m, "recipe")}
+
+
 def matches(fqn, entry):
     """Whether an entry of filter_fqns or recipes names module `fqn`, by whole parts: layers.1 is not layers.10."""
     return f".{entry}." in f".{fqn}."
@@ -224,7 +234,7 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
         if compiled and os.environ.get(variable) == "1":
             errors.append(f"compile.enabled=True compiles nothing while {variable}=1 is in the environment: unset it")
 
-    linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = linear_layers(model)
     for key, entries in (("filter_fqns", cfg.filter_fqns), ("recipes", cfg.recipes)):
         errors += [f"fp8.{key} entry {entry!r} matches no linear layer: the names here are "
                    + ", ".join(dict.fromkeys(map(models.layer_kind, linears)))
@@ -244,7 +254,8 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     def refuse(reason, layers):
         if layers:
             kinds = dict.fromkeys(map(models.layer_kind, layers))  # each kind of layer once
-            errors.append(f"{reason}, or add these to fp8.filter_fqns: {', '.join(kinds)}")
+            key = "fp8.recipes, as None" if cfg.recipes else "fp8.filter_fqns"
+            errors.append(f"{reason}, or add these to {key}: {', '.join(kinds)}")
 
     refuse("fp8 would replace the forward of subclasses of nn.Linear: use nn.Linear itself",
            [fqn for fqn in recipes if type(linears[fqn]) is not nn.Linear])
@@ -326,7 +337,7 @@ def convert(model, cfg, *, shards, accumulation=1):
     Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step; if there are
     several and nothing is sharded, layers whose casts are kept become CastOnce.
     """
-    for fqn, linear in [(fqn, m) for fqn, m in model.named_modules() if isinstance(m, nn.Linear)]:
+    for fqn, linear in linear_layers(model).items():
         if name := recipe_of(fqn, cfg):
             recipe = RECIPES[name]
             layer = (recipe.layer or torchao_linear)(linear, recipe, cfg, gathers=gathers(name, cfg, shards))
@@ -353,25 +364,18 @@ def needs_self_check(cfg):
     return cfg.self_check or not cfg.emulate and TorchVersion(torch.__version__) >= "2.14"
 
 
-def float8_linears(model):
-    """{name: layer} of the converted layers of a model."""
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear) and hasattr(m, "recipe")}
-
-
 def cast_to_fp8(x, scale, dtype):
     """x * scale in FP8, saturated at the format's maximum; computed in float32, as torchao does."""
     limit = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-limit, limit).to(dtype)
 
 
+compiled_cast = torch.compile(cast_to_fp8, dynamic=True)
+
+
 def one_pass_cast(x, scale, dtype):
     """cast_to_fp8 outside of compiled blocks: eager, it passes over x four times, which cost 12% of an H100's step."""
-    return (compiled_cast() if x.is_cuda else cast_to_fp8)(x, scale, dtype)
-
-
-@functools.cache
-def compiled_cast():
-    return torch.compile(cast_to_fp8, dynamic=True)
+    return (compiled_cast if x.is_cuda else cast_to_fp8)(x, scale, dtype)
 
 
 @functools.cache

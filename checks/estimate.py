@@ -34,7 +34,7 @@ def matmul_flops_per_token(model, document=None):
     """
     cfg, length = model.cfg, document or model.cfg.block_size
     window = min(cfg.sliding_window or length, length)
-    weights = sum(linear.weight.numel() for linear in model.modules() if isinstance(linear, nn.Linear))
+    weights = sum(linear.weight.numel() for linear in fp8.linear_layers(model).values())
     seen = window - window**2 / (2 * length)  # keys per query, on average
     scores = 2 * cfg.n_layer * cfg.n_head * cfg.head_dim * seen
     return 6 * weights, 6 * scores
@@ -51,7 +51,7 @@ def memory(config, shards, accumulation):
     size, tokens = dtype.itemsize, config.micro_batch_size * m.block_size
     with torch.device("meta"):
         model = models.Transformer(m)
-    linears = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    linears = fp8.linear_layers(model)
     head = linears.pop("lm_head")
     fp8_linears = {fqn: layer for fqn, layer in linears.items() if fp8.recipe_of(fqn, config.fp8)}
     gathered_fp8 = {fqn: layer for fqn, layer in fp8_linears.items()

@@ -27,8 +27,10 @@ def time_linears(config, device, passes, recipes):
     kind, an entry for fp8.recipes, and `calls` how often it runs in a step. `ms` has the medians of (forward, backward)
     in ms, by "bf16" (config.dtype, more precisely) and recipe: None if the recipe cannot take the shape.
     """
+    with torch.device("meta"):
+        linears = fp8.linear_layers(models.Transformer(config.model))
     kinds = Counter((models.layer_kind(fqn), m.out_features, m.in_features, m.bias is not None)
-                    for fqn, m in linear_layers(config).items())
+                    for fqn, m in linears.items())
     rows, dtype = [], getattr(torch, config.dtype)
     for (name, n_out, n_in, bias), count in kinds.items():
         pieces = models.calls_per_pass(name, config.loss_chunks)
@@ -51,13 +53,6 @@ def time_linears(config, device, passes, recipes):
             row["ms"][recipe or "bf16"] = forward, max(0.0, both - forward)
         rows.append(row)
     return rows
-
-
-def linear_layers(config):
-    """{name: layer} of the model's linear layers, without memory."""
-    with torch.device("meta"):
-        model = models.Transformer(config.model)
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def milliseconds(device, run, *args, calls=20):
@@ -100,7 +95,9 @@ def choose(config, device, passes):
     """
     chosen = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        recipes = {fqn: name for fqn in linear_layers(config) if (name := fp8.recipe_of(fqn, config.fp8))}
+        with torch.device("meta"):
+            linears = fp8.linear_layers(models.Transformer(config.model))
+        recipes = {fqn: name for fqn in linears if (name := fp8.recipe_of(fqn, config.fp8))}
         rows = time_linears(config, device, passes, list(dict.fromkeys(recipes.values())))
         pays = {(row["layer"], name): gain(row, name) > 0 for row in rows for name in row["ms"]}
         slow = [fqn for fqn, name in recipes.items() if not pays[models.layer_kind(fqn), name]]

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
-import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,9 +31,7 @@ def table(model, cfg, flops_share, *, shards):
     """
     converted, rows = fp8.float8_linears(model), Counter()
     gathers_fp8 = cfg.enable_fsdp_float8_all_gather and shards
-    for fqn, m in model.named_modules():
-        if not isinstance(m, nn.Linear):
-            continue
+    for fqn, m in fp8.linear_layers(model).items():
         kind, dtype = models.layer_kind(fqn), str(m.weight.dtype).removeprefix("torch.")
         if fqn in converted:
             precision = f"fp8 {m.recipe}" + (" (emulated)" if cfg.emulate else "")
@@ -68,7 +65,7 @@ def verify_sharded(model, cfg, *, shards):
     A failure is a defect of this code or of a fork.
     """
     converted, problems = fp8.float8_linears(model), []
-    for fqn in (fqn for fqn, m in model.named_modules() if isinstance(m, nn.Linear)):
+    for fqn in fp8.linear_layers(model):
         asked, found = fp8.recipe_of(fqn, cfg), converted[fqn].recipe if fqn in converted else None
         if asked != found:
             problems.append(f"{fqn} has {found or 'high precision'} instead of {asked or 'high precision'}")
@@ -192,7 +189,7 @@ def self_check(config, micro_batch, device):
     by more than rounding explains.
     """
     with torch.device("meta"):
-        linears = [fqn for fqn, m in models.Transformer(config.model).named_modules() if isinstance(m, nn.Linear)]
+        linears = fp8.linear_layers(models.Transformer(config.model))
     blocks = []  # the recipes of each different block, and of lm_head, by the names of a one-layer model
     for i in range(config.model.n_layer):
         names = {fqn.replace(f"layers.{i}.", "layers.0."): fp8.recipe_of(fqn, config.fp8) for fqn in linears

@@ -139,6 +139,8 @@ def test_dimensions_that_fp8_cannot_take_are_named():
     with pytest.raises(ValueError, match=r"add these to fp8.filter_fqns: lm_head \(257, 192\)$"):
         check(emulated(), vocab_size=257)
     check(emulated(filter_fqns=["lm_head"]), vocab_size=257)
+    with pytest.raises(ValueError, match=r"add these to fp8.recipes, as None: lm_head \(257, 192\)$"):
+        check(emulated(filter_fqns=["lm_head"], recipes={"lm_head": "rowwise"}), vocab_size=257)
     with pytest.raises(ValueError, match=r"fqns: attn.qkv \(576, 200\), attn.out .*, lm_head \(256, 200\)$"):
         check(emulated(), n_embd=200, vocab_size=256)  # each kind of layer once
 
