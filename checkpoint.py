@@ -16,7 +16,6 @@ import errno
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -36,12 +35,12 @@ import fp8
 import optim
 from formats import families, hf, quantized
 from plumbing import entry
-from plumbing.disk import damaged_file, replacing, write_sums
-from plumbing.errors import RunStopped, UserError
+from plumbing.disk import replacing
+from plumbing.errors import UserError
 from plumbing.ranks import barrier, process_rank
 from plumbing.sharding import HostCopy, like, plain_local
+from plumbing.storage import Reader, Writer, damaged_file
 
-THREADS = 4  # that write and read a rank's part of a checkpoint, a file each
 SHARD_BYTES = 2**31  # about the size of an exported file, and about the memory that an export needs
 # files that an export copies from the folder of the run's tokenizer
 CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*")
@@ -114,67 +113,19 @@ def tensors(model, optimizer=None):
     return state
 
 
-class Writer(dcp.FileSystemWriter):
-    """Writes `folder` for torch.distributed.checkpoint: under a temporary name, until every rank's files are there."""
-
-    def __init__(self, folder, run, keep):
-        super().__init__(folder.with_name(f"{folder.name}.tmp"), thread_count=THREADS)
-        self.folder, self.run, self.keep = folder, run, keep
-
-    def prepare_local_plan(self, plan):
-        return plan  # torch would make the folder here
-
-    def prepare_global_plan(self, plans):
-        """Rank 0, before any rank writes: make the folder, and remove what runs left that were killed while saving."""
-        for incomplete in self.folder.parent.glob("step_*.tmp"):
-            shutil.rmtree(incomplete)
-        self.path.mkdir(parents=True)
-        return super().prepare_global_plan(plans)
-
-    def write_data(self, plan, planner):
-        """Every rank: write its files, on disk when this returns, and a file with their hashes."""
-        written = super().write_data(plan, planner)
-        files = {result.storage_data.relative_path for result in written.value()}
-        write_sums(self.path / f"{plan.storage_data.prefix}.sums", sorted(files))
-        return written
-
-    def finish(self, metadata, results):
-        """Rank 0, when every rank has written: check that all is there, give it its name, and remove old ones."""
-        super().finish(metadata, results)
-        sizes = defaultdict(int)
-        for piece in metadata.storage_data.values():
-            sizes[piece.relative_path] = max(sizes[piece.relative_path], piece.offset + piece.length)
-        for file, size in sizes.items():
-            path = self.path / file
-            if not path.is_file() or path.stat().st_size != size:
-                raise RunStopped(f"{path} has not arrived with its {size} bytes, which a rank has written: is "
-                                 "out_dir one folder for all nodes? The checkpoints before it are whole")
-        self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
-        write_sums(self.path / "SHA256SUMS", [".metadata", "run.json"], parts=self.path.glob("*.sums"))
-        for path in (self.path / "run.json", self.path / "SHA256SUMS", self.path):
-            flush(path)  # all on disk before the name says that it is complete
-        self.path.rename(self.folder)
-        flush(self.folder.parent)
-        for old in complete(self.folder.parent)[:-self.keep] if self.keep else []:
-            shutil.rmtree(old)
-
-
-def flush(path):
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def save(out_dir, step, state, run, *, keep, group=None):
-    """Write checkpoint `step`, then remove all but the newest `keep` (0: remove none). Every rank must call it.
+    """Write checkpoint `step`, then remove all but the newest `keep` (0: none). Every rank must call it.
 
     state: of tensors(). run: a description of the run, a dict that JSON can hold; read_run returns it. group: the
     process group to do it in, by default that of all ranks.
     """
-    writer = Writer(Path(out_dir, "checkpoints", f"step_{step:08d}"), {"step": step, **run}, keep)
+    folder = Path(out_dir, "checkpoints", f"step_{step:08d}")
     with writing(out_dir):
-        dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(state, storage_writer=Writer(folder, {"step": step, **run}), process_group=group,
+                 no_dist=not dist.is_initialized())
+    if keep and process_rank() == 0:
+        for old in complete(folder.parent)[:-keep]:
+            shutil.rmtree(old)
 
 
 @contextlib.contextmanager
@@ -255,45 +206,13 @@ class Saver:
 # load
 
 
-class Unpickler(pickle.Unpickler):
-    """Reads `.metadata`, a pickle, without executing anything: it makes only what torch.distributed.checkpoint saves.
-
-    BytesStorageMetadata is left out: torch would unpickle what it stands for without any such limit.
-    """
-
-    HARMLESS = {
-        "torch.distributed.checkpoint.metadata": {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-                                                  "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"}, "torch": {"Size"},
-        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"}}
-
-    def find_class(self, module, name):
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.HARMLESS.get(module, ()):
-            return super().find_class(module, name)
-        raise UserError(f"a checkpoint's .metadata asks for {module}.{name}, which train.py saves in none: it was made "
-                        "or changed by something else, which could do harm. Do not use it")
-
-
-class Reader(dcp.FileSystemReader):
-    """Reads a checkpoint folder for torch.distributed.checkpoint, without executing anything that its files say."""
-
-    def read_metadata(self):
-        with (self.path / ".metadata").open("rb") as file:
-            return Unpickler(file).load()
-
-
 def read_run(folder, config=None, **expected):
     """The run.json of a checkpoint folder: the step and a description of the run.
 
-    Raises UserError if there is none, or if an entry of `expected` differs from it; the message lists the keys of
-    `config`, which is the config of the run that wants to resume, that differ from those of the saved run.
+    Raises UserError if an entry of `expected` differs from it; the message lists the keys of `config`, which is the
+    config of the run that wants to resume, that differ from those of the saved run.
     """
-    path = Path(folder, "run.json")
-    if not path.is_file():
-        raise UserError(f"{folder} is not a checkpoint of nanofp8: it has no run.json")
-    run = json.loads(path.read_text())
+    run = json.loads(Path(folder, "run.json").read_text())
     if different := [key for key in expected if run.get(key) != expected[key]]:
         keys = configurator.changed(Path(folder).parents[1] / "config.py", config)
         raise UserError(f"{folder} was made with another {', '.join(different)}{keys}: resuming would not continue "
@@ -348,14 +267,12 @@ def export(out_dir, folder, in_fp8=False):
     newest, config = open_run(out_dir)
     saved = Reader(newest).read_metadata().state_dict_metadata
     dtype = saved["model.embed.weight"].properties.dtype
-    if config.init_from == "scratch":
-        source = {"max_position_embeddings": families.longest(config.model), "bos_token_id": None, "eos_token_id": None,
-                  "pad_token_id": None}
-        written = families.config_json(config.model, dtype)
-    else:
+    source, architecture = {"max_position_embeddings": families.longest(config.model), "bos_token_id": None,
+                            "eos_token_id": None, "pad_token_id": None}, None
+    if config.init_from != "scratch":
         source, architecture = hf.read_config(config.init_from)
         source.pop("quantization_config", None)  # the weights are plain now
-        written = families.config_json(config.model, dtype, architecture)
+    written = families.config_json(config.model, dtype, architecture)
     layout = hf.layout(config.model, written["architectures"][0])
     linears = {name: source_name.removesuffix(".weight") for name, (source_name, _, shape) in layout.items()
                if len(shape) == 2 and source_name != "embed.weight"}

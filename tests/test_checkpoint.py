@@ -33,6 +33,7 @@ from formats import families, hf
 from formats.tokenizer import get_tokenizer
 from optim import AdamW, OptimConfig
 from plumbing.sharding import HostCopy
+from plumbing.storage import Reader, Writer
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=None, rope_theta=5000.0)
@@ -306,7 +307,7 @@ def test_loading_executes_nothing_that_a_file_says(tmp_path):
     model, proof = build(), tmp_path / "executed"
     checkpoint.save(tmp_path, 1, checkpoint.tensors(model), {}, keep=0)
     index = checkpoint.latest(tmp_path) / ".metadata"
-    metadata, bytes_of_metadata = checkpoint.Reader(index.parent).read_metadata(), index.read_bytes()
+    metadata, bytes_of_metadata = Reader(index.parent).read_metadata(), index.read_bytes()
     name = "model.norm.weight"
     metadata.state_dict_metadata[name] = BytesStorageMetadata()  # torch would unpickle a tensor's bytes
     for planted in (Planted(proof), metadata):
@@ -348,7 +349,7 @@ FP8_MOMENTS = ["--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--opt
 def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tmp_path, monkeypatch, keys):
     args = [*tiny_run, *keys, "--eval_interval=0", "--checkpoint_interval=2", "--keep=0"]
     train_here(*args, "--async_checkpoint=False", f"--out_dir={tmp_path / 'waits'}")
-    write, step, trained = checkpoint.Writer.write_data, AdamW.step, threading.Event()
+    write, step, trained = Writer.write_data, AdamW.step, threading.Event()
     reached = []
 
     def writes_late(self, *planned):
@@ -362,7 +363,7 @@ def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tm
         if self.step_count == 4:
             trained.set()
 
-    monkeypatch.setattr(checkpoint.Writer, "write_data", writes_late)
+    monkeypatch.setattr(Writer, "write_data", writes_late)
     monkeypatch.setattr(AdamW, "step", sets)
     train_here(*args, f"--out_dir={tmp_path / 'beside'}")
     assert reached == [0]
@@ -385,13 +386,13 @@ def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
 
 
 def test_a_save_that_is_due_before_the_last_one_ended_waits_and_says_so(tiny_run, tmp_path, monkeypatch, capsys):
-    write = checkpoint.Writer.write_data
+    write = Writer.write_data
 
     def writes_slowly(*planned):
         time.sleep(0.5)
         return write(*planned)
 
-    monkeypatch.setattr(checkpoint.Writer, "write_data", writes_slowly)
+    monkeypatch.setattr(Writer, "write_data", writes_slowly)
     train_here(*tiny_run, "--max_steps=3", "--checkpoint_interval=1", "--keep=0", f"--out_dir={tmp_path}")
     told = capsys.readouterr().out
     for step in (2, 3):
@@ -402,14 +403,14 @@ def test_a_save_that_is_due_before_the_last_one_ended_waits_and_says_so(tiny_run
 @pytest.mark.parametrize("last", [3, 6])  # raised at a step, and at the end
 def test_a_full_disk_in_the_background_is_one_line_and_leaves_the_checkpoint_before(tiny_run, tmp_path, monkeypatch,
                                                                                     last):
-    write = checkpoint.Writer.write_data
+    write = Writer.write_data
 
     def fails(self, *planned):
         if self.run["step"] == last:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, *planned)
 
-    monkeypatch.setattr(checkpoint.Writer, "write_data", fails)
+    monkeypatch.setattr(Writer, "write_data", fails)
     status, _, error = main_here(train.main, *tiny_run, "--checkpoint_interval=1", f"--out_dir={tmp_path}")
     assert status == 2 and error.count("\n") == 1 and "No space left on device" in error
     assert checkpoint.latest(tmp_path).name == f"step_{last - 1:08d}"

@@ -438,10 +438,11 @@ def die(self, *args):
     os._exit(9) if self.step_count == 5 else None
 train.AdamW.step = die""",
     "saving_step_6": """
-flush = checkpoint.flush
+from plumbing import storage
+flush = storage.flush
 def die(path):
     os._exit(9) if "step_00000006" in str(path) else flush(path)
-checkpoint.flush = die"""}
+storage.flush = die"""}
 
 
 @pytest.fixture(scope="module")

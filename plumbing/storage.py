@@ -1,0 +1,141 @@
+"""A checkpoint's folder on disk: complete or not there, with a hash of each file, read without executing anything.
+
+torch.distributed.checkpoint decides which rank writes and reads which part of which tensor.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from plumbing.errors import RunStopped, UserError
+from plumbing.ranks import gather, process_rank
+
+THREADS = 4  # of a rank, each with its own files: one of them hashes 1 to 2 GB/s
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes `folder`: under a temporary name, until every file is there. run: a dict for its run.json."""
+
+    def __init__(self, folder, run):
+        super().__init__(folder.with_name(f"{folder.name}.tmp"), thread_count=THREADS)
+        self.folder, self.run = folder, run
+
+    def prepare_local_plan(self, plan):
+        return plan  # torch would make the folder here
+
+    def prepare_global_plan(self, plans):
+        """Rank 0, before any rank writes: make the folder, and remove what runs left that were killed while saving."""
+        for incomplete in self.folder.parent.glob("step_*.tmp"):
+            shutil.rmtree(incomplete)
+        self.path.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan, planner):
+        """Every rank: write its files, on disk when this returns, and a file with their hashes."""
+        written = super().write_data(plan, planner)
+        files = {result.storage_data.relative_path for result in written.value()}
+        write_sums(self.path / f"{plan.storage_data.prefix}.sums", sorted(files))
+        return written
+
+    def finish(self, metadata, results):
+        """Rank 0, when every rank has written: check that all has arrived, and give the folder its name."""
+        super().finish(metadata, results)
+        sizes = defaultdict(int)
+        for piece in metadata.storage_data.values():
+            sizes[piece.relative_path] = max(sizes[piece.relative_path], piece.offset + piece.length)
+        for file, size in sizes.items():
+            path = self.path / file
+            if not path.is_file() or path.stat().st_size != size:
+                raise RunStopped(f"{path} has not arrived with its {size} bytes, which a rank has written. The "
+                                 "checkpoint before it is whole")
+        self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
+        write_sums(self.path / "SHA256SUMS", [".metadata", "run.json"], parts=self.path.glob("*.sums"))
+        for path in (self.path / "run.json", self.path / "SHA256SUMS", self.path):
+            flush(path)  # all on disk before the name says that it is complete
+        self.path.rename(self.folder)
+        flush(self.folder.parent)
+
+
+def flush(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def sha256(path):
+    """The SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(path, names, parts=()):
+    """Write the SHA-256 of the named files beside `path` into it, as sha256sum does, after the lines of `parts`.
+
+    parts: files that this function wrote, which are removed.
+    """
+    parts = sorted(parts)
+    text = "".join(part.read_text() for part in parts)
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = pool.map(sha256, [path.with_name(name) for name in names])
+        text += "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+    path.write_text(text)
+    for part in parts:
+        part.unlink()
+
+
+def damaged_file(folder):
+    """The name of a file in `folder` that is not as its SHA256SUMS says, or None.
+
+    SHA256SUMS must end with run.json: else it is cut. Each rank reads some of the files; all must call this.
+    """
+    def damaged(line):
+        digest, _, name = line.partition("  ")
+        try:
+            return None if sha256(folder / name) == digest else name
+        except (OSError, ValueError):  # gone, unreadable, or no possible name
+            return name
+
+    listed = folder / "SHA256SUMS"
+    text = listed.read_text(errors="replace") if listed.is_file() else ""
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(damaged, text.split("\n")[:-1][process_rank() :: len(gather(None))]))
+    if not text.endswith("  run.json\n"):
+        found = [listed.name]
+    return next((name for names in gather(found) for name in names if name), None)
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads `.metadata`, a pickle, without executing anything: it makes only what torch.distributed.checkpoint saves.
+
+    BytesStorageMetadata is left out: torch would unpickle what it stands for without any such limit.
+    """
+
+    HARMLESS = {
+        "torch.distributed.checkpoint.metadata": {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                                                  "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"}, "torch": {"Size"},
+        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"}}
+
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self.HARMLESS.get(module, ()):
+            return super().find_class(module, name)
+        raise UserError(f"a checkpoint's .metadata asks for {module}.{name}, which train.py saves in none: it was made "
+                        "or changed by something else, which could do harm. Do not use it")
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a checkpoint's folder; tensors by torch.load(weights_only=True)."""
+
+    def read_metadata(self):
+        with (self.path / ".metadata").open("rb") as file:
+            return Unpickler(file).load()
