@@ -37,8 +37,9 @@ from formats import families, hf, quantized
 from plumbing import entry
 from plumbing.disk import replacing
 from plumbing.errors import UserError
+from plumbing.offload import host_zeros
 from plumbing.ranks import barrier, process_rank
-from plumbing.sharding import HostCopy, like, plain_local
+from plumbing.sharding import like, local_shard, plain_local
 from plumbing.storage import Reader, Writer, damaged_file
 
 SHARD_BYTES = 2**31  # about the size of an exported file, and about the memory that an export needs
@@ -150,14 +151,15 @@ class Saver:
 
     def __init__(self, out_dir, model, optimizer, say, *, keep, background):
         self.out_dir, self.model, self.optimizer, self.say, self.keep = out_dir, model, optimizer, say, keep
-        self.step = self.copied = self.written = self.thread = None
+        self.step = self.copied = self.written = self.thread = self.stream = None
         # the thread's collectives must not meet those of training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         if background:
-            device = next(model.parameters()).device
-            self.thread = ThreadPoolExecutor(1, initializer=(
-                partial(torch.cuda.set_device, device) if device.type == "cuda" else None))
-            self.host = self.thread.submit(HostCopy, tensors(model, optimizer))  # to pin its memory takes long
+            device, set_device = next(model.parameters()).device, None
+            if device.type == "cuda":
+                self.stream, set_device = torch.cuda.Stream(), partial(torch.cuda.set_device, device)
+            self.thread = ThreadPoolExecutor(1, initializer=set_device)
+            self.room = self.thread.submit(room_for, tensors(model, optimizer))  # to page-lock memory takes long
 
     def save(self, step, run):
         """Write checkpoint `step`, or begin to. run: as in save()."""
@@ -168,16 +170,27 @@ class Saver:
         if self.written and not self.written.done():
             self.say(f"step {step}: waiting for the checkpoint of step {self.step}, which is still being written")
         self.wait()
-        self.step, host = step, self.host.result()
-        if host.stream:
-            host.stream.wait_stream(torch.cuda.current_stream())
-        self.copied = self.thread.submit(host.update, state)
+        self.step = step
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        self.copied = self.thread.submit(self.copy, state)
         self.written = self.thread.submit(self.write, run)
 
+    @torch.no_grad()
+    def copy(self, state):
+        """In the thread: copy the state as it is when the stream has waited, and return when the copy is there."""
+        if self.stream:
+            self.stream.synchronize()  # optimizer state in host memory may still be written by the GPU
+        with torch.cuda.stream(self.stream):
+            for name, copy in self.room.result().items():
+                local_shard(copy).copy_(local_shard(state[name]), non_blocking=True)
+        if self.stream:
+            self.stream.synchronize()
+
     def write(self, run):
-        """In the thread, after the copy."""
+        """In the thread: write the copy."""
         self.copied.result()
-        save(self.out_dir, self.step, self.host.result().tensors, run, keep=self.keep, group=self.group)
+        save(self.out_dir, self.step, self.room.result(), run, keep=self.keep, group=self.group)
 
     def before_update(self):
         """To call before weights or optimizer state change. Raises what went wrong with the last checkpoint."""
@@ -196,10 +209,15 @@ class Saver:
         """Wait for the last checkpoint, and free the memory. Afterwards nothing can be saved."""
         self.wait()
         if self.thread:
-            self.host.result().free()
             self.thread.shutdown()
+            self.room = None
         if self.group:
             dist.destroy_process_group(self.group)
+
+
+def room_for(state):
+    """Tensors like those of `state`, DTensors where these are, but in host memory."""
+    return {name: like(t, host_zeros(local_shard(t).shape, t.dtype, t.device)) for name, t in state.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------

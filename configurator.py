@@ -73,6 +73,11 @@ class Config:
     tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
 
+    @property
+    def saves_in_background(self):
+        """Whether training goes on while a checkpoint is written: not for one at the end only, which it waits for."""
+        return self.async_checkpoint and 0 < self.checkpoint_interval < self.max_steps
+
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "loss_chunks"):

@@ -154,7 +154,9 @@ def main():
         fp8.convert(model, step_config.fp8, shards=n_shards, accumulation=accumulation)
         fp8_flops = proof.covered_flops(model) / flops_per_token
         say(proof.table(model, config.fp8, fp8_flops, shards=n_shards))
-    gib, host_gib = estimate.check_memory(step_config, n_shards, accumulation, device)
+    gib, host_gib, no_room = estimate.check_memory(step_config, n_shards, accumulation, device)
+    if no_room:
+        say(no_room)
     compile_and_checkpoint(model, config.compile, config.activation_checkpoint, config.fp8.copies)
     if n_shards:
         mesh = device_mesh(ranks, replicas)
@@ -188,9 +190,8 @@ def main():
         say(f"weights: {config.init_from}")
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.prepare_weights(model, config.fp8, shards=n_shards)
-    # a run that saves only at its end would wait for it in any case
-    saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep, background=(
-        config.async_checkpoint and 0 < config.checkpoint_interval < config.max_steps))
+    saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep,
+                             background=config.saves_in_background and not no_room)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gib:.1f} GiB estimated per rank with "
         "gradients, optimizer and activations" + (f", and {host_gib:.1f} GiB of host memory" if host_gib else ""))
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")

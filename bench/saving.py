@@ -74,7 +74,7 @@ def measure(config, mode, ranks, folder):
     step_s = statistics.median(seconds(step) for _ in range(20))
     savers = [checkpoint.Saver(folder, model, optimizer, print, keep=0, background=background)
               for background in (False, True)]
-    pinning_s = seconds(savers[1].host.result)
+    pinning_s = seconds(savers[1].room.result)
     at_once_s = seconds(lambda: savers[0].save(1, {}))
 
     def train_while_saving():

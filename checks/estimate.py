@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -133,26 +134,44 @@ def saved_values(config, linears):
 
 
 def host_memory(config, shards):
-    """GiB per rank of the optimizer state that is kept in host memory."""
+    """GiB of host memory per rank: (optimizer state that is kept there, copy that checkpoints are written from)."""
     with torch.device("meta"):
-        return optimizer_bytes(config, models.Transformer(config.model), shards)[1] / 2**30
+        model = models.Transformer(config.model)
+    on_gpu, on_host, _ = optimizer_bytes(config, model, shards)
+    weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize / max(1, shards)
+    return on_host / 2**30, config.saves_in_background * (weights + on_gpu + on_host) / 2**30
+
+
+def host_capacity():
+    """GiB of memory that this machine has, or that its container may use."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroups v2, v1
+        if os.path.isfile(path) and (limit := Path(path).read_text().strip()) != "max":
+            limits.append(int(limit))
+    return min(limits) / 2**30
 
 
 def check_memory(config, shards, accumulation, device):
-    """The estimated GiB per rank: (on the GPU, in host memory).
+    """The estimated GiB per rank: (on the GPU, in host memory, None or why there is no room to save from a copy).
 
     UserError if `device` is a GPU with less memory, with the keys that lower it, or if the host has less than its ranks
     need.
     """
-    gib, host_gib = memory(config, shards, accumulation), host_memory(config, shards)
-    needed = host_gib * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    host_has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gib, no_room = memory(config, shards, accumulation), None
+    host_gib, copy_gib = host_memory(config, shards)
+    on_node, host_has = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_capacity()
+    needed = on_node * host_gib
     if needed > host_has and config.check_memory:
         raise UserError(f"optim.offload={config.optim.offload} needs {needed:.1f} GiB of host memory, there are "
                         f"{host_has:.1f}: lower it, or set optim.fp8_moments=True or optim.weights=stochastic_rounding")
+    if on_node * (host_gib + copy_gib) > 0.9 * host_has and copy_gib and config.check_memory:
+        no_room = (f"async_checkpoint: {host_has:.1f} GiB of host memory have no room for the "
+                   f"{on_node * copy_gib:.1f} GiB that checkpoints are written from: training waits for each")
+    else:
+        host_gib += copy_gib
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
     if gib <= 1.05 * capacity or not config.check_memory:  # the estimate may be 5% off: the GPU decides close calls
-        return gib, host_gib
+        return gib, host_gib, no_room
     helps = []
     for key, value in (("fp8.keep_casts", False), ("activation_checkpoint", "selective"),
                        ("activation_checkpoint", "full"), ("loss_chunks", 8), ("micro_batch_size", 1),

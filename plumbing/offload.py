@@ -18,6 +18,8 @@ def host_zeros(shape, dtype, device):
 
     torch's own allocator of page-locked memory would round the size up to a power of two.
     """
+    if not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype)  # a part of a weight of fewer rows than there are ranks
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
     if device.type == "cuda":

@@ -32,7 +32,6 @@ import train
 from formats import families, hf
 from formats.tokenizer import get_tokenizer
 from optim import AdamW, OptimConfig
-from plumbing.sharding import HostCopy
 from plumbing.storage import Reader, Writer
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -344,8 +343,8 @@ FP32_MASTER = ["--dtype=bfloat16", "--optim.weights=fp32_master"]
 FP8_MOMENTS = ["--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--optim.fp8_moments=True"]
 
 
-@pytest.mark.parametrize("keys", [FP32_MASTER, [*FP8_MOMENTS, "--shard_one_rank=True"]],
-                         ids=["fp32_master", "fp8_moments_sharded"])
+@pytest.mark.parametrize("keys", [[*FP32_MASTER, "--optim.offload=1"], [*FP8_MOMENTS, "--shard_one_rank=True"]],
+                         ids=["fp32_master_offloaded", "fp8_moments_sharded"])
 def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tmp_path, monkeypatch, keys):
     args = [*tiny_run, *keys, "--eval_interval=0", "--checkpoint_interval=2", "--keep=0"]
     train_here(*args, "--async_checkpoint=False", f"--out_dir={tmp_path / 'waits'}")
@@ -373,13 +372,13 @@ def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tm
 
 
 def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
-    update = HostCopy.update
+    copy = checkpoint.Saver.copy
 
-    def copies_late(self, originals):
+    def copies_late(self, state):
         time.sleep(0.5)
-        update(self, originals)
+        copy(self, state)
 
-    monkeypatch.setattr(HostCopy, "update", copies_late)
+    monkeypatch.setattr(checkpoint.Saver, "copy", copies_late)
     for name, in_background in (("beside", True), ("waits", False)):
         train_here(*tiny_run, f"--async_checkpoint={in_background}", f"--out_dir={tmp_path / name}")
     assert hashes(tmp_path / "beside", 3) == hashes(tmp_path / "waits", 3)

@@ -278,7 +278,7 @@ def test_offloaded_state_moves_from_the_gpu_to_the_host_but_for_three_buffers():
     def gib(offload, shards, weights="fp32_master"):  # no passes' sums or activations: the peak is the update
         config = gathering(optim=OptimConfig(weights=weights, offload=offload), activation_checkpoint="full",
                            model=models.llama3_1_8b(block_size=64), fp8=FP8Config(), reduce_dtype="bfloat16")
-        return estimate.memory(config, shards, 1), estimate.host_memory(config, shards)
+        return estimate.memory(config, shards, 1), estimate.host_memory(config, shards)[0]
 
     for shards, ranks in ((0, 1), (2, 2)):
         assert gib(0.0, shards)[1] == 0.0
@@ -304,3 +304,25 @@ def test_offloading_is_offered_and_refused_where_the_host_has_too_little(monkeyp
     estimate.check_memory(config, 2, 1, gpu)  # half of it each
     config.check_memory = False
     estimate.check_memory(config, 0, 1, gpu)
+
+
+@pytest.mark.parametrize("keys, on_gpu", [({}, True), ({"offload": 1.0}, False)])
+def test_the_copy_that_checkpoints_are_written_from_is_counted_and_told_where_there_is_no_room(monkeypatch, keys,
+                                                                                              on_gpu):
+    host = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 256 * 2**18}
+    monkeypatch.setattr(estimate.os, "sysconf", host.get)
+    monkeypatch.setattr(estimate.os.path, "isfile", lambda path: False)  # no container
+    config, cpu = llama_8b(optim=OptimConfig(weights="stochastic_rounding", **keys)), SimpleNamespace(type="cpu")
+    copy = (2 + 4) * 8.03e9 / 2**30  # weights and moments
+    kept = 0 if on_gpu else 4 * 8.03e9 / 2**30
+
+    def told(**changes):
+        return estimate.check_memory(replace(config, **changes), 0, 1, cpu)[1:]
+
+    assert told() == (pytest.approx(kept + copy, rel=1e-3), None)
+    for changes in ({"async_checkpoint": False}, {"checkpoint_interval": 0}, {"checkpoint_interval": 1000}):
+        assert told(**changes) == (pytest.approx(kept, rel=1e-3), None)
+    host["SC_PHYS_PAGES"] = 48 * 2**18
+    gib, line = told()
+    assert gib == pytest.approx(kept, rel=1e-3)
+    assert "48.0 GiB of host memory have no room for the 44.9 GiB" in line
