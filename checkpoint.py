@@ -283,6 +283,7 @@ def export(out_dir, folder, in_fp8=False):
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty: name a new folder")
     newest, config = open_run(out_dir)
+    fp8_config = fp8.leave_out(config.fp8, read_run(newest).get("auto_filtered") or [])
     saved = Reader(newest).read_metadata().state_dict_metadata
     dtype = saved["model.embed.weight"].properties.dtype
     source, architecture = {"max_position_embeddings": families.longest(config.model), "bos_token_id": None,
@@ -295,7 +296,7 @@ def export(out_dir, folder, in_fp8=False):
     linears = {name: source_name.removesuffix(".weight") for name, (source_name, _, shape) in layout.items()
                if len(shape) == 2 and source_name != "embed.weight"}
     fp8_weights = {name for name, module in linears.items()
-                   if in_fp8 and module != "lm_head" and fp8.recipe_of(module, config.fp8)}
+                   if in_fp8 and module != "lm_head" and fp8.recipe_of(module, fp8_config)}
     if in_fp8 and not fp8_weights:
         raise UserError(f"{out_dir} trained no layer in FP8: export it without --fp8")
     if in_fp8:

@@ -168,11 +168,11 @@ def test_packed_documents_have_the_logits_that_each_has_alone(folders, family):
 # out
 
 
-def save_run(out_dir, model, init_from="scratch", **config):
+def save_run(out_dir, model, init_from="scratch", run=None, **config):
     """What train.py leaves of a model in out_dir."""
     config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32", **config)
     config.data.resolve_tokenizer(config.init_from)
-    checkpoint.save(out_dir, 1, checkpoint.tensors(model), {}, keep=0)
+    checkpoint.save(out_dir, 1, checkpoint.tensors(model), run or {}, keep=0)
     Path(out_dir, "config.py").write_text(configurator.to_python(config))
     return out_dir
 
@@ -764,8 +764,9 @@ def test_fixed_scales_of_activations_are_named(tmp_path, capsys):
 
 @torch.no_grad()
 def test_an_export_in_fp8_has_the_layers_that_were_trained_in_fp8(tmp_path, capsys):
-    config = fp8.FP8Config(enabled=True, emulate=True, filter_fqns=["lm_head", "layers.0.mlp"])
-    out = save_run(tmp_path / "out", loaded(wide(tmp_path / "hf")), tmp_path / "hf", fp8=config)
+    config = fp8.FP8Config(enabled=True, emulate=True, filter_fqns=["lm_head"], recipes={"layers.0.mlp.down": None})
+    out = save_run(tmp_path / "out", loaded(wide(tmp_path / "hf")), tmp_path / "hf", fp8=config,
+                   run={"auto_filtered": ["layers.0.mlp.gate_up"]})
     checkpoint.export(out, tmp_path / "fp8", in_fp8=True)
     assert "11 weights in FP8" in capsys.readouterr().out
     plain, stored = tensors(tmp_path / "hf"), tensors(tmp_path / "fp8")
