@@ -329,6 +329,14 @@ def test_table_shows_what_is_covered_and_what_is_not():
     assert "fp8 all-gather has nothing to do here" in table
 
 
+def test_the_compilers_switches_of_every_recipe_in_use_are_set():
+    with torch._inductor.config.patch(emulate_precision_casts=False):
+        build(emulated(recipes={"layers.0": "tensorwise_forward"}))
+        assert not torch._inductor.config.emulate_precision_casts
+        build(emulated(recipes={"lm_head": "rowwise"}))
+        assert torch._inductor.config.emulate_precision_casts
+
+
 def test_conversion_keeps_tied_weights_tied():
     model = build(emulated(), tie_embeddings=True)
     assert model.lm_head.weight is model.embed.weight
