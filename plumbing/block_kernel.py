@@ -52,4 +52,5 @@ def transpose_tile(x, x_t, rows, columns):
     """Copy 128 x 128 values of x, of any type, to x_t = x.T."""
     row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
     column = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
-    tl.store(x_t + column[:, None] * rows + row[None, :], tl.trans(tl.load(x + row[:, None] * columns + column[None, :])))
+    tile = tl.load(x + row[:, None] * columns + column[None, :])
+    tl.store(x_t + column[:, None] * rows + row[None, :], tl.trans(tile))

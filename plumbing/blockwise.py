@@ -21,24 +21,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 E4M3, E4M3_MAX, SMALLEST_AMAX = torch.float8_e4m3fn, 448.0, 1e-12  # the last as in torchao
+CAPABILITY = 9  # of the GPUs that cuBLASLt has block-wise matmuls for: Hopper
 
 library = torch.library.Library("nanofp8", "FRAGMENT")
-library.define("cast_blocks(Tensor x, bool tiles, bool plain, bool transposed, bool emulate) -> Tensor[]")
-library.define("transpose_blocks(Tensor values, bool emulate) -> Tensor")
+library.define("cast_blocks(Tensor x, bool tiles, bool plain, bool transposed) -> Tensor[]")
+library.define("transpose_blocks(Tensor values) -> Tensor")
 library.define("block_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, bool emulate) -> Tensor")
 
 
-def cast(x, emulate, *, tiles=False, plain=True, transposed=False):
+def cast(x, *, tiles=False, plain=True, transposed=False):
     """FP8 operands of x (rows, columns): [values, scales] of x if `plain`, then those of x.T if `transposed`.
 
     tiles: one scale for 128 x 128 values instead of 1 x 128. Columns must be a multiple of 128, rows too for tiles and
     for x.T.
     """
-    return torch.ops.nanofp8.cast_blocks(x, tiles, plain, transposed, emulate)
+    return torch.ops.nanofp8.cast_blocks(x, tiles, plain, transposed)
 
 
-def cast_blocks(x, tiles, plain, transposed, emulate):
-    if emulate:
+def has_fp8(x):
+    """Whether Triton can compile FP8 casts for the device of x."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def cast_blocks(x, tiles, plain, transposed):
+    if not has_fp8(x):
         return [*(operand(x, tiles) if plain else []), *(operand(x.t(), tiles) if transposed else [])]
     from plumbing.block_kernel import cast_tile
 
@@ -49,7 +55,7 @@ def cast_blocks(x, tiles, plain, transposed, emulate):
     return casts
 
 
-def empty_casts(x, tiles, plain, transposed, emulate=False):
+def empty_casts(x, tiles, plain, transposed):
     """The results of cast_blocks, not filled."""
     sizes = [x.shape] * plain + [x.shape[::-1]] * transposed
     return [t for outer, inner in sizes for t in (
@@ -76,8 +82,8 @@ def each(scales, values):
     return scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
 
 
-def transpose_blocks(values, emulate):
-    if emulate:
+def transpose_blocks(values):
+    if not has_fp8(values):
         return values.t().contiguous()
     from plumbing.block_kernel import transpose_tile
 
@@ -92,7 +98,7 @@ def matmul(a, b, dtype, emulate):
 
 
 def block_mm(a, b, scale_a, scale_b, dtype, emulate):
-    # An operator of its own: Inductor's lowering of aten._scaled_mm_v2 forgets what kind of scales they are (torch 2.13).
+    # An operator of its own: Inductor's lowering of aten._scaled_mm_v2 forgets the kinds of scales (torch 2.13).
     if emulate:
         b = b.t()
         return ((a.float() * each(scale_a, a)) @ (b.float() * each(scale_b, b)).t()).to(dtype)
@@ -104,11 +110,12 @@ def block_mm(a, b, scale_a, scale_b, dtype, emulate):
 
 
 for name, run, shape in (("cast_blocks", cast_blocks, empty_casts),
-                         ("transpose_blocks", transpose_blocks, lambda x, emulate: x.new_empty(x.shape[::-1])),
+                         ("transpose_blocks", transpose_blocks, lambda x: x.new_empty(x.shape[::-1])),
                          ("block_mm", block_mm, lambda a, b, scale_a, scale_b, dtype, emulate: a.new_empty(
                              a.shape[0], b.shape[1], dtype=dtype))):
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nanofp8::{name}", shape, lib=library)
+CAST, MATMUL = torch.ops.nanofp8.cast_blocks.default, torch.ops.nanofp8.block_mm.default
 
 
 class GatheredBlocks(torch.Tensor):
@@ -136,17 +143,17 @@ class GatheredBlocks(torch.Tensor):
 
 @torch._dynamo.allow_in_graph
 class BlockwiseMatmuls(torch.autograd.Function):
-    """x (tokens, in) @ weight.T with block-wise FP8 in all three matmuls. weight: (out, in), or GatheredBlocks of it."""
+    """x (tokens, in) @ weight.T, all three matmuls in block-wise FP8. weight: (out, in), maybe as GatheredBlocks."""
 
     @staticmethod
     def forward(ctx, x, weight, keep_casts, emulate):
         gathered = isinstance(weight, GatheredBlocks)
         ctx.keep_casts, ctx.emulate = keep_casts, emulate
-        inputs = cast(x, emulate, transposed=keep_casts)
+        inputs = cast(x, transposed=keep_casts)
         if gathered:
             weights = [weight.values, weight.scales]
         else:
-            weights = cast(weight, emulate, tiles=True, transposed=keep_casts)
+            weights = cast(weight, tiles=True, transposed=keep_casts)
         ctx.save_for_backward(*(inputs[2:] if keep_casts else [x]),
                               *(weights[2:] if keep_casts and not gathered else [weight]))
         return matmul(inputs[:2], weights[:2], x.dtype, emulate)
@@ -156,13 +163,13 @@ class BlockwiseMatmuls(torch.autograd.Function):
         emulate, saved = ctx.emulate, ctx.saved_tensors
         inputs, weights = (saved[:2], saved[2:]) if ctx.keep_casts else (saved[:1], saved[1:])
         if not ctx.keep_casts:
-            inputs = cast(inputs[0], emulate, plain=False, transposed=True)
+            inputs = cast(inputs[0], plain=False, transposed=True)
         if isinstance(weights[0], GatheredBlocks):
             values, scales = weights[0].values, weights[0].scales
-            weights = torch.ops.nanofp8.transpose_blocks(values, emulate), scales.t().contiguous()
+            weights = torch.ops.nanofp8.transpose_blocks(values), scales.t().contiguous()
         elif not ctx.keep_casts:
-            weights = cast(weights[0], emulate, tiles=True, plain=False, transposed=True)
-        gradients = cast(g, emulate, transposed=True)
+            weights = cast(weights[0], tiles=True, plain=False, transposed=True)
+        gradients = cast(g, transposed=True)
         return (matmul(gradients[:2], weights, g.dtype, emulate), matmul(gradients[2:], inputs, g.dtype, emulate),
                 None, None)
 

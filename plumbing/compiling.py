@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from plumbing import blockwise
 from plumbing.errors import UserError
 
 
@@ -28,7 +29,8 @@ class CompileConfig:
 
 # Selective recompute keeps the outputs of tensor cores, and `max`, the source of an FP8 scale: one number. Never `abs`,
 # which would keep an unsharded weight (https://github.com/pytorch/torchtitan/pull/820). Attention adds its kernels.
-SAVED_OPS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, torch.ops.aten.max.default)
+SAVED_OPS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, blockwise.MATMUL,
+             torch.ops.aten.max.default)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SAVE, RECOMPUTE = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
 COMPILER_SAVES, COMPILER_RECOMPUTES = CheckpointPolicy.PREFER_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
@@ -120,7 +122,7 @@ def recompute(forward, policy=None, eager=True):
 def save_or_not(policy, saved_ops, ctx, op, *args, **kwargs):
     """The CheckpointPolicy of an op in a row of POLICIES. saved_ops: attention's, in addition to SAVED_OPS."""
     fp8_casts, transposes, saved, others = policy
-    if op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in FP8_DTYPES:
+    if op is blockwise.CAST or op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in FP8_DTYPES:
         return fp8_casts
     if op is torch.ops.aten.t.default:
         return transposes
