@@ -45,12 +45,3 @@ def cast_tile(x, q, scale, q_t, scale_t, rows, columns, TILES: tl.constexpr, PLA
             each, inverse = scales(tl.max(tl.abs(tile), axis=0))
             tl.store(scale_t + i * columns + column, each)
             tl.store(q_t + transposed, tl.trans((tile * inverse[None, :]).to(tl.float8e4nv)))
-
-
-@triton.jit
-def transpose_tile(x, x_t, rows, columns):
-    """Copy 128 x 128 values of x, of any type, to x_t = x.T."""
-    row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
-    column = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
-    tile = tl.load(x + row[:, None] * columns + column[None, :])
-    tl.store(x_t + column[:, None] * rows + row[None, :], tl.trans(tile))

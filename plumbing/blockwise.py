@@ -1,62 +1,53 @@
-"""Block-wise FP8: a linear layer as in DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), with casts of our own.
+"""Block-wise FP8: a linear layer as in DeepSeek-V3 (arXiv 2412.19437, section 3.3), with casts of our own.
 
-Every operand is e4m3. Activations and gradients have a scale for each 1 x 128 values along the contraction, weights for
-each 128 x 128:
+Every operand is e4m3, with a float32 scale for 1 x 128 values along the contraction, or for 128 x 128 of a weight:
 
     y = x @ w.T         x: 1 x 128 along features     w: 128 x 128
     grad_x = g @ w      g: 1 x 128 along outputs      w: 128 x 128, the same values
     grad_w = g.T @ x    g, x: 1 x 128 along tokens
 
-The matmuls are cuBLASLt's (Hopper only), which multiplies each 128-wide piece of a sum by its two scales in float32. It
-wants the contraction contiguous in both operands, so all of x, g and w are needed in two layouts: the casts decide how
-fast the recipe is. block_kernel.py makes both layouts in one pass over the tensor. Emulated, the same values come from
-PyTorch's operators, and the matmul is one of float32.
+The matmuls are cuBLASLt's (Hopper only), which multiplies the sum over 128 products by both scales, in float32. It
+wants the contraction contiguous in both operands, so x, g and w are needed in two layouts: the casts decide the speed.
+block_kernel.py makes both layouts of a tensor in one pass over it. Elsewhere PyTorch's operators make the same values.
 
-An operand is a pair (values, scales): values (outer, contraction), row-major; scales, which the values are to be
-multiplied by, (contraction / 128, outer) for 1 x 128 and (outer / 128, contraction / 128) for 128 x 128.
+An operand is a pair (values, scales) with values of shape (outer, contraction). To be multiplied by: scales of shape
+(contraction / 128, outer) for 1 x 128 and (outer / 128, contraction / 128) for 128 x 128.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-E4M3, E4M3_MAX, SMALLEST_AMAX = torch.float8_e4m3fn, 448.0, 1e-12  # the last as in torchao
 CAPABILITY = 9  # of the GPUs that cuBLASLt has block-wise matmuls for: Hopper
+E4M3, E4M3_MAX, SMALLEST_AMAX = torch.float8_e4m3fn, 448.0, 1e-12  # the last as in torchao
 
 library = torch.library.Library("nanofp8", "FRAGMENT")
 library.define("cast_blocks(Tensor x, bool tiles, bool plain, bool transposed) -> Tensor[]")
-library.define("transpose_blocks(Tensor values) -> Tensor")
 library.define("block_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType dtype, bool emulate) -> Tensor")
 
 
 def cast(x, *, tiles=False, plain=True, transposed=False):
     """FP8 operands of x (rows, columns): [values, scales] of x if `plain`, then those of x.T if `transposed`.
 
-    tiles: one scale for 128 x 128 values instead of 1 x 128. Columns must be a multiple of 128, rows too for tiles and
-    for x.T.
+    tiles: 128 x 128 values to a scale, not 1 x 128. Columns are a multiple of 128, and so are rows for tiles and x.T.
     """
     return torch.ops.nanofp8.cast_blocks(x, tiles, plain, transposed)
 
 
-def has_fp8(x):
-    """Whether Triton can compile FP8 casts for the device of x."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
-
-
 def cast_blocks(x, tiles, plain, transposed):
-    if not has_fp8(x):
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 9):  # Triton has no FP8 for these
         return [*(operand(x, tiles) if plain else []), *(operand(x.t(), tiles) if transposed else [])]
     from plumbing.block_kernel import cast_tile
 
-    casts, x = empty_casts(x, tiles, plain, transposed), x.contiguous()
+    casts = empty_casts(x, tiles, plain, transposed)
     pointers = [*(casts[:2] if plain else [None, None]), *(casts[-2:] if transposed else [None, None])]
     grid = -(-x.shape[0] // 128), x.shape[1] // 128
-    cast_tile[grid](x, *pointers, *x.shape, tiles, plain, transposed, num_warps=8)
+    cast_tile[grid](x.contiguous(), *pointers, *x.shape, tiles, plain, transposed, num_warps=8)
     return casts
 
 
 def empty_casts(x, tiles, plain, transposed):
-    """The results of cast_blocks, not filled."""
+    """The tensors of cast_blocks, not filled."""
     sizes = [x.shape] * plain + [x.shape[::-1]] * transposed
     return [t for outer, inner in sizes for t in (
         x.new_empty(outer, inner, dtype=E4M3),
@@ -64,32 +55,27 @@ def empty_casts(x, tiles, plain, transposed):
 
 
 def operand(x, tiles):
-    """The FP8 operand (values, scales) of x (outer, contraction) by the definition."""
+    """The FP8 operand of x (outer, contraction) by the definition."""
     blocks = x.float().unflatten(1, (-1, 128))
     if tiles:
-        blocks = blocks.unflatten(0, (-1, 128))  # (outer / 128, 128, contraction / 128, 128)
+        blocks = blocks.unflatten(0, (-1, 128))
     amax = blocks.abs().amax((1, 3) if tiles else 2, keepdim=True).clamp(min=SMALLEST_AMAX)
-    values = (blocks * (E4M3_MAX / amax)).to(E4M3).reshape(x.shape).contiguous()
-    scales = amax / E4M3_MAX
-    return values, scales.squeeze((1, 3)) if tiles else scales.squeeze(2).t().contiguous()
+    values, scales = (blocks * (E4M3_MAX / amax)).to(E4M3), amax / E4M3_MAX
+    return values.reshape(x.shape).contiguous(), scales.squeeze((1, 3)) if tiles else scales.squeeze(2).t().contiguous()
 
 
-def each(scales, values):
-    """The scales of an operand, one for each value."""
-    outer, inner = values.shape
-    if scales.shape == (inner // 128, outer):
-        return scales.t().repeat_interleave(128, 1)
-    return scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+def in_blocks(x, scales):
+    """(x in blocks, scales to broadcast over them): views of x (outer, contraction) and of an operand's scales."""
+    blocks = x.unflatten(1, (-1, 128))
+    if scales.shape == (x.shape[1] // 128, x.shape[0]):
+        return blocks, scales.t().unsqueeze(2)
+    return blocks.unflatten(0, (-1, 128)), scales[:, None, :, None]
 
 
-def transpose_blocks(values):
-    if not has_fp8(values):
-        return values.t().contiguous()
-    from plumbing.block_kernel import transpose_tile
-
-    values_t = values.new_empty(values.shape[::-1])
-    transpose_tile[values.shape[0] // 128, values.shape[1] // 128](values, values_t, *values.shape, num_warps=8)
-    return values_t
+def dequantized(values, scales):
+    """An operand in float32."""
+    blocks, scales = in_blocks(values.float(), scales)
+    return (blocks * scales).reshape(values.shape)
 
 
 def matmul(a, b, dtype, emulate):
@@ -100,26 +86,24 @@ def matmul(a, b, dtype, emulate):
 def block_mm(a, b, scale_a, scale_b, dtype, emulate):
     # An operator of its own: Inductor's lowering of aten._scaled_mm_v2 forgets the kinds of scales (torch 2.13).
     if emulate:
-        b = b.t()
-        return ((a.float() * each(scale_a, a)) @ (b.float() * each(scale_b, b)).t()).to(dtype)
+        return (dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()).to(dtype)
     kind = F.ScalingType.BlockWise1x128
     if scale_b.shape != (b.shape[0] // 128, b.shape[1]):
         kind = F.ScalingType.BlockWise128x128
-        scale_b = F.pad(scale_b, (0, -scale_b.shape[1] % 4))  # no copy where there is nothing to pad
+        scale_b = F.pad(scale_b, (0, -scale_b.shape[1] % 4))
     return F.scaled_mm(a, b, scale_a.t(), F.ScalingType.BlockWise1x128, scale_b.t(), kind, output_dtype=dtype)
 
 
-for name, run, shape in (("cast_blocks", cast_blocks, empty_casts),
-                         ("transpose_blocks", transpose_blocks, lambda x: x.new_empty(x.shape[::-1])),
-                         ("block_mm", block_mm, lambda a, b, scale_a, scale_b, dtype, emulate: a.new_empty(
-                             a.shape[0], b.shape[1], dtype=dtype))):
-    library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nanofp8::{name}", shape, lib=library)
+library.impl("cast_blocks", cast_blocks, "CompositeExplicitAutograd")
+library.impl("block_mm", block_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("nanofp8::cast_blocks", empty_casts, lib=library)
+torch.library.register_fake("nanofp8::block_mm", lambda a, b, scale_a, scale_b, dtype, emulate: a.new_empty(
+    a.shape[0], b.shape[1], dtype=dtype), lib=library)
 CAST, MATMUL = torch.ops.nanofp8.cast_blocks.default, torch.ops.nanofp8.block_mm.default
 
 
 class GatheredBlocks(torch.Tensor):
-    """A weight of which FSDP2 has gathered the FP8 values and scales, in place of high precision."""
+    """A weight that FSDP2 has gathered as an FP8 operand. It stands where the weight in high precision would."""
 
     @staticmethod
     def __new__(cls, values, scales, dtype):
@@ -136,9 +120,9 @@ class GatheredBlocks(torch.Tensor):
         return cls(inner["values"], inner["scales"], dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):  # FSDP2 and autograd ask for the same weight again
         assert func in (torch.ops.aten.detach.default, torch.ops.aten.as_strided.default, torch.ops.aten.alias.default)
-        return cls(args[0].values, args[0].scales, args[0].dtype)  # FSDP2 and autograd take it as it is
+        return cls(args[0].values, args[0].scales, args[0].dtype)
 
 
 @torch._dynamo.allow_in_graph
@@ -147,39 +131,34 @@ class BlockwiseMatmuls(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, keep_casts, emulate):
-        gathered = isinstance(weight, GatheredBlocks)
         ctx.keep_casts, ctx.emulate = keep_casts, emulate
         inputs = cast(x, transposed=keep_casts)
-        if gathered:
+        if isinstance(weight, GatheredBlocks):
             weights = [weight.values, weight.scales]
         else:
             weights = cast(weight, tiles=True, transposed=keep_casts)
-        ctx.save_for_backward(*(inputs[2:] if keep_casts else [x]),
-                              *(weights[2:] if keep_casts and not gathered else [weight]))
+        ctx.save_for_backward(*(inputs[2:] or [x]), *(weights[2:] or [weight]))
         return matmul(inputs[:2], weights[:2], x.dtype, emulate)
 
     @staticmethod
     def backward(ctx, g):
-        emulate, saved = ctx.emulate, ctx.saved_tensors
+        saved = ctx.saved_tensors  # selective recompute allows one read
         inputs, weights = (saved[:2], saved[2:]) if ctx.keep_casts else (saved[:1], saved[1:])
         if not ctx.keep_casts:
-            inputs = cast(inputs[0], plain=False, transposed=True)
+            inputs = cast(*inputs, plain=False, transposed=True)
         if isinstance(weights[0], GatheredBlocks):
-            values, scales = weights[0].values, weights[0].scales
-            weights = torch.ops.nanofp8.transpose_blocks(values), scales.t().contiguous()
+            weights = [t.t().contiguous() for t in (weights[0].values, weights[0].scales)]
         elif not ctx.keep_casts:
-            weights = cast(weights[0], tiles=True, plain=False, transposed=True)
+            weights = cast(*weights, tiles=True, plain=False, transposed=True)
         gradients = cast(g, transposed=True)
-        return (matmul(gradients[:2], weights, g.dtype, emulate), matmul(gradients[2:], inputs, g.dtype, emulate),
-                None, None)
+        return (matmul(gradients[:2], weights, g.dtype, ctx.emulate),
+                matmul(gradients[2:], inputs, g.dtype, ctx.emulate), None, None)
 
 
 class BlockwiseLinear(nn.Linear):
-    """nn.Linear in block-wise FP8. fp8.convert makes it of an nn.Linear, in place."""
-
-    keep_casts = emulate = False
+    """nn.Linear in block-wise FP8; fp8.convert makes it of an nn.Linear, in place."""
 
     def forward(self, x):
-        keep = self.keep_casts and torch.is_grad_enabled()
-        y = BlockwiseMatmuls.apply(x.flatten(0, -2), self.weight, keep, self.emulate).unflatten(0, x.shape[:-1])
+        keep_casts = self.keep_casts and torch.is_grad_enabled()
+        y = BlockwiseMatmuls.apply(x.flatten(0, -2), self.weight, keep_casts, self.emulate).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias

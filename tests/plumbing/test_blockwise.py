@@ -55,7 +55,8 @@ def test_casts_of_both_layouts_are_what_the_definition_says(tiles, size):
     for (values, scales), tensor in ((casts[:2], x), (casts[2:], x.t())):
         expected_values, expected_scales = definition(tensor, size)
         assert values.is_contiguous() and scales.is_contiguous() and closest(values, expected_values)
-        torch.testing.assert_close(blockwise.each(scales, values).double(), expected_scales, rtol=1e-6, atol=0)
+        ones = torch.ones(tensor.shape).to(E4M3)
+        torch.testing.assert_close(blockwise.dequantized(ones, scales).double(), expected_scales, rtol=1e-6, atol=0)
     for keys, expected in (({}, casts[:2]), ({"plain": False, "transposed": True}, casts[2:])):
         assert all(map(torch.equal, map(bits, blockwise.cast(x, tiles=tiles, **keys)), map(bits, expected)))
 
@@ -276,7 +277,6 @@ def test_the_kernel_makes_the_casts_of_the_definition_bit_for_bit(dtype):
                 expected = [*blockwise.operand(x, tiles), *blockwise.operand(x.t(), tiles)]
                 found = blockwise.cast(x, tiles=tiles, transposed=True)
                 assert all(map(torch.equal, map(bits, found), map(bits, expected)))
-                assert torch.equal(bits(blockwise.transpose_blocks(found[0])), bits(expected[2])) or not tiles
             elif not tiles:  # evaluation: rows that are no whole block, and no transposed layout
                 assert all(map(torch.equal, map(bits, blockwise.cast(x)), map(bits, blockwise.operand(x, tiles))))
 
