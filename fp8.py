@@ -18,20 +18,23 @@ which formats its operands have:
     tensorwise_forward      tensor e4m3 both   high precision             high precision
     rowwise                 row e4m3 both      row e4m3 both              row e4m3 both
     rowwise_with_gw_hp      row e4m3 both      row e4m3, tensor e4m3      high precision
+    blockwise               block e4m3 both    block e4m3 both            block e4m3 both
 
 "tensor" is one scale for the whole operand: the fastest, since a scale costs one amax pass and the matmul is cuBLAS's.
 "row" is one scale, a power of two, for each row along the contraction. An outlier then spoils its own row only, but an
-operand is cast once for each matmul that reads it, because they contract different dimensions. `fp8.recipes` gives
-single layers a recipe of their own.
+operand is cast once for each matmul that reads it, because they contract different dimensions. "block" is one for each
+128 values of a row, or 128 x 128 of a weight: DeepSeek-V3's recipe, whose casts and matmuls are ours
+(plumbing/blockwise.py). `fp8.recipes` gives single layers a recipe of their own.
 
 Scales are dynamic: computed from the tensor that is cast, so there is no state to save and resuming is exact.
 The tensor cores want the inner dimension contiguous in both operands, so backward casts into transposed layouts, and
 every dimension must be divisible by 16. The casts cost memory traffic; FP8 only pays when torch.compile fuses them
-into their neighbours. torchao (`Float8Linear`) does the casts and matmuls; this file decides, wires, and checks.
+into their neighbours. torchao (`Float8Linear`) does the other casts and matmuls; this file decides, wires, and checks.
 
 Under FSDP2 weights are gathered before every use. With all-gather in FP8, each rank casts its shard first and one byte
 a value crosses the wire instead of two. The ranks need one scale for the whole tensor, so each gather takes an
-all-reduce of the weight's amax first; precomputing does all of them in one all-reduce after the optimizer step.
+all-reduce of the weight's amax first; precomputing does all of them in one all-reduce after the optimizer step. Shards
+of whole blocks have scales of their own, which are gathered with the values.
 
 Training with fp8.enabled=True either trains in FP8, exactly as configured, or stops. `check` fails early, before any
 GPU time is spent; checks/proof.py verifies what was converted and what ran; checks/telemetry.py measures what FP8
@@ -53,6 +56,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 
 import model as models
+from plumbing import blockwise
 from plumbing.errors import RunStopped, UserError
 
 # NeMo-Automodel's documentation spells two of the keys in two ways. Both set the same field.
@@ -85,6 +89,7 @@ class Recipe:
     gather_rows: int = 0  # shards of a multiple of so many rows can be cast before the all-gather; 0: no shard can
     keep_casts: bool = False  # backward reads the casts that forward makes
     multiple: int = 16  # must divide every dimension of its matmuls
+    capability: int | None = None  # the only GPUs that compute it, by the first number of their compute capability
     inductor: tuple[str, ...] = ()  # switches of torch._inductor.config that it needs
     layer: Callable | None = None  # what replaces a linear layer, called like torchao_linear; None: torchao_linear
 
@@ -101,6 +106,18 @@ class Recipe:
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TENSOR_E4M3, TENSOR_E5M2, ROW_E4M3 = Cast("tensor", E4M3), Cast("tensor", E5M2), Cast("row", E4M3)
+BLOCK_E4M3 = Cast("block", E4M3)
+
+
+def blockwise_linear(linear, recipe, cfg, *, gathers):
+    """A linear layer as torchao_linear makes it, with the casts and matmuls of plumbing/blockwise.py."""
+    linear.__class__, linear.keep_casts, linear.emulate = blockwise.BlockwiseLinear, cfg.keep_casts, cfg.emulate
+    if gathers:
+        weight = gather_in_blocks()(linear.weight, None, E4M3)
+        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    return linear
+
+
 RECIPES = {
     "tensorwise": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
                          grad_weight=(TENSOR_E5M2, TENSOR_E4M3), gather_rows=1, keep_casts=True),
@@ -112,6 +129,9 @@ RECIPES = {
     "rowwise": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, ROW_E4M3), grad_weight=(ROW_E4M3, ROW_E4M3),
                       inductor=("emulate_precision_casts",)),
     "rowwise_with_gw_hp": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, TENSOR_E4M3), grad_weight=None),
+    "blockwise": Recipe(output=(BLOCK_E4M3, BLOCK_E4M3), grad_input=(BLOCK_E4M3, BLOCK_E4M3),
+                        grad_weight=(BLOCK_E4M3, BLOCK_E4M3), gather_rows=128, keep_casts=True, multiple=128,
+                        capability=blockwise.CAPABILITY, layer=blockwise_linear),
 }
 DEFAULT_RECIPE = "tensorwise"
 
@@ -122,7 +142,7 @@ class FP8Config:
 
     enabled: bool = False  # convert linear layers to FP8
     recipe_name: Literal[tuple(RECIPES)] | None = None  # scaling; None is tensorwise
-    enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (tensorwise only)
+    enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (tensorwise, blockwise)
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
     keep_casts: bool = False  # backward reads the casts of forward; weights are cast once a step, not once a pass
@@ -244,6 +264,12 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     if not recipes:
         errors.append("fp8.filter_fqns and fp8.recipes leave no linear layer to convert: remove an entry, or set "
                       "fp8.enabled=False")
+    if not cfg.emulate and device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+        errors += [f"recipe {name} needs a GPU of compute capability {RECIPES[name].capability}.x, this one has "
+                   f"{major}.x: choose another recipe, or set fp8.emulate=True"
+                   for name in dict.fromkeys(filter(None, names.values()))
+                   if RECIPES[name].capability not in (None, major)]
     for key, ability in (("enable_fsdp_float8_all_gather", "gather_rows"), ("keep_casts", "keep_casts")):
         if recipes and getattr(cfg, key) and not any(getattr(recipe, ability) for recipe in recipes.values()):
             able = " or ".join(name for name, recipe in RECIPES.items() if getattr(recipe, ability))
@@ -335,13 +361,13 @@ def convert(model, cfg, *, shards, accumulation=1):
     """Replace linear layers by FP8 layers, in place, each with the recipe that recipe_of says, its name as `.recipe`.
 
     Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step; if there are
-    several and nothing is sharded, layers whose casts are kept become CastOnce.
+    several and nothing is sharded, torchao's layers whose casts are kept become CastOnce.
     """
     for fqn, linear in linear_layers(model).items():
         if name := recipe_of(fqn, cfg):
             recipe = RECIPES[name]
             layer = (recipe.layer or torchao_linear)(linear, recipe, cfg, gathers=gathers(name, cfg, shards))
-            if cfg.keep_casts and recipe.keep_casts and accumulation > 1 and not shards:
+            if cfg.keep_casts and recipe.keep_casts and recipe.layer is None and accumulation > 1 and not shards:
                 layer.__class__ = cast_once()
             layer.recipe = name
             model.set_submodule(fqn, layer)
@@ -415,6 +441,22 @@ def gather_in_fp8():
 
     torch.serialization.add_safe_globals([GatherInFP8])
     return GatherInFP8
+
+
+@functools.cache
+def gather_in_blocks():
+    """The weight class that FSDP2 gathers as operands of block-wise matmuls. Whole blocks need no all-reduce."""
+
+    class GatherInBlocks(gather_in_fp8()):
+        def fsdp_pre_all_gather(self, mesh):
+            return tuple(blockwise.cast(self._tensor, tiles=True)), None
+
+        def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+            if out is None:  # else it is the result of the first gather, whose memory FSDP2 has filled again
+                return blockwise.GatheredBlocks(*outputs, param_dtype), outputs
+
+    torch.serialization.add_safe_globals([GatherInBlocks])
+    return GatherInBlocks
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import attention
 import fp8
 import model as models
 from checks import telemetry
+from plumbing import blockwise
 from plumbing.compiling import compile_and_checkpoint
 from plumbing.errors import RunStopped
 from plumbing.sharding import local_shard
@@ -73,7 +74,8 @@ def verify_sharded(model, cfg, *, shards):
             weight = local_shard(converted[fqn].weight)
             if not hasattr(weight, "fsdp_pre_all_gather"):
                 problems.append(f"{fqn} would be gathered in high precision")
-            elif cfg.precompute_float8_dynamic_scale_for_fsdp and weight._precomputed_scale is None:
+            elif (cfg.precompute_float8_dynamic_scale_for_fsdp and not isinstance(weight, fp8.gather_in_blocks())
+                  and weight._precomputed_scale is None):
                 problems.append(f"{fqn} has no precomputed scale")
     if problems:
         raise RunStopped(f"these layers are not in fp8 as configured: {', '.join(problems)}")
@@ -103,6 +105,8 @@ class CountFloat8Matmuls(TorchDispatchMode):
         if func is torch.ops.aten.mm.default and any(isinstance(a, Float8TrainingTensor) for a in args):
             by_row = any(a._scale.numel() > 1 for a in args)
             self.seen[tuple(args[0].shape), tuple(args[1].shape), "row" if by_row else "tensor"] += 1
+        elif func is blockwise.MATMUL:
+            self.seen[tuple(args[0].shape), tuple(args[1].shape), "block"] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -153,6 +157,8 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
             if event.name == "aten::_scaled_mm":
                 a, b, scale = map(tuple, event.input_shapes[:3])
                 seen[a, b, "row" if math.prod(scale) > 1 else "tensor"] += 1
+            elif event.name == "aten::_scaled_mm_v2":
+                seen[*map(tuple, event.input_shapes[:2]), "block"] += 1
         triton = sum(e.device_type.name == "CUDA" and e.name.startswith("triton_tem") and "scaled_mm" in e.name
                      for e in events)
     converted, needed = fp8.float8_linears(model), needed_matmuls(model, cfg, tokens, loss_chunks)

@@ -159,6 +159,8 @@ class BlockwiseLinear(nn.Linear):
     """nn.Linear in block-wise FP8; fp8.convert makes it of an nn.Linear, in place."""
 
     def forward(self, x):
-        keep_casts = self.keep_casts and torch.is_grad_enabled()
-        y = BlockwiseMatmuls.apply(x.flatten(0, -2), self.weight, keep_casts, self.emulate).unflatten(0, x.shape[:-1])
+        y = self.multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
+
+    def multiply(self, x):
+        return BlockwiseMatmuls.apply(x, self.weight, self.keep_casts and torch.is_grad_enabled(), self.emulate)
