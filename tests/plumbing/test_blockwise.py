@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from conftest import REPO, build, run, sqnr
+from conftest import REPO, build, metrics, run, sqnr, train_here
 
 import fp8
 import model as models
+from checks import proof, telemetry
 from fp8 import FP8Config
 from plumbing import blockwise
 from plumbing.compiling import CompileConfig, compile_and_checkpoint
@@ -179,6 +180,51 @@ def test_evaluation_takes_any_number_of_tokens():
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# what a run checks and measures
+
+
+def test_the_proof_counts_its_matmuls():
+    model, x = build(emulated(recipes={"lm_head": "tensorwise"}), **SIZES), torch.randint(0, 256, (2, 64))
+    cfg = emulated(recipes={"lm_head": "tensorwise"})
+    run_once = lambda: model(x, x).backward()  # noqa: E731
+    assert proof.verify_step(model, cfg, run_once, shards=0, tokens=128, loss_chunks=1) == 5 * 3
+    model.layers[0].mlp.down.forward = lambda x: x @ model.layers[0].mlp.down.weight.t()
+    with pytest.raises(RuntimeError, match="3 of them did not run"):
+        proof.verify_step(model, cfg, run_once, shards=0, tokens=128, loss_chunks=1)
+
+
+@pytest.mark.parametrize("keys", [{}, {"keep_casts": True}])
+def test_health_measures_its_casts_and_changes_nothing(keys):
+    model, seen = build(emulated(**keys), **SIZES), {}
+    x, y = torch.randint(0, 256, (2, 2, 64), generator=torch.Generator().manual_seed(0))
+    expected = gradients(model, x, y)
+    down = model.layers[0].mlp.down
+    down.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].detach()))
+    rows = telemetry.health(model, lambda: model(x, y).backward(), 1)
+    assert all(torch.equal(p.grad, expected[n]) for n, p in model.named_parameters())
+    assert {len(row) for row in rows} == {2 + 5} and type(down) is blockwise.BlockwiseLinear
+    row = next(row for row in rows if row["fp8_layer"] == "layers.0.mlp.down")
+    for name, tensor, tiles in (("input", seen["x"], False), ("input_for_grad_weight", seen["x"].t(), False),
+                                ("weight", down.weight.detach(), True)):
+        db = sqnr(tensor, blockwise.dequantized(*blockwise.operand(tensor, tiles)))
+        assert row[name]["sqnr_db"] == pytest.approx(db, abs=0.01) and row[name]["format"] == "e4m3"
+        assert row[name]["amax"] == pytest.approx(tensor.abs().max().item(), rel=1e-5)
+
+
+def test_a_run_trains_with_it(tiny_run, tmp_path, capsys):
+    sizes = [f"--model.{name}={size}" for name, size in SIZES.items() if name != "vocab_size"]
+    keys = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.recipe_name=blockwise", "--fp8.self_check=True",
+            '--fp8.filter_fqns=["lm_head"]', "--fp8.stats_interval=6", "--activation_checkpoint=selective"]
+    train_here(*tiny_run, *sizes, *keys, f"--out_dir={tmp_path / 'fp8'}")
+    shown = capsys.readouterr().out
+    assert "layers.*.mlp.down      (128, 256)       x1    fp8 blockwise (emulated)" in shown
+    assert "fp8: verified, 12 emulated fp8 matmuls ran in one pass" in shown and "fp8 self-check: loss" in shown
+    train_here(*tiny_run, *sizes, f"--out_dir={tmp_path / 'bf16'}")
+    loss, reference = (metrics(tmp_path / name).train[6]["loss"] for name in ("fp8", "bf16"))
+    assert loss == pytest.approx(reference, rel=0.02) and loss != reference
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # sizes that it cannot take
 
 
@@ -206,54 +252,61 @@ def test_sizes_tokens_and_shards_that_are_not_whole_blocks_are_named():
 
 GATHER = """
 import json, sys
-sys.path[:0] = [{repo!r}, {repo!r} + "/tests"]
+sys.path.insert(0, {repo!r})
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 import fp8
 import model as models
+from checks import proof, telemetry
 from plumbing import entry
 dist.init_process_group("gloo")
-reduces, all_reduce = [], dist.all_reduce
-dist.all_reduce = lambda *args, **keys: (reduces.append(args), all_reduce(*args, **keys))[1]
+calls, all_reduce = [], dist.all_reduce
+dist.all_reduce = lambda *args, **keys: (calls.append(args), all_reduce(*args, **keys))[1]
 x, y = torch.randint(0, 256, (2, 4, 64), generator=torch.Generator().manual_seed(0))
-found = {{}}
+rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+found = []
 for gather in (False, True):
     cfg = fp8.FP8Config(enabled=True, emulate=True, recipe_name="blockwise", enable_fsdp_float8_all_gather=gather,
-                        filter_fqns=["lm_head"])
+                        precompute_float8_dynamic_scale_for_fsdp=gather, filter_fqns=["lm_head"])
     with torch.device("meta"):
         model = models.Transformer(models.ModelConfig(**{sizes}))
     fp8.convert(model, cfg, shards=2)
-    for block in (*model.layers, model):
-        fully_shard(block)
+    for module in (*model.layers, model):
+        fully_shard(module)
     model.to_empty(device="cpu")
     models.init_weights(model, 1)
-    rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
-    for _ in range(2):  # the second pass fills the tensors of the first again
+    fp8.prepare_weights(model, cfg, shards=2)
+    proof.verify_sharded(model, cfg, shards=2)
+    for _ in range(2):  # the second pass gathers into the memory of the first
         model.zero_grad()
         model(x[rows], y[rows]).backward()
-    found[gather] = {{n: p.grad.full_tensor() for n, p in model.named_parameters()}}
-    weights = {{fqn + ".weight" for fqn in fp8.float8_linears(model)}}
-    outputs = [t for module in model.modules() if isinstance(module, FSDPModule) for p in
-               module._get_fsdp_state()._fsdp_param_group.fsdp_params if p._param_fqn in weights
-               for t in p.all_gather_outputs]
-    if dist.get_rank() == 0:
-        print("gathered", json.dumps([[str(t.dtype), t.numel()] for t in outputs] + [len(reduces)]))
-assert all(torch.equal(found[True][n], g) for n, g in found[False].items())
+    gradients, n_reduces = [p.grad.full_tensor() for p in model.parameters()], len(calls)
+    health = telemetry.health(model, lambda: model(x[rows], y[rows]).backward(), 1)
+    calls.clear()
+    linears = fp8.float8_linears(model)
+    gathered = {{p._param_fqn: [[str(t.dtype), t.numel()] for t in p.all_gather_outputs]
+                for module in model.modules() if isinstance(module, FSDPModule)
+                for p in module._get_fsdp_state()._fsdp_param_group.fsdp_params}}
+    found.append([gradients, [gathered[fqn + ".weight"] for fqn in linears], n_reduces, health])
+assert all(map(torch.equal, found[0][0], found[1][0]))
+if dist.get_rank() == 0:
+    print("found", json.dumps([row[1:] for row in found]))
 entry.leave()
 """
 
 
 def test_weights_are_gathered_in_fp8_without_an_all_reduce(tmp_path):
-    sizes = dict(SIZES, n_embd=256)
     script = tmp_path / "gather.py"
-    script.write_text(GATHER.format(repo=str(REPO), sizes=repr(sizes)))
-    lines = [json.loads(line.removeprefix("gathered ")) for line in run(script, ranks=2).stdout.splitlines()
-             if line.startswith("gathered ")]
-    plain, gathered = lines
-    weights = 512 * 256, 256 * 256, 512 * 256, 256 * 256  # values: qkv, out, gate_up, down
-    assert plain == [["torch.float32", n] for n in weights] + [0]
-    assert gathered == [[dtype, size] for n in weights for dtype, size in (
-        ("torch.float8_e4m3fn", n), ("torch.float32", n // 128**2))] + [0]  # one byte a value, and no all-reduce
+    script.write_text(GATHER.format(repo=str(REPO), sizes=repr(dict(SIZES, n_embd=256))))
+    shown = run(script, ranks=2).stdout
+    plain, gathered = json.loads(shown.split("found ", 1)[1].splitlines()[0])
+    values = 512 * 256, 256 * 256, 512 * 256, 256 * 256  # of qkv, out, gate_up, down
+    assert plain[0] == [[["torch.float32", n]] for n in values]
+    assert gathered[0] == [[["torch.float8_e4m3fn", n], ["torch.float32", n // 128**2]] for n in values]
+    assert plain[1] == gathered[1] == 0
+    for row, reference in zip(gathered[2], plain[2], strict=True):  # each rank measured its half of the weights
+        assert row["weight"].pop("format") == reference["weight"].pop("format") == "e4m3"
+        assert row["weight"] == pytest.approx(reference["weight"], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------
