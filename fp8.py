@@ -18,12 +18,12 @@ which formats its operands have:
     tensorwise_forward      tensor e4m3 both   high precision             high precision
     rowwise                 row e4m3 both      row e4m3 both              row e4m3 both
     rowwise_with_gw_hp      row e4m3 both      row e4m3, tensor e4m3      high precision
-    blockwise               block e4m3 both    block e4m3 both            block e4m3 both
+    blockwise               block, tile e4m3   block, tile e4m3           block e4m3 both
 
 "tensor" is one scale for the whole operand: the fastest, since a scale costs one amax pass and the matmul is cuBLAS's.
 "row" is one scale, a power of two, for each row along the contraction. An outlier then spoils its own row only, but an
 operand is cast once for each matmul that reads it, because they contract different dimensions. "block" is one for each
-128 values of a row, or 128 x 128 of a weight: DeepSeek-V3's recipe, whose casts and matmuls are ours
+128 values of a row, "tile" one for 128 x 128 of a weight: DeepSeek-V3's recipe, whose casts and matmuls are ours
 (plumbing/blockwise.py). `fp8.recipes` gives single layers a recipe of their own.
 
 Scales are dynamic: computed from the tensor that is cast, so there is no state to save and resuming is exact.
@@ -72,7 +72,7 @@ MIN_TORCHAO = "0.18"  # patches a Triton miscompile that gave NaN (https://githu
 
 
 class Cast(NamedTuple):
-    scaling: Literal["tensor", "row", "block"]  # how many values share one scale
+    scaling: Literal["tensor", "row", "block", "tile"]  # how many values share one scale
     dtype: torch.dtype
 
 
@@ -106,7 +106,7 @@ class Recipe:
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TENSOR_E4M3, TENSOR_E5M2, ROW_E4M3 = Cast("tensor", E4M3), Cast("tensor", E5M2), Cast("row", E4M3)
-BLOCK_E4M3 = Cast("block", E4M3)
+BLOCK_E4M3, TILE_E4M3 = Cast("block", E4M3), Cast("tile", E4M3)  # 1 x 128 and 128 x 128 values
 
 
 def blockwise_linear(linear, recipe, cfg, *, gathers):
@@ -129,7 +129,7 @@ RECIPES = {
     "rowwise": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, ROW_E4M3), grad_weight=(ROW_E4M3, ROW_E4M3),
                       inductor=("emulate_precision_casts",)),
     "rowwise_with_gw_hp": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, TENSOR_E4M3), grad_weight=None),
-    "blockwise": Recipe(output=(BLOCK_E4M3, BLOCK_E4M3), grad_input=(BLOCK_E4M3, BLOCK_E4M3),
+    "blockwise": Recipe(output=(BLOCK_E4M3, TILE_E4M3), grad_input=(BLOCK_E4M3, TILE_E4M3),
                         grad_weight=(BLOCK_E4M3, BLOCK_E4M3), gather_rows=128, keep_casts=True, multiple=128,
                         capability=blockwise.CAPABILITY, layer=blockwise_linear),
 }

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import fp8
-from plumbing import logs
+from plumbing import blockwise, logs
 from plumbing.sharding import local_shard
 
 # The casts of a layer: name of the operand, its tensor in backward, where the recipe has it (matmul, operand), and the
@@ -66,8 +66,17 @@ torch.library.register_fake("nanofp8::cast_stats", lib=library)(
     lambda x, *_: x.new_empty(len(SUMS) + len(PEAKS), dtype=torch.float64))
 
 
+def block_parts(x, values, scales):
+    """The arguments of cast_stats for a block-wise cast of x."""
+    (blocks, scales), (values, _) = blockwise.in_blocks(x, scales), blockwise.in_blocks(values, scales)
+    return blocks, values, 1 / scales
+
+
 def cast_as_recipe(t, cast, dim, recipe):
-    """(values, scale) of a tensor's cast, in a compiled graph the very cast that the layer's matmul reads."""
+    """(tensor, values, scale) of a tensor's cast, in a compiled graph the very cast that the layer's matmul reads."""
+    if cast.scaling in ("block", "tile"):
+        x = t.t() if dim == 0 else t
+        return block_parts(x, *blockwise.cast(x, tiles=cast.scaling == "tile"))
     from torchao.float8.config import ScalingGranularity
     from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
     from torchao.float8.float8_training_tensor import LinearMMConfig
@@ -76,7 +85,8 @@ def cast_as_recipe(t, cast, dim, recipe):
     q = hp_tensor_to_float8_dynamic(t, cast.dtype, LinearMMConfig(), scaling_granularity=granularity,
                                     axiswise_dim=get_maybe_axiswise_dim(dim, granularity),
                                     round_scales_to_power_of_2=recipe.by_row)
-    return q._data, q._scale
+    parts = t, q._data, q._scale
+    return [part.t() for part in parts] if t.stride(-1) != 1 else parts  # cast_stats wants them contiguous
 
 
 @torch._dynamo.allow_in_graph
@@ -84,8 +94,8 @@ class ReportCasts(torch.autograd.Function):
     """Returns y, the output of an FP8 layer for x; its backward adds what the layer's casts lose to `seen`."""
 
     @staticmethod
-    def forward(ctx, y, x, w_t, recipe, seen):
-        ctx.save_for_backward(x, w_t)
+    def forward(ctx, y, x, weight, recipe, seen):
+        ctx.save_for_backward(x, weight)
         ctx.recipe, ctx.seen = recipe, seen
         return y.view_as(y)
 
@@ -93,18 +103,18 @@ class ReportCasts(torch.autograd.Function):
     def backward(ctx, g):
         from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
 
-        x, w_t = ctx.saved_tensors  # selective recompute allows to read them once
+        x, weight = ctx.saved_tensors  # selective recompute allows to read them once
+        gathered = isinstance(weight, blockwise.GatheredBlocks) or tensor_already_casted_to_fp8(weight)
         # reshaped as torchao does, or the compiler sees two casts instead of one
-        tensors, done = {"x": x.reshape(-1, x.shape[-1]), "w_t": w_t, "g": g.reshape(-1, g.shape[-1])}, set()
+        tensors, done = {"x": x.reshape(-1, x.shape[-1]), "g": g.reshape(-1, g.shape[-1])}, set()
+        tensors["w_t"] = None if gathered else weight.t()
         for i, (_, name, matmul, operand, dim) in enumerate(CASTS):
             t, casts = tensors[name], getattr(ctx.recipe, matmul)
-            if casts is None or tensor_already_casted_to_fp8(t) or (name, casts[operand]) in done:
+            if casts is None or t is None or (name, casts[operand]) in done:
                 continue
-            if casts[operand].scaling == "tensor":  # a second matmul reads the same cast
+            if casts[operand].scaling in ("tensor", "tile"):  # a second matmul reads the same cast
                 done.add((name, casts[operand]))
-            parts = t, *cast_as_recipe(t, casts[operand], dim, ctx.recipe)
-            if name == "w_t":
-                parts = [part.t() for part in parts]  # contiguous
+            parts = cast_as_recipe(t, casts[operand], dim, ctx.recipe)
             sums, peaks = torch.ops.nanofp8.cast_stats(*parts).split((len(SUMS), len(PEAKS)))
             ctx.seen[i].copy_(torch.cat([ctx.seen[i, :len(SUMS)] + sums, ctx.seen[i, len(SUMS):].maximum(peaks)]))
         return g, None, None, None, None
@@ -117,7 +127,7 @@ def watched(kind):
     class Watched(kind):
         def forward(self, x):
             y = super().forward(x)
-            return ReportCasts.apply(y, x, self.weight.t(), fp8.RECIPES[self.recipe], self.seen)
+            return ReportCasts.apply(y, x, self.weight, fp8.RECIPES[self.recipe], self.seen)
 
     return Watched
 
@@ -139,8 +149,9 @@ def health(model, run, step):
             shard = local_shard(m.weight)
             if hasattr(shard, "fsdp_pre_all_gather"):  # cast before the all-gather: each rank measures its own rows
                 mesh = m.weight.device_mesh
-                (data,), (scale,) = shard.fsdp_pre_all_gather(mesh[mesh.mesh_dim_names[-1]])
-                m.seen[1] = torch.ops.nanofp8.cast_stats(shard._tensor, data, scale)
+                casts, scale = shard.fsdp_pre_all_gather(mesh[mesh.mesh_dim_names[-1]])
+                parts = (shard._tensor, *casts, *scale) if scale else block_parts(shard._tensor, *casts)
+                m.seen[1] = torch.ops.nanofp8.cast_stats(*parts)
         seen = torch.stack([m.seen for m in classes])
     finally:
         for m, kind in classes.items():

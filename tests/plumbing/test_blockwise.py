@@ -254,6 +254,7 @@ GATHER = """
 import json, sys
 sys.path.insert(0, {repo!r})
 import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 import fp8
 import model as models
@@ -264,7 +265,7 @@ calls, all_reduce = [], dist.all_reduce
 dist.all_reduce = lambda *args, **keys: (calls.append(args), all_reduce(*args, **keys))[1]
 x, y = torch.randint(0, 256, (2, 4, 64), generator=torch.Generator().manual_seed(0))
 rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
-found = []
+found, mesh = [], init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
 for gather in (False, True):
     cfg = fp8.FP8Config(enabled=True, emulate=True, recipe_name="blockwise", enable_fsdp_float8_all_gather=gather,
                         precompute_float8_dynamic_scale_for_fsdp=gather, filter_fqns=["lm_head"])
@@ -272,7 +273,7 @@ for gather in (False, True):
         model = models.Transformer(models.ModelConfig(**{sizes}))
     fp8.convert(model, cfg, shards=2)
     for module in (*model.layers, model):
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
     model.to_empty(device="cpu")
     models.init_weights(model, 1)
     fp8.prepare_weights(model, cfg, shards=2)
