@@ -77,8 +77,9 @@ def get_lr(cfg, step, max_steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# what is stored
+# what is stored, and where
 
+PIECE = 2**26  # values updated at once, at most: buffers for streaming are as small as to fit where activations were
 MOMENTS = "exp_avg", "exp_avg_sq"
 STATE_KEYS = "optim.fp8_moments"  # a run resumes only with these keys as they were; masters can be made from weights
 
@@ -117,13 +118,22 @@ def offloaded(cfg, weights):
 
     weights: {name: weight}.
     """
-    matrices = {name: w.numel() for name, w in weights.items() if w.ndim == 2 and len(w)}
+    matrices = {name: w.numel() for name, w in weights.items() if w.ndim == 2}
     limit, total, names = cfg.offload * sum(matrices.values()), 0, set()
     for name, size in matrices.items():
         if total + size <= limit:
             total += size
             names.add(name)
     return names
+
+
+def pieces(w):
+    """Indices of the parts of a weight, and of its gradient and state, that are updated one after the other: rows."""
+    if w.ndim < 2:
+        return [...]
+    rows = max(1, math.ceil(len(w) / max(1, math.ceil(w.numel() / PIECE))))
+    rows += -rows % 4  # four units of FP8 moments are 16 bytes, at which vector loads begin
+    return [slice(i, i + rows) for i in range(0, len(w), rows)]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -328,13 +338,15 @@ class AdamW:
             "beta1": beta1, "beta2": beta2, "eps": cfg.eps, "exact_weight": not self.rounds_weights,
         }
         decay_of_matrices, no_decay = scalar(cfg.weight_decay), scalar(0.0)
-        states = {name: {kind: self.state[kind][name] for kind in self.state if name in self.state[kind]}
-                  for name in self.weights if name in self.grads}
-        copies = streamed([states[name] for name in states if name in self.offloaded], grad_norm.device)
-        for i, (name, w) in enumerate(self.weights.items()):
-            if name not in self.grads:
-                continue
-            state = next(copies) if name in self.offloaded else states[name]
+        todo = [(name, part, {kind: tensors[name][part] for kind, tensors in self.state.items() if name in tensors})
+                for name, w in self.weights.items() if name in self.grads for part in pieces(w)]
+        copies = streamed([state for name, _, state in todo if name in self.offloaded], grad_norm.device)
+        for i, (name, part, state) in enumerate(todo):
+            w = self.weights[name]
+            if name in self.grads:  # its first piece; the gradient before this one is freed
+                g = self.grads.pop(name)
+            if name in self.offloaded:
+                state = next(copies)
             in_fp8 = cfg.fp8_moments and w.ndim == 2
             shape = (-1, fp8_block(w.shape[1])) if in_fp8 else (-1,)
             moments = [(state[f"{kind}_fp8"].view(shape), state[f"{kind}_unit"].view(-1, 1)) if in_fp8
@@ -344,6 +356,6 @@ class AdamW:
             if self.rounds_weights or in_fp8:
                 bits = hash((self.seed, self.step_count, i)) & 0x7FFFFFFF  # of integers: the same in every process
                 seed = torch.full((), bits, dtype=torch.int32, device=w.device)
-            self.update(w.view(shape), self.grads.pop(name).view(shape), *moments, master, seed=seed,
+            self.update(w[part].view(shape), g[part].view(shape), *moments, master, seed=seed,
                         decay=decay_of_matrices if w.ndim >= 2 else no_decay, **shared)
-        next(copies, None)  # resume it once more, to write the last state back
+        next(copies, None)  # resume it once more, to write the last piece back

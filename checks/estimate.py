@@ -11,7 +11,6 @@ import torch.nn as nn
 import fp8
 import model as models
 import optim
-from plumbing import offload
 from plumbing.errors import UserError
 
 # Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: the reference of MFU, in FP8 runs too.
@@ -60,8 +59,7 @@ def memory(config, shards, accumulation):
 
     held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
-    state, _, buffers = optimizer_bytes(config, model, shards)
-    always = held * size + state
+    always = held * size + optimizer_bytes(config, model, shards)[0]  # weights, masters and moments
     if config.cuda_graph and accumulation > 1:
         always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
@@ -104,15 +102,15 @@ def memory(config, shards, accumulation):
         begins += gradients
         if sums_in_float32:  # sums of earlier passes, beside this pass's own gradients
             ends += held * size
-    return (always + max(begins, ends, gradients + buffers)) / 2**30
+    return (always + max(begins, ends)) / 2**30
 
 
 def optimizer_bytes(config, model, shards):
-    """Bytes per rank of masters and moments: (on the GPU, in host memory, buffers on the GPU to stream the latter)."""
+    """Bytes per rank of masters and moments: (on the GPU, in host memory)."""
     params, dtype = dict(model.named_parameters()), getattr(torch, config.dtype)
     sizes = {name: optim.state_bytes(config.optim, p.shape, dtype) / max(1, shards) for name, p in params.items()}
-    on_host = [sizes[name] for name in optim.offloaded(config.optim, params)]
-    return sum(sizes.values()) - sum(on_host), sum(on_host), offload.BUFFERS * max(on_host, default=0)
+    on_host = sum(sizes[name] for name in optim.offloaded(config.optim, params))
+    return sum(sizes.values()) - on_host, on_host
 
 
 def saved_values(config, linears):
@@ -137,7 +135,7 @@ def host_memory(config, shards):
     """GiB of host memory per rank: (optimizer state that is kept there, copy that checkpoints are written from)."""
     with torch.device("meta"):
         model = models.Transformer(config.model)
-    on_gpu, on_host, _ = optimizer_bytes(config, model, shards)
+    on_gpu, on_host = optimizer_bytes(config, model, shards)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize / max(1, shards)
     return on_host / 2**30, config.saves_in_background * (weights + on_gpu + on_host) / 2**30
 

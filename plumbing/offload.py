@@ -20,6 +20,8 @@ def host_zeros(shape, dtype, device):
     """
     if not math.prod(shape):
         return torch.zeros(shape, dtype=dtype)  # a part of a weight of fewer rows than there are ranks
+    if 0 in shape:
+        return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
     if device.type == "cuda":

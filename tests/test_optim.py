@@ -275,6 +275,29 @@ def test_updates_with_offloaded_state_are_the_same_bit_for_bit(dtype, weights, f
                        for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("offload", [0.0, 1.0])
+def test_updates_in_pieces_are_those_of_the_whole_weight(offload, monkeypatch):
+    cfg = OptimConfig(weights="plain", offload=offload)
+    whole, _ = trained(cfg, torch.float32)
+    lengths, step = set(), optim.adamw_
+    monkeypatch.setattr(optim, "adamw_", lambda p, *args, **keys: (lengths.add(p.numel()), step(p, *args, **keys)))
+    monkeypatch.setattr(optim, "PIECE", 3000)
+    cut, _ = trained(cfg, torch.float32)
+    # 256 x 256 in 22 pieces of 12 rows, the last of 4; 32 x 256 in 3 of 12, the last of 8; a norm
+    assert lengths == {12 * 256, 4 * 256, 8 * 256, 256}
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_pieces_have_noise_of_their_own(monkeypatch):
+    monkeypatch.setattr(optim, "PIECE", 8 * 256)
+    model = nn.Linear(256, 16, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    optimizer = AdamW(model, OptimConfig(weights="stochastic_rounding", weight_decay=0.0), seed=0, compiled=False)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step(1e-3, optimizer.grad_norm())  # a quarter of a bf16 ulp below 1
+    assert not torch.equal(model.weight[:8], model.weight[8:])
+
+
 def test_only_what_is_offloaded_is_in_host_memory(monkeypatch):
     on_host = []
 

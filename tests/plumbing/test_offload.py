@@ -94,6 +94,7 @@ def test_host_memory_is_zero_and_stays_while_a_view_of_it_lives(dtype):
     assert rows.dtype == dtype and torch.equal(rows.float(), torch.zeros(2, 5))
     rows.copy_(torch.ones(2, 5))
     assert torch.equal(rows.float(), torch.ones(2, 5))
+    assert offload.host_zeros((0, 5), dtype, torch.device("cuda")).shape == (0, 5)  # of a rank without rows
 
 
 def test_host_memory_is_page_locked_as_long_as_it_lives(monkeypatch):
