@@ -12,7 +12,9 @@ bf16's loss, with a 95% confidence interval (Student's t). The verdict compares 
     better          all of it is below
     cannot tell     otherwise, and with one seed
 
-Noise widens the interval, so a noisier experiment never passes more easily.
+Noise widens the interval, so a noisier experiment never passes more easily. Small models have much of it early on: two
+runs part by chance while the loss falls steeply, and stay apart. --branch_at=N lets the variants of a seed share bf16's
+first N steps (weights, moments, schedule), at the price that FP8 is not tested there.
 
 Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Finished runs are kept and an
 interrupted one continues, so the work can be split over calls, and over machines by --seed=N --seeds=1; --report_only
@@ -22,9 +24,12 @@ puts together what is there.
 import functools
 import json
 import math
+import os
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,6 +55,7 @@ class ParityConfig:
     seeds: int = 3  # runs of each variant, with seeds from config.seed on
     tolerance: float = 0.25  # a gap of this many percent of the loss counts as none
     last_evals: int = 5  # a run's final loss is the mean of this many last evaluations
+    branch_at: int = 0  # variants start from bf16's checkpoint of this step, for less noise; 0: from initial weights
     report_only: bool = False  # train nothing, report on the runs that are finished
 
     def problems(self):
@@ -58,9 +64,9 @@ class ParityConfig:
         baseline, *others = bench.split(self.variants)
         if baseline != "bf16" or not others or "bf16" in others:
             yield {"variants"}, f"--variants={self.variants} must be bf16, then the variants to compare with it"
-        for name in ("seeds", "last_evals"):
-            if getattr(self, name) < 1:
-                yield {name}, f"--{name}={getattr(self, name)} must be at least 1"
+        for name, least in (("seeds", 1), ("last_evals", 1), ("branch_at", 0)):
+            if getattr(self, name) < least:
+                yield {name}, f"--{name}={getattr(self, name)} must be at least {least}"
         if self.tolerance <= 0:
             yield {"tolerance"}, f"--tolerance={self.tolerance} must be above 0, in percent of the loss"
 
@@ -79,6 +85,8 @@ def plan(own, config, base):
         for variant in bench.split(own.variants):
             folder = base.parent / f"{bench.slug(variant)}_seed{seed}"
             keys = ["--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]
+            if own.branch_at and variant == "bf16":
+                keys += [f"--checkpoint_interval={own.branch_at}", "--keep=0"]
             runs.append((variant, seed, folder, configurator.load([str(base), *keys])))
     for *_, folder, wanted in runs:  # all variants have been checked
         if changes := configurator.changed(folder / "wanted.py", wanted):
@@ -98,6 +106,16 @@ def read(folder):
     return {"step": steps, "val_loss": losses, "time_s": times.tolist()}
 
 
+def branch(folder, trunk, step):
+    """Give a run, unless it has begun, the checkpoint of a step of another one to start from."""
+    start = Path("checkpoints", f"step_{step:08}")
+    if (folder / "checkpoints").exists():
+        return
+    if not (trunk / start).exists():
+        raise UserError(f"{trunk / start} is missing, from which --branch_at={step} starts: remove {trunk} to make it")
+    shutil.copytree(trunk / start, folder / start, copy_function=os.link)  # no second copy on disk: none is written to
+
+
 def train_all(runs, config, own):
     """[(variant, seed, curves as of read(), or the reason of a failure)] of runs, each trained unless it is finished.
 
@@ -112,6 +130,8 @@ def train_all(runs, config, own):
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
         try:
             if not finished:
+                if own.branch_at and variant != "bf16":
+                    branch(folder, folder.with_name(f"bf16_seed{seed}"), own.branch_at)
                 bench.train([folder / "wanted.py"], folder / "log.txt")
             result = read(folder)
             if not math.isfinite(sum(result["val_loss"][-own.last_evals :])):
@@ -267,11 +287,13 @@ def plot(results, report, path):
 def main():
     own = ParityConfig()
     config, base = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
-    n_evals = math.ceil(config.max_steps / config.eval_interval) if config.eval_interval else 0
+    n_evals = 0
+    if config.eval_interval:
+        n_evals = math.ceil(config.max_steps / config.eval_interval) - own.branch_at // config.eval_interval
     if n_evals < own.last_evals:
         raise UserError(f"a final loss is the mean of last_evals={own.last_evals} evaluations, and max_steps="
-                        f"{config.max_steps} with eval_interval={config.eval_interval} has {n_evals}: set "
-                        "eval_interval to about max_steps / 20, or --last_evals")
+                        f"{config.max_steps} with eval_interval={config.eval_interval} and branch_at={own.branch_at} "
+                        f"has {n_evals}: set eval_interval to about max_steps / 20, or --last_evals")
     bench.report_ignored({"resume"})
     out_dir = base.parent
     results = train_all(plan(own, config, base), config, own)

@@ -199,6 +199,21 @@ def test_an_interrupted_run_goes_on_and_finished_ones_are_kept(compared):
         compare(*args, "--variants=bf16,tensorwise", "--optim.warmup_steps=1")
 
 
+def test_a_branch_shares_the_first_steps_of_its_bf16_run(compared, tiny_run, tmp_path):
+    _, _, whole, _ = compared
+    args = [*tiny_run, f"--out_dir={tmp_path}", "--seeds=1", "--last_evals=1", "--checkpoint_interval=0"]
+    two = "--variants=bf16,tensorwise"
+    _, out, report = compare(*args, two, "--branch_at=3")
+    bf16, fp8 = metrics(out / "bf16_seed1337"), metrics(out / "tensorwise_seed1337")
+    assert bf16.val == metrics(whole / "bf16_seed1337").val and list(fp8.train) == [4, 5, 6] and list(fp8.val) == [6]
+    assert "3 steps done" in (out / "tensorwise_seed1337" / "log.txt").read_text()
+    assert 0 < abs(fp8.train[4]["loss"] - bf16.train[4]["loss"]) < 5e-3
+    assert report["rows"][1]["gap"] == pytest.approx(fp8.val[6] - bf16.val[6])
+    shutil.rmtree(out / "bf16_seed1337" / "checkpoints")
+    with pytest.raises(ValueError, match="step_00000003 is missing, from which --branch_at=3 starts"):
+        compare(*args, "--variants=bf16,rowwise", "--branch_at=3")
+
+
 def test_without_bf16_there_is_nothing_to_compare_with(tiny_run, tmp_path):
     args = [*tiny_run, f"--out_dir={tmp_path}", "--seeds=2", "--variants=bf16,tensorwise", "--last_evals=2"]
     status, out, err = main_here(main, *args, "--data.tokenizer=nope")
@@ -206,7 +221,7 @@ def test_without_bf16_there_is_nothing_to_compare_with(tiny_run, tmp_path):
     assert err.startswith("parity.py: a bf16 run failed, so there is nothing to compare with: train.py: data.tokenizer")
     status, out, err = main_here(main, *args, "--data.val=['/nope']")
     assert (status, out) == (2, "") and err.startswith("parity.py: data: '/nope' matches no file")
-    for wrong in ("--last_evals=3", "--eval_interval=0"):
+    for wrong in ("--last_evals=3", "--eval_interval=0", "--branch_at=3"):
         status, _, err = main_here(main, *args, wrong)
         assert status == 2 and "eval_interval to about max_steps / 20, or --last_evals" in err
     status, _, err = main_here(main, *args, "--report_only", f"--out_dir={tmp_path / 'empty'}")
