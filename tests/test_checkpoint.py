@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -324,9 +325,19 @@ def test_loading_executes_nothing_that_a_file_says(tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointException, match="weights_only|Weights only|UnpicklingError"):
         checkpoint.load(index.parent, model)
+    torch.save({"step": 4, "batch": Planted(proof)}, tmp_path / "replay.pt")  # to be read by torch.load, it is said
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "replay.pt")
     assert not proof.exists()
     pickle.loads(pickle.dumps(Planted(proof)))
     assert proof.exists()  # it would have
+
+
+def test_nothing_but_the_careful_unpickler_reads_a_pickle():
+    code = {path: path.read_text() for path in REPO.rglob("*.py") if "tests" not in path.relative_to(REPO).parts}
+    unsafe = re.compile(r"weights_only=False|allow_pickle=True|\bpickle\.loads?\(|\bpickle\.Unpickler\b")
+    found = [(path.name, match[0]) for path, text in code.items() for match in unsafe.finditer(text)]
+    assert found == [("storage.py", "pickle.Unpickler")]
 
 
 # ----------------------------------------------------------------------------------------------------------------
