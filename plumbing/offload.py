@@ -8,7 +8,6 @@ import mmap
 import weakref
 
 import torch
-from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
 BUFFERS = 3  # one is being read, one computed with, one written
 
@@ -20,13 +19,13 @@ def host_zeros(shape, dtype, device):
     """
     if not math.prod(shape):
         return torch.zeros(shape, dtype=dtype)  # a part of a weight of fewer rows than there are ranks
-    if 0 in shape:
-        return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
     if device.type == "cuda":
-        pin_memory(tensor.data_ptr(), tensor.nbytes)
-        weakref.finalize(memory, unpin_memory, tensor.data_ptr()).atexit = False  # the end of the process does it too
+        cudart = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+        unlock = weakref.finalize(memory, cudart.cudaHostUnregister, tensor.data_ptr())
+        unlock.atexit = False  # the end of the process does it too
     return tensor
 
 

@@ -99,8 +99,10 @@ def test_host_memory_is_zero_and_stays_while_a_view_of_it_lives(dtype):
 
 def test_host_memory_is_page_locked_as_long_as_it_lives(monkeypatch):
     locked = {}
-    monkeypatch.setattr(offload, "pin_memory", locked.__setitem__)
-    monkeypatch.setattr(offload, "unpin_memory", locked.pop)
+    cudart = SimpleNamespace(cudaHostRegister=lambda pointer, size, flags: locked.update({pointer: size}),
+                             cudaHostUnregister=locked.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
     tensor = offload.host_zeros((3, 5), torch.float32, SimpleNamespace(type="cuda"))
     view, pointer = tensor[1:], tensor.data_ptr()
     del tensor
