@@ -5,8 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from plumbing import offload
+from plumbing.sharding import like
 
 
 class Stream:
@@ -109,6 +116,23 @@ def test_host_memory_is_page_locked_as_long_as_it_lives(monkeypatch):
     assert locked == {pointer: 60}
     del view
     assert not locked
+
+
+def test_state_in_host_memory_of_weights_on_a_mesh_of_gpus_is_saved_and_loaded_in_place(tmp_path):
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        mesh = DeviceMesh("cuda", torch.arange(1), _init_backend=False)
+        spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(torch.Size([8, 4]), (4, 1), torch.float32))
+        weight = DTensor(torch.randn(8, 4), spec, requires_grad=False)
+        units = offload.host_zeros((8, 1), torch.float32, torch.device("cpu"))
+        expected = units.copy_(torch.randn(8, 1)).clone()
+        state = {"units": like(weight, units)}
+        dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+        units.zero_()
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(units, expected)
 
 
 @pytest.mark.gpu
