@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -91,6 +92,14 @@ def test_output_and_gradients_have_the_sqnr_of_two_e4m3_operands():
     x, w, g = draw()
     found = [sqnr(e, f) for e, f in zip(layer_pass(x, w, g), layer_pass(x, w, g, emulate=True), strict=True)]
     assert all(27.5 < db < 30 for db in found), found  # test_fp8.py derives 28.5
+
+
+def test_documented_figures_are_what_the_code_computes():
+    torch.manual_seed(0)
+    x, w, g = torch.randn(512, 256), torch.randn(384, 256), torch.randn(512, 384)
+    dbs = [sqnr(e, f) for e, f in zip(layer_pass(x, w, g), layer_pass(x, w, g, emulate=True), strict=True)]
+    row = next(line for line in (REPO / "docs/numerics.md").read_text().splitlines() if line.startswith("| blockwise"))
+    assert [float(db) for db in re.findall(r"([\d.]+) dB", row)] == pytest.approx(dbs, abs=0.1)
 
 
 def test_an_outlier_spoils_its_own_block_only():
