@@ -40,8 +40,7 @@ def cast_blocks(x, tiles, plain, transposed):
     from plumbing.block_kernel import cast_tile
 
     casts = empty_casts(x, tiles, plain, transposed)
-    pointers = casts[:2] if plain else [None, None]
-    pointers += [casts[-2].view(torch.uint32), casts[-1]] if transposed else [None, None]
+    pointers = [*(casts[:2] if plain else [None, None]), *(casts[-2:] if transposed else [None, None])]
     grid = -(-x.shape[0] // 128), x.shape[1] // 128
     cast_tile[grid](x.contiguous(), *pointers, *x.shape, tiles, plain, transposed, num_warps=4)
     return casts
