@@ -11,8 +11,6 @@ The rest of a run's state is not saved, because it is a function of the step (da
 stochastic rounding) or of the weights (FP8 scales).
 """
 
-import contextlib
-import errno
 import json
 import math
 import os
@@ -28,14 +26,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
 
 import configurator
 import fp8
 import optim
 from formats import families, hf, quantized
 from plumbing import entry
-from plumbing.disk import replacing
+from plumbing.disk import replacing, writing
 from plumbing.errors import UserError
 from plumbing.offload import host_zeros
 from plumbing.ranks import barrier, process_rank
@@ -121,25 +118,11 @@ def save(out_dir, step, state, run, *, keep, group=None):
     process group to do it in, by default that of all ranks.
     """
     folder = Path(out_dir, "checkpoints", f"step_{step:08d}")
-    with writing(out_dir):
-        dcp.save(state, storage_writer=Writer(folder, {"step": step, **run}), process_group=group,
-                 no_dist=not dist.is_initialized())
+    dcp.save(state, storage_writer=Writer(folder, {"step": step, **run}), process_group=group,
+             no_dist=not dist.is_initialized())
     if keep and process_rank() == 0:
         for old in complete(folder.parent)[:-keep]:
             shutil.rmtree(old)
-
-
-@contextlib.contextmanager
-def writing(folder):
-    """Report a full disk as a full disk, whatever exception the writer of a file below `folder` raised."""
-    try:
-        yield
-    except (Exception, CheckpointException) as error:  # a CheckpointException is not an Exception
-        if number := re.search(r"\(os error (\d+)\)", str(error)):  # a quota, for instance, as safetensors says it
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
-        if shutil.disk_usage(folder).free < 2**20:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        raise
 
 
 class Saver:

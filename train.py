@@ -304,11 +304,11 @@ def main():
             rerun = functools.partial(dry_run, bad_batch, count_targets(bad_batch))
             folder, message = nonfinite.save_evidence(config, bad, loader, model, rerun)
             if config.on_nonfinite == "stop" and config.checkpoint_interval:
-                saver.wait()
                 state = checkpoint.tensors(model, optimizer)
                 checkpoint.save(folder, bad.step - 1, state, {**record, "time_s": timer.seconds}, keep=0)
                 message += f" To repeat the step: the same command with --out_dir={folder} --resume=must"
             if config.on_nonfinite == "stop" or bad.in_a_row >= 10:
+                saver.finish()
                 raise RunStopped(message)
             say(message)
         if logs_now:

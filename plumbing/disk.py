@@ -1,6 +1,8 @@
 """Files and folders that are complete or not there."""
 
 import contextlib
+import os
+import re
 import secrets
 import shutil
 import socket
@@ -33,6 +35,22 @@ def replace_text(path, text):
     """Write a text file as a whole: a process killed meanwhile leaves the old one."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Report a full disk as the OSError that it is, whatever the library that wrote at `path` made of it."""
+    try:
+        yield
+    except Exception as error:
+        reasons = [error]
+        while reasons[-1].__context__:
+            reasons.append(reasons[-1].__context__)
+        numbers = [reason.errno for reason in reasons if isinstance(reason, OSError)]
+        numbers += map(int, re.findall(r"\(os error (\d+)\)", str(error)))  # as safetensors says it
+        if not numbers:
+            raise
+        raise OSError(numbers[0], os.strerror(numbers[0]), str(path)) from error
 
 
 def check_shared(key, folder):

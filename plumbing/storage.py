@@ -3,6 +3,7 @@
 torch.distributed.checkpoint decides which rank writes and reads which part of which tensor.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed.checkpoint as dcp
 
+from plumbing.disk import writing
 from plumbing.errors import RunStopped, UserError
 from plumbing.ranks import gather, process_rank
 
@@ -24,7 +26,8 @@ class Writer(dcp.FileSystemWriter):
     """Writes `folder`: under a temporary name, until every file is there. run: a dict for its run.json."""
 
     def __init__(self, folder, run):
-        super().__init__(folder.with_name(f"{folder.name}.tmp"), thread_count=THREADS)
+        # 0: torch would use the current device of each thread to copy ahead
+        super().__init__(folder.with_name(f"{folder.name}.tmp"), per_thread_copy_ahead=0)
         self.folder, self.run = folder, run
 
     def prepare_local_plan(self, plan):
@@ -39,14 +42,25 @@ class Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan, planner):
         """Every rank: write its files, on disk when this returns, and a file with their hashes."""
-        written = super().write_data(plan, planner)
-        files = {result.storage_data.relative_path for result in written.value()}
-        write_sums(self.path / f"{plan.storage_data.prefix}.sums", sorted(files))
-        return written
+        def write_part(i):
+            prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{i}_")
+            part = dataclasses.replace(plan, items=plan.items[i::THREADS], storage_data=prefix)
+            return super(Writer, self).write_data(part, planner).value()
+
+        # not torch's own threads (thread_count), where an exception is printed and what it kept from the disk forgotten
+        with writing(self.path), ThreadPoolExecutor(THREADS) as pool:
+            parts = pool.map(write_part, range(min(THREADS, len(plan.items))))
+            written = [result for part in parts for result in part]
+            files = {result.storage_data.relative_path for result in written}
+            write_sums(self.path / f"{plan.storage_data.prefix}.sums", sorted(files))
+        future = torch.futures.Future()
+        future.set_result(written)
+        return future
 
     def finish(self, metadata, results):
         """Rank 0, when every rank has written: check that all has arrived, and give the folder its name."""
         super().finish(metadata, results)
+        assert len(metadata.storage_data) == sum(len(t.chunks) for t in metadata.state_dict_metadata.values())
         sizes = defaultdict(int)
         for piece in metadata.storage_data.values():
             sizes[piece.relative_path] = max(sizes[piece.relative_path], piece.offset + piece.length)

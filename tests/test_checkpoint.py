@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import textwrap
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,7 +266,7 @@ def test_damage_to_any_file_is_found_and_the_run_goes_back_to_the_checkpoint_bef
     folder = checkpoint.latest(tmp_path)
     assert checkpoint.last_good(tmp_path, said.append) == folder and not said
     names = [path.name for path in folder.iterdir()]
-    assert {".metadata", "run.json", "SHA256SUMS", "__0_0.distcp"} < set(names)
+    assert {".metadata", "run.json", "SHA256SUMS", "__0_0_0.distcp"} < set(names)
     for name in names:
         path, content = folder / name, (folder / name).read_bytes()
         path.write_bytes(DAMAGES[damage](content)) if DAMAGES[damage] else path.unlink()
@@ -279,10 +279,10 @@ def test_damage_to_any_file_is_found_and_the_run_goes_back_to_the_checkpoint_bef
         assert checkpoint.latest(tmp_path).name == "step_00000001"
         (tmp_path / "checkpoints" / "step_00000002.damaged").rename(folder)
         path.write_bytes(content)
-    for path in (tmp_path / "checkpoints").glob("*/__0_0.distcp"):
+    for path in (tmp_path / "checkpoints").glob("*/__0_0_0.distcp"):
         path.unlink()
     for _ in range(2):  # nothing is set aside, so that the next start is no start from scratch
-        with pytest.raises(ValueError, match=r"all checkpoints in .* damaged: step_00000002 \(__0_0.distcp\), step_0"):
+        with pytest.raises(ValueError, match=r"all checkpoints in .* damaged: step_00000002 \(__0_0_0.distcp\), "):
             checkpoint.last_good(tmp_path, said.append)
 
 
@@ -435,32 +435,28 @@ def test_a_file_that_did_not_arrive_is_found_before_the_checkpoint_has_its_name(
 
     def on_another_disk(self, *planned):
         written = write(self, *planned)
-        self.path.joinpath("__0_1.distcp").write_bytes(b"")
+        self.path.joinpath("__0_1_0.distcp").write_bytes(b"")
         return written
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", on_another_disk)
-    with pytest.raises(CheckpointException, match="__0_1.distcp has not arrived with its .* bytes"):
+    with pytest.raises(CheckpointException, match="__0_1_0.distcp has not arrived with its .* bytes"):
         checkpoint.save(tmp_path, 1, checkpoint.tensors(build()), {}, keep=0)
     assert checkpoint.latest(tmp_path) is None
 
 
-def test_a_full_disk_is_told_whatever_the_writer_makes_of_it(tmp_path, monkeypatch):
-    model = build()
-    optimizer = AdamW(model, OptimConfig(weights="plain"), seed=0, compiled=False)
-    free = 0
-
-    def fails(*_, **__):
-        raise CheckpointException("save", {0: (RuntimeError("unexpected pos 704 vs 598"), None)})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.dcp, "save", fails)
-        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-        with pytest.raises(OSError) as told:
-            checkpoint.save(tmp_path, 1, checkpoint.tensors(model, optimizer), {}, keep=1)
-        assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
-        free = 2**30
-        with pytest.raises(CheckpointException):
-            checkpoint.save(tmp_path, 1, checkpoint.tensors(model, optimizer), {}, keep=1)
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_is_one_line_whatever_torch_makes_of_it(tiny_run, tmp_path, in_background):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    args = [*tiny_run, "--checkpoint_interval=2", f"--async_checkpoint={in_background}", f"--out_dir={tmp_path}"]
+    train_here(*args, "--max_steps=2")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # some of the threads can write their files
+        status, _, error = main_here(train.main, *args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    place = tmp_path / "checkpoints" / "step_00000004.tmp"
+    assert (status, error) == (2, f"train.py: {place}: File too large: name another path, or make this one usable\n")
+    assert [path.name for path in checkpoint.complete(tmp_path / "checkpoints")] == ["step_00000002"]
 
 
 def test_only_a_name_that_save_gives_is_a_checkpoint(tmp_path):
