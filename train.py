@@ -350,7 +350,7 @@ def main():
                 f"{out_dir / 'metrics.jsonl'}")
             if config.checkpoint_interval:
                 say(f"sample from it: python sample.py --from={out_dir}")
-    ranks.watchdog.stop()
+    ranks.watchdog.ended.set()
     return 130 if stop == signal.SIGINT else 0
 
 

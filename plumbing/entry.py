@@ -4,14 +4,16 @@ import argparse
 import errno
 import gc
 import signal
+import socket
 import sys
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import fails_first, speaker
+from plumbing.ranks import fails_first, from_launcher, process_rank
 from plumbing.stopping import SIGNALS
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # these errors name no file
@@ -82,7 +84,9 @@ def run(main):
         elif expected is None:
             raise
         else:
-            print(f"{speaker()}: {expected}", file=sys.stderr, flush=True)
+            several = from_launcher("WORLD_SIZE", 1) > from_launcher("LOCAL_WORLD_SIZE", 1)
+            where = f": rank {process_rank()} on {socket.gethostname()}" if several else ""
+            print(f"{Path(sys.argv[0]).name}{where}: {expected}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(expected, UserError) else 1)
     leave()  # not after an error: it would wait for ranks that are stuck in a collective
     if status:

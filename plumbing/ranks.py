@@ -3,12 +3,10 @@
 import contextlib
 import functools
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -89,8 +87,8 @@ def process_rank():
 def find_ranks(device="auto"):
     """The Ranks of this process, by torchrun's environment variables; makes a GPU the current device.
 
-    device: "auto" (cuda if there is a GPU), "cuda" or "cpu". Raises UserError if the rank has no GPU, if some of the
-    variables are missing, or if nodes have different numbers of ranks.
+    device: "auto" (cuda if there is a GPU), "cuda" or "cpu". Raises UserError if the rank has no GPU, or if some of the
+    variables are missing.
     """
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
@@ -98,11 +96,7 @@ def find_ranks(device="auto"):
         raise UserError(f"the environment has RANK or WORLD_SIZE, but no {', '.join(missing)}: start with torchrun, "
                         "which sets them all, or unset RANK and WORLD_SIZE for a run of one rank")
     rank, world_size, local_rank = process_rank(), from_launcher("WORLD_SIZE", 1), from_launcher("LOCAL_RANK", 0)
-    per_node = from_launcher("LOCAL_WORLD_SIZE", world_size)
-    n_nodes = from_launcher("GROUP_WORLD_SIZE", world_size // per_node)
-    if n_nodes * per_node != world_size:
-        raise UserError(f"{per_node} of {world_size} ranks are on {socket.gethostname()}, which is one of {n_nodes} "
-                        "nodes: start the same number of ranks on each (torchrun --nproc-per-node)")
+    n_nodes = world_size // from_launcher("LOCAL_WORLD_SIZE", world_size)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
     if device == "cpu" or not torch.cuda.is_available():
@@ -133,12 +127,6 @@ def fails_first():
     """Whether no other rank has failed before this one, as far as they can tell each other."""
     alone = not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return alone or "RANK" not in os.environ or shared_store().add("failed", 1) == 1
-
-
-def speaker():
-    """Who prints an error: the script, and where there are several nodes the rank and its host."""
-    where = f": rank {process_rank()} on {socket.gethostname()}" if from_launcher("GROUP_WORLD_SIZE", 1) > 1 else ""
-    return Path(sys.argv[0]).name + where
 
 
 def join_process_group(ranks, timeout_minutes=10.0):

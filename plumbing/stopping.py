@@ -78,20 +78,18 @@ class Watchdog:
             self.step, self.grace = step, 0
 
     def start(self, store, rank, world_size, timeout):
-        """Watch this rank, in a thread, until stop(). timeout: seconds in which something must go on."""
+        """Watch this rank, in a thread, until `ended` is set. timeout: seconds in which something must go on."""
         self.store, self.rank, self.world_size, self.timeout = store.clone(), rank, world_size, timeout
         self.interval, self.beats = min(2.0, timeout / 20), 0
         self.write()
         threading.Thread(target=self.watch, daemon=True).start()
 
-    def stop(self):
-        self.ended.set()
-
     def write(self):
         """Write where this rank is; returns what is to change while it gets on."""
         frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
         stack = "".join(traceback.format_list(frames[-12:]))
-        waits = frames[-1].filename == __file__ or "/torch/distributed/" in frames[-1].filename
+        innermost = frames[-1].filename
+        waits = innermost == __file__ or "/torch/distributed/" in innermost or "/torch/cuda/" in innermost
         self.beats += 1
         self.store.set(f"rank_{self.rank}", json.dumps({
             "rank": self.rank, "host": socket.gethostname(), "step": self.step, "waits": waits, "stack": stack,
@@ -115,24 +113,21 @@ class Watchdog:
 
     def report(self):
         """Print which rank is stuck, and end this process."""
-        before = self.read()
+        keys = [f"rank_{i}" for i in range(self.world_size)]
+        before = self.store.multi_get(keys)
         time.sleep(4 * self.interval)
         self.write()
-        now = self.read()
-        silent = [old["beats"] == new["beats"] for old, new in zip(before, now, strict=True)]
-        # The one that the others wait for: silent, or else the furthest behind, or else not waiting itself.
-        stuck = min(now, key=lambda at: (not silent[at["rank"]], at["step"], at["waits"]))
+        now = [{**json.loads(new), "answers": new != old}
+               for old, new in zip(before, self.store.multi_get(keys), strict=True)]
+        # The one that the others wait for: does not answer, or else is behind, or else does not wait itself.
+        stuck = min(now, key=lambda rank: (rank["answers"], rank["step"], rank["waits"]))
         does = "waits for the others, as all do" if stuck["waits"] else "does not get on"
-        if silent[stuck["rank"]]:
+        if not stuck["answers"]:
             does = "does not answer"
         place = f"in step {stuck['step'] + 1}" if self.grace == 0 else "before the first step"
         self.store.add("failed", 1)  # what other ranks find wrong from now on is a consequence
         end(f"rank {stuck['rank']} on {stuck['host']} {does} {place}, and nothing has gone on for "
             f"{self.timeout + self.grace:.0f} s (timeout_minutes). The last that is known of it:\n{stuck['stack']}")
-
-    def read(self):
-        """What each rank has written last, in the order of ranks."""
-        return [json.loads(text) for text in self.store.multi_get([f"rank_{i}" for i in range(self.world_size)])]
 
 
 def end(message):

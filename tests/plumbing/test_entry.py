@@ -123,8 +123,8 @@ def test_the_first_rank_that_fails_prints_and_the_others_wait_to_be_ended(first,
 
 
 def test_on_several_nodes_a_message_names_rank_and_host(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "9")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("socket.gethostname", lambda: "node7")
     monkeypatch.setattr(sys, "argv", ["/some/train.py"])
     with pytest.raises(SystemExit):
