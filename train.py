@@ -34,7 +34,7 @@ from plumbing import cudagraph, entry, logs
 from plumbing.compiling import check_compiler, compile_and_checkpoint
 from plumbing.disk import check_shared, replace_text
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import device_mesh, find_ranks, from_launcher, join_process_group
+from plumbing.ranks import device_mesh, find_ranks, from_launcher, gather, join_process_group
 from plumbing.sharding import plain_local
 from plumbing.stopping import StopSignals
 
@@ -81,7 +81,7 @@ def main():
         say(f"HSDP: {replicas} replicas on {ranks.n_nodes} nodes, each sharded over {n_shards} ranks; --replicas=1 "
             "shards one over all")
     logs.check_unused(out_dir)
-    restarted = from_launcher("TORCHELASTIC_RESTART_COUNT", 0) > 0  # by torchrun --max-restarts: it goes on
+    restarted = any(gather(from_launcher("TORCHELASTIC_RESTART_COUNT", 0)))  # on any node: the run goes on
     resume_from = checkpoint.last_good(out_dir, say) if config.resume != "never" or restarted else None
     newest_checkpoint = checkpoint.latest(out_dir)
     if config.resume == "must" and resume_from is None:

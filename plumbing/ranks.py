@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import secrets
 import sys
 import time
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
-from plumbing.errors import UserError
+from plumbing.errors import RunStopped, UserError
 from plumbing.stopping import STARTUP, Watchdog
 
+MEETING = 300  # seconds in which all ranks have to start
 PREPARATION = 6 * 3600  # seconds that ranks wait while others tokenize or download
 
 
@@ -110,17 +112,40 @@ def find_ranks(device="auto"):
 
 @functools.cache
 def shared_store():
-    """The key-value store of all ranks: torchrun's, which is there before them. Raises UserError if it is not there.
+    """The key-value store of all ranks: torchrun's, under a prefix of its own for each start of the ranks.
 
-    torchrun keeps it when it restarts the ranks, with the addresses of those that are gone: hence the prefix.
+    Raises UserError if the store cannot be reached, RunStopped if not all ranks come.
     """
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
     except dist.DistNetworkError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"the ranks cannot meet at {place}: {error}. Name the address of node 0 and a free port of it "
                         "(torchrun --master-addr, --master-port)") from error
-    return dist.PrefixStore(f"start_{from_launcher('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(agree_on_start(store, process_rank(), from_launcher("WORLD_SIZE", 1)), store)
+
+
+def agree_on_start(store, rank, world_size):
+    """A new name for this start of the ranks, which rank 0 gives to all.
+
+    When torchrun restarts the ranks, its store still has what those before them wrote, addresses too. The number of
+    the restart would not do: each node has its own count. Rank 0 answers every greeting, old ones too.
+    """
+    if rank > 0:
+        greeting = secrets.token_hex(8)
+        store.set(f"greeting_{rank}", greeting)
+        name = store.get(greeting).decode()
+        store.add(f"heard_{name}", 1)
+        return name
+    name, deadline = secrets.token_hex(8), time.monotonic() + MEETING
+    while (n_heard := store.add(f"heard_{name}", 0)) < world_size - 1:
+        for key in (f"greeting_{i}" for i in range(1, world_size)):
+            if store.check([key]):
+                store.set(store.get(key).decode(), name)
+        if time.monotonic() > deadline:
+            raise RunStopped(f"{n_heard + 1} of {world_size} ranks have started within {MEETING} s")
+        time.sleep(0.05)
+    return name
 
 
 def fails_first():

@@ -6,16 +6,18 @@ import os
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from plumbing import logs
 from plumbing.disk import replacing
-from plumbing.errors import UserError
-from plumbing.ranks import Ranks, find_ranks, shared_store
+from plumbing.errors import RunStopped, UserError
+from plumbing.ranks import Ranks, agree_on_start, find_ranks, shared_store
 
 
 @pytest.fixture
@@ -165,6 +167,22 @@ def test_metrics_of_a_killed_run_are_read_and_continued_at_any_step(tmp_path):
             logs.write([{"step": steps[-2] + 1}], metrics, [])
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert rows[-1]["step"] == steps[-2] + 1 and rows[-2]["step"] == steps[-2]
+
+
+def test_each_start_of_the_ranks_has_a_name_of_its_own_on_which_they_agree(monkeypatch):
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+    def start(*ranks):
+        stores = [dist.TCPStore("localhost", server.port) for _ in ranks]
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return set(pool.map(agree_on_start, stores, ranks, [3] * 3))
+
+    first = start(2, 0, 1)
+    second = start(0, 1, 2)  # among what the first start has left
+    assert len(first) == len(second) == 1 and first != second
+    monkeypatch.setattr("plumbing.ranks.MEETING", 0.3)
+    with pytest.raises(RunStopped, match="1 of 3 ranks have started within 0.3 s"):
+        start(0)
 
 
 def test_a_port_in_use_is_a_message(monkeypatch):
