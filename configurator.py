@@ -70,6 +70,8 @@ class Config:
     loss_chunks: int = 1  # compute the loss in this many pieces, so that all logits never exist at once
     deterministic: bool = False  # bitwise repeatable kernels only (torch.use_deterministic_algorithms)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # if loss or gradient norm is inf or nan: end the run, skip the step
+    profile_step: int = 0  # write a torch.profiler trace of this step to out_dir; 0: of none
+    memory_step: int = 0  # write a snapshot of this step's CUDA memory to out_dir; 0: of none
     tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
 
@@ -87,6 +89,10 @@ class Config:
                      "replicas"):
             if getattr(self, name) < 0:
                 yield {name}, f"{name}={getattr(self, name)} must not be negative"
+        for name in ("profile_step", "memory_step"):
+            if not 0 <= getattr(self, name) <= self.max_steps:
+                yield {name, "max_steps"}, (
+                    f"{name}={getattr(self, name)} must be a step: 1 to {self.max_steps}, 0: none")
         if self.timeout_minutes <= 0:
             yield {"timeout_minutes"}, f"timeout_minutes={self.timeout_minutes} must be positive"
         if self.seed >= 2**40:  # times a million it has to fit into 64 bits

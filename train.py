@@ -34,6 +34,7 @@ from plumbing import cudagraph, entry, logs
 from plumbing.compiling import check_compiler, compile_and_checkpoint
 from plumbing.disk import check_shared, replace_text
 from plumbing.errors import RunStopped, UserError
+from plumbing.profiling import StepRecorder
 from plumbing.ranks import device_mesh, find_ranks, from_launcher, gather, join_process_group
 from plumbing.sharding import plain_local
 from plumbing.stopping import StopSignals
@@ -267,9 +268,10 @@ def main():
     timer = logs.StepTimer(ranks, start_step, previous_run["time_s"], max_steps=config.max_steps,
                            tokens=tokens_per_step, flops=flops_per_token, peak_flops=peak_flops)
     n_skipped = 0  # updates since the last log line
-    signals = StopSignals()
+    signals, recorder = StopSignals(), StepRecorder(config, out_dir, ranks)
     for step in range(start_step + 1, config.max_steps + 1):
         first, last = step == start_step + 1, step == config.max_steps
+        recorder.begin(step)
         batch = micro_batches(step)
         n_targets = count_targets(batch)
         stats_interval = config.fp8.enabled and config.fp8.stats_interval
@@ -290,6 +292,7 @@ def main():
         saver.before_update()
         optimizer.step(lr, grad_norm, guard.check(step, loss, grad_norm))
         fp8.prepare_weights(model, config.fp8, shards=n_shards)
+        recorder.end(step)
         progress.update()
         timer.end_step(step)
         ranks.watchdog.progress(step)

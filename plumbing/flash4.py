@@ -5,6 +5,7 @@ flash-attn-4 has returned more since 4.0.0b20. Delete this file when a torch rel
 """
 
 import importlib.metadata
+import warnings
 
 import torch
 from torch.torch_version import TorchVersion
@@ -44,6 +45,8 @@ def usable(config, device):
             raise UserError(f"flash4=True: {problem}; or set flash4=False")
         return False
     try:
+        # of each kernel that it compiles
+        warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted to a JitArgument")
         import flash_attn.cute.interface  # noqa: F401
     except Exception as error:  # CUDA libraries of its own raise errors of many kinds
         raise UserError(f"flash-attn-4 {installed} cannot be imported ({type(error).__name__}: {error}): {INSTALL}, "
