@@ -27,11 +27,6 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message}, see --help")
 
 
-def cause(error):
-    """The exception itself; for a CheckpointException, which wraps those of all ranks, the first of them."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-
-
 def leave():
     """Destroy the process groups, if there are any."""
     if dist.is_initialized():
@@ -42,7 +37,8 @@ def leave():
 
 def as_expected(error):
     """The UserError or RunStopped that an exception amounts to, or None for a bug."""
-    error = cause(error)
+    if isinstance(error, CheckpointException):  # wraps those of all ranks
+        error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED and error.filename):
         place = error.filename or "the disk"
         return UserError(f"{place}: {error.strerror}: name another path, or make this one usable")

@@ -111,17 +111,21 @@ def find_ranks(device="auto"):
 
 
 @functools.cache
-def shared_store():
-    """The key-value store of all ranks: torchrun's, under a prefix of its own for each start of the ranks.
-
-    Raises UserError if the store cannot be reached, RunStopped if not all ranks come.
-    """
+def launcher_store():
+    """torchrun's key-value store. Raises UserError if it cannot be reached."""
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
     except dist.DistNetworkError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"the ranks cannot meet at {place}: {error}. Name the address of node 0 and a free port of it "
                         "(torchrun --master-addr, --master-port)") from error
+    return store
+
+
+@functools.cache
+def shared_store():
+    """torchrun's store, under a prefix of its own for each start of the ranks. Every rank must call it."""
+    store = launcher_store()
     return dist.PrefixStore(agree_on_start(store, process_rank(), from_launcher("WORLD_SIZE", 1)), store)
 
 
@@ -129,7 +133,8 @@ def agree_on_start(store, rank, world_size):
     """A new name for this start of the ranks, which rank 0 gives to all.
 
     When torchrun restarts the ranks, its store still has what those before them wrote, addresses too. The number of
-    the restart would not do: each node has its own count. Rank 0 answers every greeting, old ones too.
+    the restart would not do: each node has its own count. Rank 0 answers every greeting, old ones too. Raises
+    RunStopped if not all ranks come.
     """
     if rank > 0:
         greeting = secrets.token_hex(8)
@@ -150,8 +155,11 @@ def agree_on_start(store, rank, world_size):
 
 def fails_first():
     """Whether no other rank has failed before this one, as far as they can tell each other."""
-    alone = not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return alone or "RANK" not in os.environ or shared_store().add("failed", 1) == 1
+    if dist.is_initialized() and "RANK" in os.environ:
+        return shared_store().add("failed", 1) == 1
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    return launcher_store().add(f"failed_{from_launcher('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
 
 
 def join_process_group(ranks, timeout_minutes=10.0):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from plumbing import logs
 from plumbing.disk import replacing
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import Ranks, agree_on_start, find_ranks, shared_store
+from plumbing.ranks import Ranks, agree_on_start, find_ranks, launcher_store
 
 
 @pytest.fixture
@@ -193,4 +193,4 @@ def test_a_port_in_use_is_a_message(monkeypatch):
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=f"the ranks cannot meet at 127.0.0.1:{port}: .*in use.* a free port"):
-            shared_store.__wrapped__()
+            launcher_store.__wrapped__()
