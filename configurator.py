@@ -42,38 +42,44 @@ class Config:
     compile: CompileConfig = field(default_factory=CompileConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    # the run
     out_dir: str = "out/run"  # checkpoints, metrics, plots
-    seed: int = 1337  # initial weights, data order, stochastic rounding
     max_steps: int = 1000  # optimizer steps
+    init_from: str = "scratch"  # "scratch", or a Hugging Face folder: weights, and all of model except block_size
+    resume: Literal["auto", "never", "must"] = "auto"  # from the checkpoint in out_dir: if there is one, never, always
+    seed: int = 1337  # initial weights, data order, stochastic rounding
+    # the batch
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 1  # sequences per rank and forward pass; gradient accumulation does the rest
+    # logs, evaluations, checkpoints
+    log_interval: int = 10  # steps between log lines
     eval_interval: int = 100  # evaluate every N steps and at the end; 0: never
     eval_sequences: int = 64  # validation sequences per evaluation, over all ranks; 0: all
     eval_hellaswag_items: int = 0  # also score this many HellaSwag questions at each evaluation; 0: none
-    log_interval: int = 10  # steps between log lines
     checkpoint_interval: int = 200  # save a checkpoint every N steps and at the end; 0: never
     async_checkpoint: bool = True  # write checkpoints while training goes on, from a copy in host memory
     keep: int = 2  # newest checkpoints to keep; 0: all
-    init_from: str = "scratch"  # "scratch", or a Hugging Face folder: weights, and all of model except block_size
-    resume: Literal["auto", "never", "must"] = "auto"  # from the checkpoint in out_dir: if there is one, never, always
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
+    tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
+    wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
+    # speed and memory
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, activations and gradients
-    replicas: int = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node
-    shard_one_rank: bool = False  # run FSDP2 on a single rank too, which takes 7 to 17% of the step
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradient reduction over ranks; bfloat16: half the bytes
-    reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recompute in backward: cheap ops, or all
-    timeout_minutes: float = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
-    check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU
+    loss_chunks: int = 1  # compute the loss in this many pieces, so that all logits never exist at once
     flash4: bool | None = None  # attention by FlashAttention 4: True: or fail, False: never, None: where installed
     cuda_graph: bool = False  # record a pass as one CUDA graph: small models, one GPU; its memory stays reserved
-    loss_chunks: int = 1  # compute the loss in this many pieces, so that all logits never exist at once
+    check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU
+    # several GPUs
+    replicas: int = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node
+    reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradient reduction over ranks; bfloat16: half the bytes
+    shard_one_rank: bool = False  # run FSDP2 on a single rank too, which takes 7 to 17% of the step
+    timeout_minutes: float = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
+    # when something is wrong
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
     deterministic: bool = False  # bitwise repeatable kernels only (torch.use_deterministic_algorithms)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # if loss or gradient norm is inf or nan: end the run, skip the step
     profile_step: int = 0  # write a torch.profiler trace of this step to out_dir; 0: of none
     memory_step: int = 0  # write a snapshot of this step's CUDA memory to out_dir; 0: of none
-    tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
-    wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
 
     @property
     def saves_in_background(self):
@@ -299,15 +305,23 @@ def changed(path, config):
 
 def help_text(parts):
     """The script's docstring, then every key with its type, default and meaning. parts: (prefix, section) pairs."""
-    wrap = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent=" " * 8, break_on_hyphens=False)
-    lines = [sys.modules["__main__"].__doc__ or "", "Keys with type, default and meaning, set by --key=value:"]
+    columns = shutil.get_terminal_size().columns
+    wrap = textwrap.TextWrapper(columns, subsequent_indent=" " * 8, break_on_hyphens=False)
+    paragraphs = (sys.modules["__main__"].__doc__ or "").split("\n\n")
+    lines = ["\n\n".join(p if p.startswith(" ") else textwrap.fill(p, columns) for p in paragraphs)]
+    lines += ["", "Keys with type, default and meaning, set by --key=value:"]
     for prefix, section in parts:
-        notes = comments(type(section))
-        lines += ["", f"{prefix[:-1] or type(section).__name__}: {inspect.getdoc(section).splitlines()[0]}"]
+        notes, headings = comments(type(section))
+        purpose = inspect.getdoc(section).splitlines()[0]
+        lines += ["", *wrap.wrap(f"{prefix[:-1] or type(section).__name__}: {purpose}")]
         for f in fields(section):
             default = getattr(section, f.name)
             if not is_dataclass(default):
+                if f.name in headings:
+                    lines += ["", f" {headings[f.name]}"]
                 lines += wrap.wrap(f"  {prefix}{f.name}  {type_name(f.type)}  {default!r}")
                 lines += wrap.wrap(" " * 8 + notes[f.name])
-    lines += ["", "Other names for the same keys:", *(f"  fp8.{a} = fp8.{name}" for a, name in fp8.ALIASES.items())]
+    lines += ["", "Other names for the same keys:"]
+    for alias, name in fp8.ALIASES.items():
+        lines += wrap.wrap(f"  fp8.{alias} = fp8.{name}")
     return "\n".join(lines).strip()

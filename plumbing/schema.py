@@ -32,12 +32,14 @@ def flat(config):
 
 
 def comments(kind):
-    """{field: the comment on its last line} of a dataclass."""
+    """Of a dataclass {field: the comment on its last line}, and {field: the comment on a line of its own above it}."""
     source = inspect.getsource(kind)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     lines = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: notes.get(node.end_lineno, "") for node in lines}
+    ends = {node.end_lineno for node in lines}
+    headings = {node.target.id: notes[node.lineno - 1] for node in lines if node.lineno - 1 in notes.keys() - ends}
+    return {node.target.id: notes.get(node.end_lineno, "") for node in lines}, headings
 
 
 def closest(name, names):
@@ -113,7 +115,7 @@ def to_python(config):
     def show(value, indent):
         if not is_dataclass(value):
             return repr(value)
-        kind, notes, lines = type(value), comments(type(value)), []
+        kind, (notes, _), lines = type(value), comments(type(value)), []
         imports.setdefault(kind.__module__, set()).add(kind.__name__)
         for f in fields(value):
             line = f"{indent}    {f.name}={show(getattr(value, f.name), indent + '    ')},"

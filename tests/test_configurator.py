@@ -527,12 +527,20 @@ def test_help_lists_every_key_with_type_default_and_meaning(file, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert not done.value.code
     for name, (section, key) in KEYS.items():
-        meaning = configurator.comments(type(section))[key.name]
+        meaning = configurator.comments(type(section))[0][key.name]
         if not is_dataclass(value := getattr(section, key.name)):
             default = "1234" if name == "max_steps" else repr(value)
             row = f" {name} {configurator.type_name(key.type)} {default} {meaning}"
             assert row in text, name
     assert all(f"fp8.{alias} = fp8.{name}" in text for alias, name in fp8.ALIASES.items())
+    assert "several GPUs replicas int" in text
+
+
+def test_help_fits_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "A purpose. " * 12 + "\n\n    a command\n", raising=False)
+    text = configurator.help_text(list(configurator.sections(Config())))
+    assert max(map(len, text.splitlines())) <= 80 and "\n    a command\n" in text
 
 
 def test_help_with_an_unreadable_file_reports_the_error(file):
@@ -543,12 +551,13 @@ def test_help_with_an_unreadable_file_reports_the_error(file):
 @pytest.mark.parametrize("name", KEYS)
 def test_every_field_has_a_comment(name):
     section, key = KEYS[name]
-    assert configurator.comments(type(section))[key.name]
+    assert configurator.comments(type(section))[0][key.name]
 
 
 def test_comments_are_read_from_the_source_not_guessed():
     @dataclass
     class Odd:
+        # a heading
         hashed: str = "a  # b"  # the comment
         long: list[str] = field(
             default_factory=list)  # at the end
@@ -557,7 +566,8 @@ def test_comments_are_read_from_the_source_not_guessed():
     source = configurator.textwrap.dedent(configurator.inspect.getsource(Odd))
     getsource, configurator.inspect.getsource = configurator.inspect.getsource, lambda kind: source
     try:
-        assert configurator.comments(Odd) == {"hashed": "the comment", "long": "at the end", "none": ""}
+        assert configurator.comments(Odd) == (
+            {"hashed": "the comment", "long": "at the end", "none": ""}, {"hashed": "a heading"})
     finally:
         configurator.inspect.getsource = getsource
 
