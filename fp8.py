@@ -153,7 +153,7 @@ class FP8Config:
     grad_fast_accum: bool = False  # fast accumulation in backward matmuls, as in forward: 2% faster, row-wise 10%
     emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
     stats_interval: int = 0  # measure what the FP8 casts of every layer lose every N steps; 0: never
-    self_check: bool = False  # at start-up compare compiled FP8 with eager FP8 and bf16; torch 2.14: always
+    self_check: bool = False  # at start-up compare compiled FP8 with eager FP8 and bf16; torch 2.14, blockwise: always
     allow_eager: bool = False  # permit FP8 on a GPU without compile (slower than bf16)
     enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
     precompute_fp8_dynamic_scale_for_fsdp: InitVar[bool | None] = None
@@ -381,13 +381,14 @@ def gathers(name, cfg, shards):
 
 
 def needs_self_check(cfg):
-    """Whether to compare compiled FP8 with eager FP8 at start-up: by cfg.self_check, and on torch 2.14 and newer.
+    """Whether to compare compiled FP8 with eager FP8 and bf16 at start-up: by cfg.self_check, or because of Triton.
 
     Where a kernel takes a maximum with PropagateNan.ALL, Triton may store garbage instead of FP8 values
     (https://github.com/triton-lang/triton/issues/11111). torchao patches this in pointwise code; torch 2.14 does it in
-    reductions as well, which the patch does not reach.
+    reductions as well, which the patch does not reach. Transposing casts of our own are checked with every version.
     """
-    return cfg.self_check or not cfg.emulate and TorchVersion(torch.__version__) >= "2.14"
+    ours = any(name and RECIPES[name].layer for name in (cfg.recipe_name, *cfg.recipes.values()))
+    return cfg.self_check or not cfg.emulate and (ours or TorchVersion(torch.__version__) >= "2.14")
 
 
 def cast_to_fp8(x, scale, dtype):
