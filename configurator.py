@@ -81,11 +81,6 @@ class Config:
     profile_step: int = 0  # write a torch.profiler trace of this step to out_dir; 0: of none
     memory_step: int = 0  # write a snapshot of this step's CUDA memory to out_dir; 0: of none
 
-    @property
-    def saves_in_background(self):
-        """Whether training goes on while a checkpoint is written: not for one at the end only, which it waits for."""
-        return self.async_checkpoint and 0 < self.checkpoint_interval < self.max_steps
-
     def problems(self):
         """Yield ({keys involved}, message) for each contradiction between these values."""
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "loss_chunks"):

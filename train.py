@@ -192,7 +192,7 @@ def main():
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.prepare_weights(model, config.fp8, shards=n_shards)
     saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep,
-                             background=config.saves_in_background and not no_room)
+                             background=estimate.saves_in_background(config) and not no_room)
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gib:.1f} GiB estimated per rank with "
         "gradients, optimizer and activations" + (f", and {host_gib:.1f} GiB of host memory" if host_gib else ""))
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")

@@ -131,13 +131,18 @@ def saved_values(config, linears):
     return values
 
 
+def saves_in_background(config):
+    """Whether training goes on while a checkpoint is written: not for one at the end only, which it waits for."""
+    return config.async_checkpoint and 0 < config.checkpoint_interval < config.max_steps
+
+
 def host_memory(config, shards):
     """GiB of host memory per rank: (optimizer state that is kept there, copy that checkpoints are written from)."""
     with torch.device("meta"):
         model = models.Transformer(config.model)
     on_gpu, on_host = optimizer_bytes(config, model, shards)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize / max(1, shards)
-    return on_host / 2**30, config.saves_in_background * (weights + on_gpu + on_host) / 2**30
+    return on_host / 2**30, saves_in_background(config) * (weights + on_gpu + on_host) / 2**30
 
 
 def host_capacity():
