@@ -326,11 +326,13 @@ def main():
                     log({"step": step, **row})
                     say(f"step {step}/{config.max_steps} | {result}")
                 if saves_now:
-                    saver.save(step, {**record, "time_s": seconds})
+                    with ranks.watchdog.patient():
+                        saver.save(step, {**record, "time_s": seconds})
         if stop:
             break
     progress.close()
-    saver.finish()
+    with ranks.watchdog.patient():
+        saver.finish()
     signals.restore()
     if stop:
         resume = " with --resume=auto" if config.resume == "never" else ""

@@ -1,5 +1,6 @@
 """How a run ends before its last step: a signal asks it to, or a rank is stuck."""
 
+import contextlib
 import json
 import os
 import signal
@@ -76,6 +77,14 @@ class Watchdog:
         self.events += 1
         if step is not None:
             self.step, self.grace = step, 0
+
+    @contextlib.contextmanager
+    def patient(self):
+        """Allow the block half an hour more: it writes to a disk."""
+        grace, self.grace = self.grace, STARTUP
+        yield
+        self.events += 1
+        self.grace = grace
 
     def start(self, store, rank, world_size, timeout):
         """Watch this rank, in a thread, until `ended` is set. timeout: seconds in which something must go on."""

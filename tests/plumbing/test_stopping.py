@@ -146,6 +146,25 @@ def test_the_rank_that_is_stuck_is_named_with_its_step_and_stack(fault, message,
     assert ("place_where_it_hangs" in err) == (fault != "all")
 
 
+def test_a_long_write_to_a_disk_is_not_taken_for_a_stuck_rank(capfd):
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    reader, writer = os.pipe()
+
+    def rank():
+        watchdog = Watchdog()
+        watchdog.start(dist.TCPStore("localhost", server.port), 0, 1, timeout=0.4)
+        watchdog.progress(5)
+        with watchdog.patient():
+            time.sleep(1.5)
+        os.write(writer, b"written")
+        time.sleep(100)
+
+    child = in_fork(rank)
+    assert os.read(reader, 7) == b"written"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1  # not a second time
+    assert "does not get on in step 6" in capfd.readouterr().err
+
+
 def test_ranks_end_when_their_launcher_is_gone(capfd):
     reader, writer = os.pipe()
 
