@@ -53,11 +53,10 @@ class BenchConfig:
     gemms: bool = False  # time the linear layers one by one instead: which of them does FP8 make faster
 
     def problems(self):
-        """Yield ({keys involved}, message) for each value that cannot be used."""
+        """Yield a message for each value that cannot be used."""
         yield from variant_problems(self.variants)
         if self.steps < 2 * WINDOW or self.steps % WINDOW or self.warmup % WINDOW or self.warmup < 0:
-            yield {"steps", "warmup"}, (
-                f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice")
+            yield f"--steps={self.steps} and --warmup={self.warmup} must be multiples of {WINDOW}, steps at least twice"
 
 
 def split(text, separator=","):
@@ -66,14 +65,13 @@ def split(text, separator=","):
 
 
 def variant_problems(variants):
-    """Yield ({"variants"}, message) for each variant that cannot be used."""
+    """Yield a message for each variant that cannot be used."""
     for variant in split(variants):
         base, *keys = split(variant, ":")
         if base not in ("bf16", *RECIPES):
-            yield {"variants"}, f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
+            yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
         if fixed := sorted(NOT_PER_VARIANT.intersection(key.partition("=")[0] for key in keys)):
-            yield {"variants"}, (
-                f"--variants: {variant!r} sets {', '.join(fixed)}, which must be the same for all variants")
+            yield f"--variants: {variant!r} sets {', '.join(fixed)}, which must be the same for all variants"
 
 
 def on_cpu(config):

@@ -82,56 +82,50 @@ class Config:
     memory_step: int = 0  # write a snapshot of this step's CUDA memory to out_dir; 0: of none
 
     def problems(self):
-        """Yield ({keys involved}, message) for each contradiction between these values."""
+        """Yield a message for each contradiction between these values, with the keys involved."""
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "loss_chunks"):
             if getattr(self, name) < 1:
-                yield {name}, f"{name}={getattr(self, name)} must be at least 1"
+                yield f"{name}={getattr(self, name)} must be at least 1"
         for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep",
                      "replicas"):
             if getattr(self, name) < 0:
-                yield {name}, f"{name}={getattr(self, name)} must not be negative"
+                yield f"{name}={getattr(self, name)} must not be negative"
         for name in ("profile_step", "memory_step"):
             if not 0 <= getattr(self, name) <= self.max_steps:
-                yield {name, "max_steps"}, (
-                    f"{name}={getattr(self, name)} must be a step: 1 to {self.max_steps}, 0: none")
+                yield f"{name}={getattr(self, name)} must be a step: 1 to max_steps={self.max_steps}, 0: none"
         if self.timeout_minutes <= 0:
-            yield {"timeout_minutes"}, f"timeout_minutes={self.timeout_minutes} must be positive"
+            yield f"timeout_minutes={self.timeout_minutes} must be positive"
         if self.seed >= 2**40:  # times a million it has to fit into 64 bits
-            yield {"seed"}, f"seed={self.seed} must be below 2**40"
+            yield f"seed={self.seed} must be below 2**40"
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path = Path(folder).resolve()
             existing = next(p for p in (path, *path.parents) if p.exists())
             if not folder:
-                yield {key}, f"{key} is empty: name a folder (is a shell variable not set?)"
+                yield f"{key} is empty: name a folder (is a shell variable not set?)"
             elif path == REPO or REPO / "config" in (path, *path.parents):  # its config.py would hide config/
-                yield {key}, f"{key}={folder} is a folder of the code: name another one, such as out/run"
+                yield f"{key}={folder} is a folder of the code: name another one, such as out/run"
             elif not existing.is_dir():
-                yield {key}, f"{key}={folder}: {existing} is a file, name a folder"
+                yield f"{key}={folder}: {existing} is a file, name a folder"
             elif key == "out_dir" and not os.access(existing, os.W_OK):
-                yield {key}, f"{key}={folder}: {existing} cannot be written to, name another folder"
+                yield f"{key}={folder}: {existing} cannot be written to, name another folder"
         if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
-            yield {"global_batch_size", "micro_batch_size"}, (
-                f"global_batch_size={self.global_batch_size} must be a multiple of "
-                f"micro_batch_size={self.micro_batch_size}")
+            yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
+                   f"micro_batch_size={self.micro_batch_size}")
         if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
-            yield {"dtype", "optim.weights"}, (
-                "optim.weights=stochastic_rounding rounds to bf16, and dtype=float32 has no bf16 weights: set "
-                "optim.weights=plain, or dtype=bfloat16")
+            yield ("optim.weights=stochastic_rounding rounds to bf16, and dtype=float32 has no bf16 weights: set "
+                   "optim.weights=plain, or dtype=bfloat16")
         if not self.fp8.enabled:
             return
         if (self.fp8.force_recompute_fp8_weight_in_bwd and self.fp8.enable_fsdp_float8_all_gather
                 and not self.reshard_after_forward):
-            yield {"fp8.force_recompute_fp8_weight_in_bwd", "fp8.enable_fsdp_float8_all_gather",
-                   "reshard_after_forward"}, (
-                "fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
-                "reshard_after_forward=False keeps every gathered one: change one of the two")
+            yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
+                   "reshard_after_forward=False with fp8.enable_fsdp_float8_all_gather=True keeps every gathered one: "
+                   "change one of the three")
         if self.fp8.keep_casts and not self.compile.enabled:
-            yield {"fp8.keep_casts", "compile.enabled"}, (
-                "fp8.keep_casts=True needs compile.enabled=True: without compile, torchao casts again in backward")
+            yield "fp8.keep_casts=True needs compile.enabled=True: without compile, torchao casts again in backward"
         if self.fp8.keep_casts and self.activation_checkpoint == "full":
-            yield {"fp8.keep_casts", "activation_checkpoint"}, (
-                "fp8.keep_casts=True keeps what activation_checkpoint=full recomputes: set fp8.keep_casts=False, or "
-                "activation_checkpoint=none or selective")
+            yield ("fp8.keep_casts=True keeps what activation_checkpoint=full recomputes: set fp8.keep_casts=False, or "
+                   "activation_checkpoint=none or selective")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -216,13 +210,14 @@ def set_flags(parts, flags, switches):
 
 
 def value_errors(parts, broken):
-    """What the sections find wrong with their values, without the consequences of a broken key.
+    """What the sections find wrong with their values, without what names a broken key and may be its consequence.
 
     A broken `fp8.enabled` has consequences for all of fp8, as has a section that was given a value.
     """
     causes = tuple(f"{name.removesuffix('.enabled')}." for name in broken)
-    problems = [problem for _, section in parts if hasattr(section, "problems") for problem in section.problems()]
-    return [message for keys, message in problems if not any(f"{key}.".startswith(causes) for key in keys)]
+    messages = [message for _, section in parts if hasattr(section, "problems") for message in section.problems()]
+    return [message for message in messages
+            if not any(f"{word}.".startswith(causes) for word in re.findall(r"[\w.]*\w", message))]
 
 
 def print_and_exit(text):

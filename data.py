@@ -53,26 +53,24 @@ class DataConfig:
             self.tokenizer = "bytes" if init_from == "scratch" else str(Path(init_from).expanduser())
 
     def problems(self):
-        """Yield ({keys involved}, message) for each contradiction between these values."""
+        """Yield a message for each contradiction between these values, with the keys involved."""
         for name in ("packed_sequence_size", "workers"):
             if getattr(self, name) < 0:
-                yield {f"data.{name}"}, f"data.{name}={getattr(self, name)} must not be negative"
+                yield f"data.{name}={getattr(self, name)} must not be negative"
         if self.packed_sequence_size and self.format in ("text", "tokens"):
-            yield {"data.packed_sequence_size", "data.format"}, (
-                f"data.packed_sequence_size packs samples, and data.format={self.format} has no padding to save: set "
-                "data.format=chat or hellaswag, or model.block_size for the length of rows")
+            yield (f"data.packed_sequence_size packs samples, and data.format={self.format} has no padding to save: "
+                   "set data.format=chat or hellaswag, or model.block_size for the length of rows")
         if self.format in ("chat", "tokens") and not self.train:
             what = ".bin or .npy files" if self.format == "tokens" else "files or folders with rows of conversations"
-            yield {"data.format", "data.train"}, f"data.format={self.format} needs data.train: name {what}"
+            yield f"data.format={self.format} needs data.train: name {what}"
         if self.eos_id is not None and self.format != "tokens":
-            yield {"data.eos_id", "data.format"}, f"data.eos_id is for data.format=tokens, not {self.format}: leave it"
+            yield f"data.eos_id is for data.format=tokens, not {self.format}: leave it"
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
-            yield {"data.weights", "data.train"}, (
-                f"data.weights={self.weights} must be positive numbers, one for each of the {len(self.train)} entries "
-                "of data.train")
+            yield (f"data.weights={self.weights} must be positive numbers, one for each of the {len(self.train)} "
+                   "entries of data.train")
         elif self.weights and 0 in share_of_block(self.weights):
-            yield {"data.weights"}, (f"data.weights={self.weights}: the smallest rounds to none of {BLOCK:,} rows: "
-                                     "leave that entry out")
+            yield (f"data.weights={self.weights}: the smallest rounds to none of {BLOCK:,} rows: leave that entry "
+                   "out")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -295,9 +293,9 @@ class Look:
 
     def problems(self):
         if self.show < 0:
-            yield {"show"}, f"--show={self.show} must not be negative"
+            yield f"--show={self.show} must not be negative"
         if self.out and (Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir()):
-            yield {"out"}, f"--out={self.out}: name a file in a folder that exists"
+            yield f"--out={self.out}: name a file in a folder that exists"
 
 
 def marked(ids, loss, tokenizer, colour):

@@ -167,22 +167,20 @@ class FP8Config:
         super().__setattr__(ALIASES.get(name, name), value)
 
     def problems(self):
-        """Yield ({keys involved}, message) for each contradiction between these values (needs no GPU and no model)."""
+        """Yield a message for each contradiction between these values, with the keys involved."""
         if not self.enabled:
             return
         if self.stats_interval < 0:
-            yield {"fp8.stats_interval"}, f"fp8.stats_interval={self.stats_interval} must not be negative"
+            yield f"fp8.stats_interval={self.stats_interval} must not be negative"
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
-            yield {"fp8.precompute_float8_dynamic_scale_for_fsdp", "fp8.enable_fsdp_float8_all_gather"}, (
-                "fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
-                "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+            yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
+                   "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
         for key, other, reason in (
                 ("keep_casts", "force_recompute_fp8_weight_in_bwd", "one keeps FP8 copies for backward, one none"),
                 ("grad_fast_accum", "emulate", "emulated FP8 accumulates in float32, not in tensor cores"),
                 ("auto_filter", "emulate", "emulated FP8 makes no layer faster")):
             if getattr(self, key) and getattr(self, other):
-                yield {f"fp8.{key}", f"fp8.{other}"}, (
-                    f"fp8.{key}=True contradicts fp8.{other}=True ({reason}): turn one of the two off")
+                yield f"fp8.{key}=True contradicts fp8.{other}=True ({reason}): turn one of the two off"
 
     @property
     def copies(self):
@@ -232,7 +230,7 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     cfg: an enabled FP8Config. model: may be on the meta device. shards: ranks that FSDP2 shards each weight over; 0:
     FSDP2 is off. tokens: of a forward pass on a rank, None: not known yet; lm_head takes them in loss_chunks pieces.
     """
-    errors = [message for _, message in cfg.problems()]
+    errors = list(cfg.problems())
     install = f"pip install 'torchao>={MIN_TORCHAO}'"
     try:
         installed = importlib.metadata.version("torchao")

@@ -57,28 +57,27 @@ class ModelConfig:
         self.rope_scaling = copy.deepcopy(self.rope_scaling)  # copy: the presets below share one instance
 
     def problems(self):
-        """Yield ({keys involved}, message) for each contradiction between these values."""
+        """Yield a message for each contradiction between these values, with the keys involved."""
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim",
                      "sliding_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                yield {f"model.{name}"}, f"model.{name}={value} must be at least 1"
+                yield f"model.{name}={value} must be at least 1"
         if self.n_kv_head >= 1 and self.n_head % self.n_kv_head:
-            yield {"model.n_head", "model.n_kv_head"}, (f"model.n_head={self.n_head} must be a multiple of "
-                                                        f"model.n_kv_head={self.n_kv_head}")
+            yield f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}"
         turned = int(self.head_dim * self.rope_fraction)
         if self.head_dim % 2 or turned % 2 or turned < min(2, self.head_dim) or self.rope_fraction > 1:
-            yield {"model.head_dim", "model.rope_fraction"}, (
+            yield (
                 f"rotary positions turn pairs: model.head_dim={self.head_dim} must be even, and "
                 f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of it")
         if self.rope_theta <= 0 or self.norm_eps < 0:
-            yield {"model.rope_theta", "model.norm_eps"}, (
+            yield (
                 f"model.rope_theta={self.rope_theta} must be above 0, model.norm_eps={self.norm_eps} not negative")
         if self.rope_scaling and (message := self.rope_scaling.problem(turned // 2)):
-            yield {"model.rope_scaling", "model.rope_fraction", "model.head_dim"}, message
+            yield message
         if self.attention_multiplier is not None and (self.rope_fraction != 1 or self.no_rope_interval):
-            yield {"model.attention_multiplier", "model.rope_fraction", "model.no_rope_interval"}, (
-                "model.attention_multiplier needs rotary positions in every layer and over the whole head")
+            yield ("model.attention_multiplier needs rotary positions in every layer and over the whole head: "
+                   "model.no_rope_interval=0 and model.rope_fraction=1")
 
 
 # Published models by their config.json, and two of our own. Each is called: llama3_1_8b(block_size=2048). block_size is

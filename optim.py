@@ -52,16 +52,16 @@ class OptimConfig:
     offload: float = 0.0  # part of moments and masters kept in host memory and streamed at each step; 1: all of them
 
     def problems(self):
-        """Yield ({keys involved}, message) for each contradiction between these values."""
+        """Yield a message for each contradiction between these values, with the keys involved."""
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps"):
             if getattr(self, name) < 0:
-                yield {f"optim.{name}"}, f"optim.{name}={getattr(self, name)} must not be negative"
+                yield f"optim.{name}={getattr(self, name)} must not be negative"
         if self.eps < 1e-30:  # a weight without a gradient would be 0 / 0
-            yield {"optim.eps"}, f"optim.eps={self.eps} must be at least 1e-30"
+            yield f"optim.eps={self.eps} must be at least 1e-30"
         if not all(0 <= b < 1 for b in self.betas):
-            yield {"optim.betas"}, f"optim.betas={self.betas} must both be at least 0 and below 1"
+            yield f"optim.betas={self.betas} must both be at least 0 and below 1"
         if not 0 <= self.offload <= 1:
-            yield {"optim.offload"}, f"optim.offload={self.offload} must be between 0 (nothing) and 1 (everything)"
+            yield f"optim.offload={self.offload} must be between 0 (nothing) and 1 (everything)"
 
 
 def get_lr(cfg, step, max_steps):

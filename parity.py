@@ -59,16 +59,16 @@ class ParityConfig:
     report_only: bool = False  # train nothing, report on the runs that are finished
 
     def problems(self):
-        """Yield ({keys involved}, message) for each value that cannot be used."""
+        """Yield a message for each value that cannot be used."""
         yield from bench.variant_problems(self.variants)
         baseline, *others = bench.split(self.variants)
         if baseline != "bf16" or not others or "bf16" in others:
-            yield {"variants"}, f"--variants={self.variants} must be bf16, then the variants to compare with it"
+            yield f"--variants={self.variants} must be bf16, then the variants to compare with it"
         for name, least in (("seeds", 1), ("last_evals", 1), ("branch_at", 0)):
             if getattr(self, name) < least:
-                yield {name}, f"--{name}={getattr(self, name)} must be at least {least}"
+                yield f"--{name}={getattr(self, name)} must be at least {least}"
         if self.tolerance <= 0:
-            yield {"tolerance"}, f"--tolerance={self.tolerance} must be above 0, in percent of the loss"
+            yield f"--tolerance={self.tolerance} must be above 0, in percent of the loss"
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -34,10 +34,10 @@ class AttentionBench:
     window: int = 256  # tokens that a query attends to, in the third case
 
     def problems(self):
-        """Yield ({keys involved}, message) for each value that cannot be used."""
+        """Yield a message for each value that cannot be used."""
         for name in ("documents", "window"):
             if getattr(self, name) < 1:
-                yield {name}, f"--{name}={getattr(self, name)} must be at least 1"
+                yield f"--{name}={getattr(self, name)} must be at least 1"
 
 
 def measure(run, q, k, v, grad, device):

@@ -33,10 +33,10 @@ class ProfileConfig:
     show: int = 30  # lines of the table
 
     def problems(self):
-        """Yield ({keys involved}, message) for each value that cannot be used."""
+        """Yield a message for each value that cannot be used."""
         for name in ("steps", "warmup", "show"):
             if getattr(self, name) < 1:
-                yield {name}, f"--{name}={getattr(self, name)} must be at least 1"
+                yield f"--{name}={getattr(self, name)} must be at least 1"
 
 
 def profiled(step, own, profile):

@@ -92,7 +92,7 @@ def model_config(folder, wanted=None):
     longest = source.get("max_position_embeddings") or 2048
     block_size = wanted.block_size if wanted else min(longest, 8192)
     cfg = models.ModelConfig(**values, block_size=block_size)
-    refuse(folder, [message for _, message in cfg.problems()])
+    refuse(folder, list(cfg.problems()))
     stored = stored_tensors(folder)
     problems = check_weights(stored, layout(cfg, architecture), source.get("quantization_config"), notes)
     if cfg.tie_embeddings and not problems and not head_is_embedding(stored):

@@ -120,7 +120,7 @@ def test_commas_and_colons_inside_of_a_value_do_not_end_it():
     ({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7"),
     ({"variants": "bf16:max_steps=3:loss_chunks=2"}, "sets max_steps, which must be the same for all variants")])
 def test_mistakes_are_told(keys, told):
-    assert told in "".join(message for _, message in BenchConfig(**keys).problems())
+    assert told in "".join(BenchConfig(**keys).problems())
 
 
 def test_a_profile_holds_the_asked_number_of_whole_steps(tiny_run, tmp_path):

@@ -31,13 +31,13 @@ class PeerConfig:
     warmup: int = 10  # steps before they are timed
 
     def problems(self):
-        """Yield ({keys involved}, message) for each value that cannot be used."""
+        """Yield a message for each value that cannot be used."""
         yield from bench.BenchConfig(variants=self.variants, steps=self.steps, warmup=self.warmup).problems()
         if not Path(self.nanochat, "nanochat", "fp8.py").is_file():
-            yield {"nanochat"}, (f"--nanochat={self.nanochat}: no nanochat/fp8.py in it: git clone "
-                                 "https://github.com/karpathy/nanochat, and name its folder")
+            yield (f"--nanochat={self.nanochat}: no nanochat/fp8.py in it: git clone "
+                   "https://github.com/karpathy/nanochat, and name its folder")
         if wrong := [v for v in bench.split(self.variants) if v.partition(":")[0] != "tensorwise"]:
-            yield {"variants"}, f"--variants: nanochat has tensorwise FP8 only, not {', '.join(wrong)}"
+            yield f"--variants: nanochat has tensorwise FP8 only, not {', '.join(wrong)}"
 
 
 def use_nanochat(clone):

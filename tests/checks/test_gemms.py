@@ -80,9 +80,8 @@ def test_a_shape_that_fp8_cannot_take_is_left_out():
 
 
 def test_emulated_fp8_cannot_choose():
-    ((keys, message),) = FP8Config(enabled=True, emulate=True, auto_filter=True).problems()
+    (message,) = FP8Config(enabled=True, emulate=True, auto_filter=True).problems()
     assert "fp8.auto_filter=True contradicts fp8.emulate=True (emulated FP8 makes no layer faster)" in message
-    assert keys == {"fp8.auto_filter", "fp8.emulate"}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -326,7 +326,7 @@ def test_packed_fp8_fine_tuning_on_a_gpu_stays_close_to_the_cpu(runs, tmp_path):
 def test_mistakes_about_packing_are_told(file):
     with pytest.raises(ValueError, match="packed_sequence_size=512 is more than model.block_size=256"):
         hellaswag.prepare(config(file, packed_sequence_size=512), 256, 1)
-    assert "text has no padding" in next(DataConfig(packed_sequence_size=64).problems())[1]
+    assert "text has no padding" in next(DataConfig(packed_sequence_size=64).problems())
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def test_memory_without_a_gpu_and_steps_that_never_come_are_errors(tiny_run):
     with pytest.raises(UserError, match="memory_step records the memory of a GPU"):
         train_here(*tiny_run, "--memory_step=1")
     for key in ("profile_step", "memory_step"):
-        assert [message for _, message in Config(max_steps=5, **{key: 6}).problems()] == [
-            f"{key}=6 must be a step: 1 to 5, 0: none"]
+        assert list(Config(max_steps=5, **{key: 6}).problems()) == [
+            f"{key}=6 must be a step: 1 to max_steps=5, 0: none"]
 
 
 @pytest.mark.gpu
