@@ -1,7 +1,7 @@
 """Tokenizers: files of every kind behind one class, with the ids of the library that a file belongs to.
 
     rank files, tekken.json, tiktoken's names, "bytes"  -> tiktoken
-    Hugging Face folders, SentencePiece models          -> tokenizers, set up by transformers' AutoTokenizer
+    Hugging Face folders, SentencePiece models          -> tokenizers, set up as transformers 5 does it
 
 tiktoken is four times as fast (bench/tokenizer_libraries.py), so it also encodes what it can of a Hugging Face folder.
 It joins the two tokens whose union has the lowest id, where a tokenizer.json lists the pairs (merges) in order:
@@ -13,7 +13,6 @@ import base64
 import hashlib
 import json
 import re
-import tempfile
 import threading
 import unicodedata
 from pathlib import Path
@@ -24,9 +23,9 @@ import tiktoken
 from formats.files import open_binary, package
 from formats.hf import read_json
 from plumbing.errors import UserError
-from plumbing.ranks import process_rank
 
 END = "<|endoftext|>"
+SPACE = "\u2581"  # as SentencePiece writes one
 BLANKS = 2**16  # characters: tiktoken's regular expressions overflow their stack at a million blanks in a row
 
 # Split patterns. Sources: GPT-2's encoder.py; llama-models, llama3/tokenizer.py (cl100k_base has the same); Qwen's
@@ -46,10 +45,12 @@ RANK_FILES = {
                             "python_tag", "image", *(f"reserved_special_token_{i}" for i in range(2, 246))]),
     151643: (QWEN_SPLIT, ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))])}
 TIKTOKEN_NAMES = {50256: "gpt2", 50280: "p50k_base", 100256: "cl100k_base", 199998: "o200k_base"}
-# The first ids of a tekken.json that does not list its own. Source: mistral-common, tokens/tokenizers/tekken.py
-TEKKEN_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-                  "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
-                  "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
+# Classes of transformers 5 whose steps count, not those of a folder's files, with the tokens that they add unless
+# tokenizer_config.json names others; beginnings of the model types whose files count whatever their class is
+CLASSES = {"LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+           "GPT2Tokenizer": dict.fromkeys(["bos_token", "eos_token", "unk_token"], END),
+           "Qwen2Tokenizer": dict.fromkeys(["eos_token", "unk_token", "pad_token"], END)}
+BY_FILE = ("granite", "ministral", "mistral", "mixtral", "olmo2", "phi3")
 
 # tokenizer.json writes bytes as printable characters: themselves where they print, else those from U+0100 on
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -141,7 +142,7 @@ class Tokenizer:
             return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= set(text) else text.encode()
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):  # byte fallback
             return bytes.fromhex(byte[1])
-        return text.replace("\u2581", " ").encode()  # SentencePiece writes a space so
+        return text.replace(SPACE, " ").encode()
 
 
 def get_tokenizer(name):
@@ -162,7 +163,7 @@ def get_tokenizer(name):
                             "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
         return read_file(path / found[0], path.resolve().name, path)  # tokenizer.json wins, as in transformers
     if path.exists():
-        return read_file(path, path.name)
+        return read_file(path, path.name, folder=path)
     if name not in tiktoken.list_encoding_names():
         raise UserError(f"data.tokenizer={name!r} is neither a file, nor a folder, nor one of bytes, "
                         + ", ".join(tiktoken.list_encoding_names()))
@@ -174,30 +175,21 @@ def get_tokenizer(name):
                         "file") from error
 
 
-def read_file(path, name, folder=None):
-    """The Tokenizer of a file, whatever its kind. folder: whose other files count, None for a file by itself."""
+def read_file(path, name, folder):
+    """The Tokenizer of a file, whatever its kind. folder: of other files that count, or the path itself."""
     with open_binary(path) as file:
         start = file.read(1)
-    if start not in (b"{", b"\n"):
+    if start == b"\n":  # the first field of a SentencePiece model's protocol buffer
+        return read_hugging_face(path, name, None, folder)
+    if start != b"{":
         return read_ranks(path, name)
-    if start == b"{":
-        spec = read_json(path)
-        if "vocab" in spec and "config" in spec:
-            return read_tekken(spec, path, name)
-        if not isinstance(spec.get("model"), dict):
-            raise UserError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a "
-                            "tekken.json of Mistral, which has 'vocab' and 'config'")
-    else:
-        try:
-            import sentencepiece  # noqa: F401
-            from google import protobuf  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"{path} is of SentencePiece, which needs: pip install sentencepiece protobuf") from error
-    if folder:
-        return read_hugging_face(path, name, folder)
-    with tempfile.TemporaryDirectory() as alone:
-        Path(alone, "tokenizer.json" if start == b"{" else "tokenizer.model").symlink_to(path.resolve())
-        return read_hugging_face(path, name, alone)
+    spec = read_json(path)
+    if isinstance(spec.get("model"), dict):
+        return read_hugging_face(path, name, spec, folder)
+    if "vocab" in spec and "config" in spec:
+        return read_tekken(spec, path, name)
+    raise UserError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a tekken.json of "
+                    "Mistral, which has 'vocab' and 'config'")
 
 
 def read_ranks(path, name):
@@ -207,10 +199,9 @@ def read_ranks(path, name):
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
         raise UserError(f"{path} is not a tiktoken rank file (lines of base64 token and rank): {error}") from error
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise UserError(f"{path} has {len(lines)} ranks, which are not 0 to {len(lines) - 1}, each once")
-    if missing := [i for i in range(256) if bytes([i]) not in ranks]:
-        raise UserError(f"{path} lacks {len(missing)} of the 256 single bytes, which tiktoken needs")
+    if sorted(ranks.values()) != list(range(len(lines))) or not ranks.keys() >= {bytes([i]) for i in range(256)}:
+        raise UserError(f"{path} is not a tiktoken rank file: it has {len(lines)} ranks, expected 0, 1, 2, ..., each "
+                        "once, and the 256 single bytes among their tokens")
     if tiktoken_name := TIKTOKEN_NAMES.get(len(ranks)):
         raise UserError(f"{path} has as many ranks as {tiktoken_name}, but not its split pattern: use "
                         f"data.tokenizer={tiktoken_name}, with TIKTOKEN_CACHE_DIR where there is no network")
@@ -221,11 +212,14 @@ def read_ranks(path, name):
 
 
 def read_tekken(spec, path, name):
-    """The Tokenizer of Mistral's tekken.json: special tokens come first, and the ranks behind them."""
+    """The Tokenizer of Mistral's tekken.json: special tokens come first, and the ranks behind them.
+
+    Source: mistral-common, tokens/tokenizers/tekken.py.
+    """
     try:
         n_special, pattern = spec["config"]["default_num_special_tokens"], spec["config"]["pattern"]
         n_ranks = spec["config"]["default_vocab_size"] - n_special  # the file may hold more
-        special = [token["token_str"] for token in spec.get("special_tokens") or []] or TEKKEN_SPECIAL
+        special = [token["token_str"] for token in spec.get("special_tokens") or []] or ["<unk>", "<s>", "</s>"]
         ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + n_special
                  for token in spec["vocab"] if token["rank"] < n_ranks}
     except KeyError as error:
@@ -235,29 +229,140 @@ def read_tekken(spec, path, name):
     return Tokenizer(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
 
-def read_hugging_face(path, name, folder):
-    """The Tokenizer that transformers makes of a folder, whose tokenizer.json or SentencePiece model is `path`."""
-    transformers = package("transformers", path)
-    if process_rank() != 0:
-        transformers.logging.set_verbosity_error()  # what it warns of, rank 0 prints
-    try:
-        # mistral-common would read the folder in its own way; the folder's own Python code is not run
-        read = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, mistral_format=False,
-                                                          trust_remote_code=False)
-        full = read.backend_tokenizer
-        full.no_padding()
-        full.no_truncation()
-        probe = full.encode("a")  # the post-processor puts BOS around it
-    except Exception as error:  # the libraries raise no narrower class
-        reason = " ".join(str(error).split())
-        raise UserError(f"transformers {transformers.__version__} cannot read {path}: {reason}") from error
+# ----------------------------------------------------------------------------------------------------------------
+# Hugging Face folders and SentencePiece models, as transformers 5.24 reads them: convert_slow_tokenizer.py,
+# tokenization_utils_{base,tokenizers}.py, models/{auto,llama,qwen2,gpt2}/tokenization_*.py
+
+
+def read_hugging_face(path, name, spec, folder):
+    """The Tokenizer of a tokenizer.json that holds `spec`, or of a SentencePiece model (None), and of its folder."""
+    tokenizers = package("tokenizers", path)
+    config = read_if_there(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # as older versions of transformers saved it
+        config |= read_if_there(folder / "special_tokens_map.json")
+    class_name = class_of(path, spec, config, read_if_there(folder / "config.json").get("model_type") or "")
+    config = CLASSES.get(class_name, {}) | config
+    if spec is None:
+        full = read_sentencepiece(path, config.get("legacy", True), class_name)
+    else:
+        if class_name and "added_tokens_decoder" in config:
+            spec["added_tokens"] = []  # the configuration lists them all
+        try:
+            full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "padding": None, "truncation": None}))
+        except Exception as error:  # the library raises no narrower class
+            raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
+    if class_name:
+        follow_class(full, class_name, config)
+    named = add_tokens(full, config, read_if_there(folder / "added_tokens.json"), normalized=spec is not None)
+    probe = full.encode("a")  # the post-processor puts BOS around it
     n_first = (probe.special_tokens_mask + [0]).index(0)
     if n_first > 1:
         raise UserError(f"{path} puts {probe.tokens[:n_first]} before a text: one token at most can be used")
+    bos = probe.ids[0] if n_first else None
+    if spec is None and config.get("add_bos_token"):
+        bos = full.token_to_id(named.get("bos_token", "<s>"))
+    templates = config.get("chat_template") or []
+    templates = [{"name": "default", "template": templates}] if isinstance(templates, str) else templates
+    templates = {entry["name"]: entry["template"] for entry in templates}
+    if (folder / "chat_template.jinja").is_file():  # wins, as in transformers
+        templates = {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
     ranks, nfc = to_tiktoken(name, full)
-    templates = {"default": read.chat_template} if isinstance(read.chat_template, str) else read.chat_template
-    return Tokenizer(name, ranks, full, nfc=nfc, bos=probe.ids[0] if n_first else None,
-                     named_tokens=read.special_tokens_map, chat_templates=templates)
+    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, named_tokens=named, chat_templates=templates)
+
+
+def read_if_there(path):
+    return read_json(path) if path.is_file() else {}
+
+
+def class_of(path, spec, config, model_type):
+    """The class in CLASSES that a folder is read by, "" where its files count. Raises UserError for an unknown one."""
+    name = (config.get("tokenizer_class") or "").removesuffix("Fast")
+    if model_type == "qwen2" or model_type == "qwen3" and not name:
+        return "Qwen2Tokenizer"
+    by_bytes = spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder")))  # as Llama 3's
+    if model_type.startswith(BY_FILE) or name in ("", "PreTrainedTokenizer", "TokenizersBackend"):
+        return ""
+    if name not in CLASSES:
+        raise UserError(f"{path.parent} has tokenizer_class={name}, whose steps are not known here: save it with "
+                        "transformers as a PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)")
+    return "" if name == "LlamaTokenizer" and by_bytes else name
+
+
+def follow_class(full, name, config):
+    """Give a tokenizers.Tokenizer the steps of a class in CLASSES."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    space, scheme = config.get("add_prefix_space"), "always" if config.get("legacy") else "first"
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="never" if space is False else scheme, split=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=bool(space), use_regex=name == "GPT2Tokenizer")
+    qwen = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), level])
+    full.normalizer = normalizers.NFC() if name == "Qwen2Tokenizer" else None
+    full.pre_tokenizer = {"LlamaTokenizer": metaspace, "GPT2Tokenizer": level, "Qwen2Tokenizer": qwen}[name]
+    model = full.model
+    model.dropout, model.unk_token, model.ignore_merges = None, None, False
+    model.fuse_unk = model.byte_fallback = name == "LlamaTokenizer"
+
+
+def add_tokens(full, config, older, normalized):
+    """Add the tokens that a folder names to a tokenizers.Tokenizer. Returns {"eos_token": text, ...}.
+
+    older: {text: id} of added_tokens.json. normalized: whether tokens may be found in normalized text.
+    """
+    from tokenizers import AddedToken
+
+    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]
+    special = [token["content"] if isinstance(token, dict) else token for token in special]
+    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    listed = listed or {i: {"content": text, "normalized": text not in special} for text, i in older.items()}
+    for _, token in sorted(listed.items()):  # new ones, and those with other flags
+        token["special"] = token.get("special") or token["content"] in special
+        token["normalized"] = token["normalized"] and normalized
+        full.add_tokens([AddedToken(**token)])
+    present = {token.content for token in full.get_added_tokens_decoder().values()}
+    full.add_tokens([AddedToken(text, special=True) for text in special if text not in present])
+    return dict(zip(named, special, strict=False))
+
+
+def read_sentencepiece(path, legacy, class_name):
+    """The tokenizers.Tokenizer that encodes as a SentencePiece model does, where no class has steps of its own.
+
+    legacy: a space goes before the text between added tokens, too.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise UserError(f"{path} is a SentencePiece model, which needs: pip install sentencepiece protobuf") from error
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path} is not a SentencePiece model: {error}") from error
+    pieces, trainer, normalizer = proto.pieces, proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        raise UserError(f"{path} is a SentencePiece model of another type than BPE: use a tokenizer.json made of it")
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
+    merges = [(text[:i], text[i:]) for text in sorted(scores, key=scores.get, reverse=True)
+              for i in range(1, len(text)) if text[:i] in scores and text[i:] in scores]
+    words = sorted((piece.piece for piece in pieces if piece.type == piece.USER_DEFINED), key=len, reverse=True)
+    full = Tokenizer(models.BPE({piece.piece: i for i, piece in enumerate(pieces)}, merges, fuse_unk=True,
+                                unk_token=trainer.unk_piece, byte_fallback=trainer.byte_fallback,
+                                ignore_merges=bool(words)))
+    replaced = [(r"\A +| +\z", ""), (" {2,}", " ")] if normalizer.remove_extra_whitespaces else []
+    replaced += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * (normalizer.add_dummy_prefix and legacy)
+    steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in replaced]
+    if normalizer.precompiled_charsmap:
+        steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
+    prefix = pre_tokenizers.Metaspace(prepend_scheme="always" if legacy else "first", split=False)
+    split = pre_tokenizers.Split(Regex("|".join(map(re.escape, words))), "isolated")
+    full.normalizer = normalizers.Sequence(steps)
+    full.pre_tokenizer = pre_tokenizers.Sequence([prefix] * normalizer.add_dummy_prefix + [split] * bool(words))
+    full.add_tokens([AddedToken(piece.piece, special=piece.type != piece.USER_DEFINED, normalized=False)
+                     for piece in pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)
+                     or class_name and piece.type == piece.USER_DEFINED])
+    return full
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -270,10 +375,9 @@ def to_tiktoken(name, full):
     None where tiktoken would not give the same ids for all text that is not unusual (Tokenizer.unusual).
     """
     spec = json.loads(full.to_str())
-    model, normalizer = spec["model"], spec["normalizer"]
+    model, normalizer, pattern = spec["model"], spec["normalizer"], split_pattern(spec["pre_tokenizer"])
     nfc = normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]})
     settings = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    pattern = split_pattern(spec["pre_tokenizer"] or {})
     if not pattern or "merges" not in model or any(model.get(key) for key in settings) or normalizer and not nfc:
         return None, False
     added = {token.content for token in full.get_added_tokens_decoder().values()}
@@ -306,22 +410,19 @@ def ranks_of(vocab, merges, model):
 
 def split_pattern(pre_tokenizer):
     """A tiktoken pattern that cuts text as a tokenizer.json's pre_tokenizer does, or None."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds, last = [step.get("type") for step in steps], steps[-1] if steps else {}
-    own_regex = last.get("use_regex", True)
-    if last.get("add_prefix_space"):
-        return None
-    if kinds == ["ByteLevel"] and own_regex:
-        return GPT2_SPLIT
-    if kinds == ["Digits", "ByteLevel"] and own_regex and steps[0]["individual_digits"]:
-        return DIGITS_SPLIT
-    if kinds == ["Split", "ByteLevel"] and not own_regex and "Regex" in steps[0]["pattern"]:
-        pattern, behavior, invert = steps[0]["pattern"]["Regex"], steps[0]["behavior"], steps[0]["invert"]
-        # to Oniguruma {m,n}+ repeats, ^ and $ are a line's; to tiktoken {m,n}+ is possessive, ^ and $ are the text's
-        if re.search(r"\{[\d,]+\}\+|(?<![\\\[])[$^]", pattern):
-            return None
-        if behavior == "Removed" and invert:  # what does not match is dropped, as tiktoken does
-            return pattern
-        if behavior == "Isolated":  # a run that does not match is a piece
-            return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
+    match (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_SPLIT
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return DIGITS_SPLIT
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            # Oniguruma repeats {m,n}+, its ^ and $ are a line's; tiktoken: {m,n}+ is possessive, ^ and $ the text's
+            if re.search(r"\{[\d,]+\}\+|(?<![\\\[])[$^]", pattern):
+                return None
+            if behavior == "Removed" and invert:  # what does not match is dropped, as tiktoken does
+                return pattern
+            if behavior == "Isolated":  # a run that does not match is a piece
+                return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
     return None
