@@ -75,7 +75,9 @@ class Template:
 
     def __init__(self, tokenizer, source="", name=""):
         self.tokenizer, self.name = tokenizer, name or f"the chat template of {tokenizer.name}"
-        own = {} if source else tokenizer.chat_templates
+        own = tokenizer.chat_template or []
+        own = [{"name": "default", "template": own}] if isinstance(own, str) else own
+        own = {} if source else {entry["name"]: entry["template"] for entry in own}
         source = source or own.get("default")
         if not source:
             raise UserError(f"tokenizer {tokenizer.name} has no chat template: name a file with a Jinja template, "

@@ -5,15 +5,14 @@
 
 tiktoken is four times as fast (bench/tokenizer_libraries.py), so it also encodes what it can of a Hugging Face folder.
 It joins the two tokens whose union has the lowest id, where a tokenizer.json lists the pairs (merges) in order:
-`ranks_of` finds out whether that is the same. If not, and for text with anything unusual in it (an added word,
-characters that NFC changes, bytes without a token), `tokenizers` encodes.
+`ranks_of` finds out whether that is the same. If not, and for unusual text (with an added word, characters that NFC
+changes, or bytes without a token), `tokenizers` encodes.
 """
 
 import base64
 import hashlib
 import json
 import re
-import threading
 import unicodedata
 from pathlib import Path
 
@@ -22,14 +21,13 @@ import tiktoken
 
 from formats.files import open_binary, package
 from formats.hf import read_json
+from formats.sentencepiece_model import read_sentencepiece
 from plumbing.errors import UserError
 
 END = "<|endoftext|>"
-SPACE = "\u2581"  # as SentencePiece writes one
 BLANKS = 2**16  # characters: tiktoken's regular expressions overflow their stack at a million blanks in a row
 
-# Split patterns. Sources: GPT-2's encoder.py; llama-models, llama3/tokenizer.py (cl100k_base has the same); Qwen's
-# tokenization_qwen.py
+# Split patterns. Sources: GPT-2's encoder.py; llama-models, llama3/tokenizer.py; Qwen's tokenization_qwen.py
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                 r"|\s+(?!\S)|\s+")
@@ -45,12 +43,15 @@ RANK_FILES = {
                             "python_tag", "image", *(f"reserved_special_token_{i}" for i in range(2, 246))]),
     151643: (QWEN_SPLIT, ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))])}
 TIKTOKEN_NAMES = {50256: "gpt2", 50280: "p50k_base", 100256: "cl100k_base", 199998: "o200k_base"}
-# Classes of transformers 5 whose steps count, not those of a folder's files, with the tokens that they add unless
-# tokenizer_config.json names others; beginnings of the model types whose files count whatever their class is
+# Classes of transformers 5 with steps of their own, and the tokens that they add unless others are named; the class of
+# a model type ("": the file says all) whatever tokenizer_class is, and without one; the order in which tokens get ids
 CLASSES = {"LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
            "GPT2Tokenizer": dict.fromkeys(["bos_token", "eos_token", "unk_token"], END),
            "Qwen2Tokenizer": dict.fromkeys(["eos_token", "unk_token", "pad_token"], END)}
-BY_FILE = ("granite", "ministral", "mistral", "mixtral", "olmo2", "phi3")
+FIXED_CLASS = {"qwen2": "Qwen2Tokenizer", **dict.fromkeys(
+    ["granite", "ministral", "ministral3", "mistral", "mistral3", "mixtral", "olmo2", "olmo3", "phi3"], "")}
+DEFAULT_CLASS = {None: "", "llama": "", "smollm3": "", "gpt2": "GPT2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+TOKENS = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 
 # tokenizer.json writes bytes as printable characters: themselves where they print, else those from U+0100 on
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -62,17 +63,15 @@ class Tokenizer:
     """Text to ids and back. `encode` takes ordinary text: special tokens in it stay text.
 
     bos, eos: ids that begin and end a document, or None; largest: the largest id; specials: {text: id} of special and
-    added tokens; chat_templates: {"default": Jinja source, ...}; fingerprint: changes whenever ids could; blank_cuts:
-    how often `encode` cut a run of white space.
-
+    added tokens; fingerprint: changes whenever ids could; blank_cuts: where `encode` cut runs of white space;
+    named_tokens: {"eos_token": text, ...}; chat_template: Jinja, a list of {"name", "template"}, or None.
     ranks: a tiktoken.Encoding, or None. full: a tokenizers.Tokenizer, or None; with both, `full` encodes text that
-    `ranks` cannot. nfc: `ranks` takes text in NFC. named_tokens: {"eos_token": text, ...} of a folder.
+    `ranks` cannot. nfc: `ranks` takes text in NFC.
     """
 
-    def __init__(self, name, ranks=None, full=None, *, nfc=False, bos=None, named_tokens=None, chat_templates=None):
+    def __init__(self, name, ranks=None, full=None, *, nfc=False, bos=None, named_tokens=None, chat_template=None):
         self.name, self.ranks, self.full, self.nfc, self.bos = name, ranks, full, nfc, bos
-        self.named_tokens, self.chat_templates = named_tokens or {}, chat_templates or {}
-        self.blank_cuts, self.lock = 0, threading.Lock()
+        self.named_tokens, self.chat_template, self.blank_cuts = named_tokens or {}, chat_template, []
         if full is None:
             vocab = self.specials = dict(ranks._special_tokens)
             self.largest = ranks.max_token_value
@@ -98,7 +97,7 @@ class Tokenizer:
     @property
     def described(self):
         """The name, and how often `encode` cut, for the screen."""
-        cuts = f" ({self.blank_cuts:,} cuts inside of long runs of white space)" if self.blank_cuts else ""
+        cuts = f" ({len(self.blank_cuts):,} cuts inside of long runs of white space)" if self.blank_cuts else ""
         return self.name + cuts
 
     def encode(self, text):
@@ -108,20 +107,16 @@ class Tokenizer:
         """
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self.ranks is None or self.full is not None and self.unusual(text):
+        if self.ranks is None or self.full is not None and (
+                self.words.search(text) or self.nfc and not unicodedata.is_normalized("NFC", text)
+                or self.missing and text.encode().translate(None, self.missing) != text.encode()):
             # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
             return np.array(self.full.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         cuts = [i + BLANKS // 2 for i in range(0, len(text) - BLANKS + 1, BLANKS) if text[i : i + BLANKS].isspace()]
-        with self.lock:
-            self.blank_cuts += len(cuts)
+        self.blank_cuts.extend(cuts)  # atomic, unlike +=: several threads encode
         parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return np.concatenate([self.ranks.encode_to_numpy(part, disallowed_special=()) for part in parts])
-
-    def unusual(self, text):
-        """Whether text holds anything that `full` encodes differently from `ranks`."""
-        return bool(self.words.search(text) or self.nfc and not unicodedata.is_normalized("NFC", text)
-                    or self.missing and text.encode().translate(None, self.missing) != text.encode())
 
     def decode(self, ids):
         """The text of ids, with special tokens visible; bytes that are not UTF-8 become U+FFFD."""
@@ -142,7 +137,7 @@ class Tokenizer:
             return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= set(text) else text.encode()
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):  # byte fallback
             return bytes.fromhex(byte[1])
-        return text.replace(SPACE, " ").encode()
+        return text.replace("\u2581", " ").encode()  # SentencePiece writes a space so
 
 
 def get_tokenizer(name):
@@ -170,9 +165,8 @@ def get_tokenizer(name):
     try:
         return Tokenizer(name, tiktoken.get_encoding(name))
     except OSError as error:  # requests' errors are OSErrors
-        raise UserError(f"data.tokenizer={name!r}: tiktoken could not download its vocabulary ({type(error).__name__})."
-                        " Without a network, set TIKTOKEN_CACHE_DIR to a folder that holds it, or give a tokenizer "
-                        "file") from error
+        raise UserError(f"data.tokenizer={name!r}: tiktoken could not download it ({type(error).__name__}). Give a "
+                        "file, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
 
 
 def read_file(path, name, folder):
@@ -212,10 +206,7 @@ def read_ranks(path, name):
 
 
 def read_tekken(spec, path, name):
-    """The Tokenizer of Mistral's tekken.json: special tokens come first, and the ranks behind them.
-
-    Source: mistral-common, tokens/tokenizers/tekken.py.
-    """
+    """The Tokenizer of Mistral's tekken.json: special tokens first, ranks behind them. Source: mistral-common."""
     try:
         n_special, pattern = spec["config"]["default_num_special_tokens"], spec["config"]["pattern"]
         n_ranks = spec["config"]["default_vocab_size"] - n_special  # the file may hold more
@@ -230,20 +221,20 @@ def read_tekken(spec, path, name):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Hugging Face folders and SentencePiece models, as transformers 5.24 reads them: convert_slow_tokenizer.py,
-# tokenization_utils_{base,tokenizers}.py, models/{auto,llama,qwen2,gpt2}/tokenization_*.py
+# Hugging Face folders as transformers 5.24 reads them (tokenization_utils_*.py, models/{auto,llama,qwen2,gpt2})
 
 
 def read_hugging_face(path, name, spec, folder):
     """The Tokenizer of a tokenizer.json that holds `spec`, or of a SentencePiece model (None), and of its folder."""
     tokenizers = package("tokenizers", path)
-    config = read_if_there(folder / "tokenizer_config.json")
+    beside = [folder / f"{n}.json" for n in ("config", "tokenizer_config", "special_tokens_map", "added_tokens")]
+    model, config, token_map, older = (read_json(file) if file.is_file() else {} for file in beside)
     if "added_tokens_decoder" not in config:  # as older versions of transformers saved it
-        config |= read_if_there(folder / "special_tokens_map.json")
-    class_name = class_of(path, spec, config, read_if_there(folder / "config.json").get("model_type") or "")
-    config = CLASSES.get(class_name, {}) | config
+        config |= token_map
+    class_name = class_of(path, spec, config, model.get("model_type"))
+    config = dict.fromkeys(TOKENS) | CLASSES.get(class_name, {}) | config
     if spec is None:
-        full = read_sentencepiece(path, config.get("legacy", True), class_name)
+        full = read_sentencepiece(path, config.get("legacy", True), as_added=bool(class_name))
     else:
         if class_name and "added_tokens_decoder" in config:
             spec["added_tokens"] = []  # the configuration lists them all
@@ -253,7 +244,8 @@ def read_hugging_face(path, name, spec, folder):
             raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
     if class_name:
         follow_class(full, class_name, config)
-    named = add_tokens(full, config, read_if_there(folder / "added_tokens.json"), normalized=spec is not None)
+    flags = {} if spec else {"normalized": False}  # SentencePiece finds added tokens before it normalizes text
+    named = add_tokens(full, config, older, flags)
     probe = full.encode("a")  # the post-processor puts BOS around it
     n_first = (probe.special_tokens_mask + [0]).index(0)
     if n_first > 1:
@@ -261,56 +253,44 @@ def read_hugging_face(path, name, spec, folder):
     bos = probe.ids[0] if n_first else None
     if spec is None and config.get("add_bos_token"):
         bos = full.token_to_id(named.get("bos_token", "<s>"))
-    templates = config.get("chat_template") or []
-    templates = [{"name": "default", "template": templates}] if isinstance(templates, str) else templates
-    templates = {entry["name"]: entry["template"] for entry in templates}
-    if (folder / "chat_template.jinja").is_file():  # wins, as in transformers
-        templates = {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+    jinja = folder / "chat_template.jinja"  # wins
+    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
     ranks, nfc = to_tiktoken(name, full)
-    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, named_tokens=named, chat_templates=templates)
-
-
-def read_if_there(path):
-    return read_json(path) if path.is_file() else {}
+    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, named_tokens=named, chat_template=template)
 
 
 def class_of(path, spec, config, model_type):
-    """The class in CLASSES that a folder is read by, "" where its files count. Raises UserError for an unknown one."""
-    name = (config.get("tokenizer_class") or "").removesuffix("Fast")
-    if model_type == "qwen2" or model_type == "qwen3" and not name:
-        return "Qwen2Tokenizer"
-    by_bytes = spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder")))  # as Llama 3's
-    if model_type.startswith(BY_FILE) or name in ("", "PreTrainedTokenizer", "TokenizersBackend"):
+    """The class whose steps replace those of the file, or "". Raises UserError where that is not known."""
+    name = (config.get("tokenizer_class") or DEFAULT_CLASS.get(model_type, "")).removesuffix("Fast")
+    llama3 = spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder")))
+    if model_type in FIXED_CLASS:
+        return FIXED_CLASS[model_type]
+    if name in ("PreTrainedTokenizer", "TokenizersBackend") or name == "LlamaTokenizer" and llama3:
         return ""
-    if name not in CLASSES:
-        raise UserError(f"{path.parent} has tokenizer_class={name}, whose steps are not known here: save it with "
+    if name not in ("", *CLASSES) or model_type not in DEFAULT_CLASS:
+        raise UserError(f"{path}: tokenizer_class={name} with model_type={model_type} is not known here: save it with "
                         "transformers as a PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)")
-    return "" if name == "LlamaTokenizer" and by_bytes else name
+    return name
 
 
 def follow_class(full, name, config):
-    """Give a tokenizers.Tokenizer the steps of a class in CLASSES."""
+    """Give a tokenizers.Tokenizer the steps of a class."""
     from tokenizers import Regex, normalizers, pre_tokenizers
-
     space, scheme = config.get("add_prefix_space"), "always" if config.get("legacy") else "first"
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="never" if space is False else scheme, split=False)
     level = pre_tokenizers.ByteLevel(add_prefix_space=bool(space), use_regex=name == "GPT2Tokenizer")
     qwen = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), level])
     full.normalizer = normalizers.NFC() if name == "Qwen2Tokenizer" else None
     full.pre_tokenizer = {"LlamaTokenizer": metaspace, "GPT2Tokenizer": level, "Qwen2Tokenizer": qwen}[name]
-    model = full.model
-    model.dropout, model.unk_token, model.ignore_merges = None, None, False
-    model.fuse_unk = model.byte_fallback = name == "LlamaTokenizer"
+    full.model.dropout = full.model.unk_token = None
+    full.model.ignore_merges = False
+    full.model.fuse_unk = full.model.byte_fallback = name == "LlamaTokenizer"
 
 
-def add_tokens(full, config, older, normalized):
-    """Add the tokens that a folder names to a tokenizers.Tokenizer. Returns {"eos_token": text, ...}.
-
-    older: {text: id} of added_tokens.json. normalized: whether tokens may be found in normalized text.
-    """
+def add_tokens(full, config, older, flags):
+    """Add the tokens of a folder to a tokenizers.Tokenizer: {"eos_token": text, ...}. older: added_tokens.json."""
     from tokenizers import AddedToken
-
-    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     special = [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]
     special = [token["content"] if isinstance(token, dict) else token for token in special]
@@ -318,51 +298,10 @@ def add_tokens(full, config, older, normalized):
     listed = listed or {i: {"content": text, "normalized": text not in special} for text, i in older.items()}
     for _, token in sorted(listed.items()):  # new ones, and those with other flags
         token["special"] = token.get("special") or token["content"] in special
-        token["normalized"] = token["normalized"] and normalized
-        full.add_tokens([AddedToken(**token)])
+        full.add_tokens([AddedToken(**token | flags)])
     present = {token.content for token in full.get_added_tokens_decoder().values()}
     full.add_tokens([AddedToken(text, special=True) for text in special if text not in present])
     return dict(zip(named, special, strict=False))
-
-
-def read_sentencepiece(path, legacy, class_name):
-    """The tokenizers.Tokenizer that encodes as a SentencePiece model does, where no class has steps of its own.
-
-    legacy: a space goes before the text between added tokens, too.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
-        raise UserError(f"{path} is a SentencePiece model, which needs: pip install sentencepiece protobuf") from error
-    try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    except DecodeError as error:
-        raise UserError(f"{path} is not a SentencePiece model: {error}") from error
-    pieces, trainer, normalizer = proto.pieces, proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type != trainer.BPE:
-        raise UserError(f"{path} is a SentencePiece model of another type than BPE: use a tokenizer.json made of it")
-    scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
-    merges = [(text[:i], text[i:]) for text in sorted(scores, key=scores.get, reverse=True)
-              for i in range(1, len(text)) if text[:i] in scores and text[i:] in scores]
-    words = sorted((piece.piece for piece in pieces if piece.type == piece.USER_DEFINED), key=len, reverse=True)
-    full = Tokenizer(models.BPE({piece.piece: i for i, piece in enumerate(pieces)}, merges, fuse_unk=True,
-                                unk_token=trainer.unk_piece, byte_fallback=trainer.byte_fallback,
-                                ignore_merges=bool(words)))
-    replaced = [(r"\A +| +\z", ""), (" {2,}", " ")] if normalizer.remove_extra_whitespaces else []
-    replaced += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * (normalizer.add_dummy_prefix and legacy)
-    steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in replaced]
-    if normalizer.precompiled_charsmap:
-        steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
-    prefix = pre_tokenizers.Metaspace(prepend_scheme="always" if legacy else "first", split=False)
-    split = pre_tokenizers.Split(Regex("|".join(map(re.escape, words))), "isolated")
-    full.normalizer = normalizers.Sequence(steps)
-    full.pre_tokenizer = pre_tokenizers.Sequence([prefix] * normalizer.add_dummy_prefix + [split] * bool(words))
-    full.add_tokens([AddedToken(piece.piece, special=piece.type != piece.USER_DEFINED, normalized=False)
-                     for piece in pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)
-                     or class_name and piece.type == piece.USER_DEFINED])
-    return full
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -370,10 +309,7 @@ def read_sentencepiece(path, legacy, class_name):
 
 
 def to_tiktoken(name, full):
-    """(tiktoken.Encoding or None, whether it takes text in NFC) of a tokenizers.Tokenizer.
-
-    None where tiktoken would not give the same ids for all text that is not unusual (Tokenizer.unusual).
-    """
+    """(tiktoken.Encoding, whether it takes NFC) for all but unusual text of a tokenizers.Tokenizer, or (None, ...)."""
     spec = json.loads(full.to_str())
     model, normalizer, pattern = spec["model"], spec["normalizer"], split_pattern(spec["pre_tokenizer"])
     nfc = normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]})
@@ -388,24 +324,21 @@ def to_tiktoken(name, full):
 def ranks_of(vocab, merges, model):
     """{bytes: id} of a tokenizer.json's vocabulary, or None if joining by ids is not the same as joining by merges.
 
-    It is the same if ids follow the order of the merges, and each token that has a rank is what the merges make of its
-    own bytes. For take the first step where they differ: ids join two parts that no merge joins. What lies between two
-    borders that no merge crosses is joined alike in every text, so the merges leave the token's own bytes as these two
-    parts, too. A token that merges do not make gets a rank only with ignore_merges, which looks up whole pieces first,
-    as tiktoken always does. model: the tokenizers.models.BPE of both.
+    It is the same if ids follow the order of the merges, and each token with a rank is what the merges make of its own
+    bytes. For take the first step where they differ: ids join two parts that no merge joins. What lies between borders
+    that no merge crosses is joined alike in every text, so the merges leave the token's own bytes as these two parts,
+    too. With ignore_merges, each token gets a rank: whole pieces are looked up first, as tiktoken always does. model:
+    the tokenizers.models.BPE of both.
     """
     joined = [vocab.get("".join(pair), -1) for pair in merges]
     if -1 in joined or joined != sorted(joined) or not BYTE_OF.keys() >= set("".join(vocab)):
         return None
     ignore_merges, model.ignore_merges = model.ignore_merges, False
-    ranks, joins_of_ids = {}, 0
-    for text, i in vocab.items():
-        parts = [part.id for part in model.tokenize(text)]
-        joins_of_ids += len(parts) == 2
-        if ignore_merges or parts == [i]:
-            ranks[bytes(map(BYTE_OF.get, text))] = i
+    parts = {text: [part.id for part in model.tokenize(text)] for text in vocab}
     model.ignore_merges = ignore_merges
-    return None if ignore_merges and joins_of_ids else ranks
+    if ignore_merges and any(len(ids) == 2 for ids in parts.values()):
+        return None
+    return {bytes(map(BYTE_OF.get, text)): i for text, i in vocab.items() if ignore_merges or parts[text] == [i]}
 
 
 def split_pattern(pre_tokenizer):
@@ -419,10 +352,9 @@ def split_pattern(pre_tokenizer):
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             # Oniguruma repeats {m,n}+, its ^ and $ are a line's; tiktoken: {m,n}+ is possessive, ^ and $ the text's
-            if re.search(r"\{[\d,]+\}\+|(?<![\\\[])[$^]", pattern):
-                return None
-            if behavior == "Removed" and invert:  # what does not match is dropped, as tiktoken does
+            same = not re.search(r"\{[\d,]+\}\+|(?<![\\\[])[$^]", pattern)
+            if same and behavior == "Removed" and invert:  # what does not match is dropped, as tiktoken does
                 return pattern
-            if behavior == "Isolated":  # a run that does not match is a piece
+            if same and behavior == "Isolated":  # a run that does not match is a piece
                 return f"{pattern}|(?:(?!{pattern})[\\s\\S])+"
     return None
