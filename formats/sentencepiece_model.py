@@ -10,11 +10,11 @@ from plumbing.errors import UserError
 SPACE = "\u2581"  # as SentencePiece writes one
 
 
-def read_sentencepiece(path, legacy, as_added):
+def read_sentencepiece(path, config, class_name):
     """The tokenizers.Tokenizer that encodes as a SentencePiece model of type BPE does.
 
-    legacy: a space goes before the text between added tokens, too. as_added: user-defined symbols are added tokens.
-    Raises UserError for another type, and for a missing package.
+    config: tokenizer_config.json. class_name: of a class with steps of its own, "" for none. Raises UserError for
+    another type, and for a missing package.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     try:
@@ -37,8 +37,9 @@ def read_sentencepiece(path, legacy, as_added):
     full = Tokenizer(models.BPE({piece.piece: i for i, piece in enumerate(pieces)}, merges, fuse_unk=True,
                                 unk_token=trainer.unk_piece, byte_fallback=trainer.byte_fallback,
                                 ignore_merges=bool(words)))
+    legacy = config.get("legacy", True)  # a space goes before the text between added tokens, too
     replaced = [(r"\A +| +\z", ""), (" {2,}", " ")] if normalizer.remove_extra_whitespaces else []
-    replaced += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * (normalizer.add_dummy_prefix and legacy)
+    replaced += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * bool(normalizer.add_dummy_prefix and legacy)
     steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in replaced]
     if normalizer.precompiled_charsmap:
         steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
@@ -46,6 +47,7 @@ def read_sentencepiece(path, legacy, as_added):
     split = pre_tokenizers.Split(Regex("|".join(map(re.escape, words))), "isolated")
     full.normalizer = normalizers.Sequence(steps)
     full.pre_tokenizer = pre_tokenizers.Sequence([prefix] * normalizer.add_dummy_prefix + [split] * bool(words))
-    full.add_special_tokens(control)
-    full.add_tokens([AddedToken(word, normalized=False) for word in words if as_added])
+    if not config.keys() & {"extra_special_tokens", "additional_special_tokens"}:  # which replace the model's own
+        full.add_special_tokens(control)
+        full.add_tokens([AddedToken(word, normalized=False) for word in words if class_name])
     return full

@@ -232,9 +232,9 @@ def read_hugging_face(path, name, spec, folder):
     if "added_tokens_decoder" not in config:  # as older versions of transformers saved it
         config |= token_map
     class_name = class_of(path, spec, config, model.get("model_type"))
-    config = dict.fromkeys(TOKENS) | CLASSES.get(class_name, {}) | config
+    config = dict.fromkeys(TOKENS) | CLASSES.get(class_name if spec else "LlamaTokenizer", {}) | config
     if spec is None:
-        full = read_sentencepiece(path, config.get("legacy", True), as_added=bool(class_name))
+        full = read_sentencepiece(path, config, class_name)
     else:
         if class_name and "added_tokens_decoder" in config:
             spec["added_tokens"] = []  # the configuration lists them all
@@ -247,12 +247,11 @@ def read_hugging_face(path, name, spec, folder):
     flags = {} if spec else {"normalized": False}  # SentencePiece finds added tokens before it normalizes text
     named = add_tokens(full, config, older, flags)
     probe = full.encode("a")  # the post-processor puts BOS around it
-    n_first = (probe.special_tokens_mask + [0]).index(0)
-    if n_first > 1:
-        raise UserError(f"{path} puts {probe.tokens[:n_first]} before a text: one token at most can be used")
-    bos = probe.ids[0] if n_first else None
-    if spec is None and config.get("add_bos_token"):
-        bos = full.token_to_id(named.get("bos_token", "<s>"))
+    bos, *more = probe.ids[: (probe.special_tokens_mask + [0]).index(0)] or [None]
+    if more:
+        raise UserError(f"{path} puts {probe.tokens[: len(more) + 1]} before a text: one token at most can be used")
+    if spec is None and config.get("add_bos_token") and config["bos_token"]:
+        bos = full.token_to_id(named["bos_token"])
     jinja = folder / "chat_template.jinja"  # wins
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
     ranks, nfc = to_tiktoken(name, full)
@@ -292,16 +291,17 @@ def add_tokens(full, config, older, flags):
     from tokenizers import AddedToken
     named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    special = [*named.values(), *(extra.values() if isinstance(extra, dict) else extra)]
-    special = [token["content"] if isinstance(token, dict) else token for token in special]
+    named, extra = (named | extra, []) if isinstance(extra, dict) else (named, extra)
+    special = [token["content"] if isinstance(token, dict) else token for token in [*named.values(), *extra]]
+    named = dict(zip(named, special, strict=False))
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    listed = listed or {i: {"content": text, "normalized": text not in special} for text, i in older.items()}
-    for _, token in sorted(listed.items()):  # new ones, and those with other flags
-        token["special"] = token.get("special") or token["content"] in special
-        full.add_tokens([AddedToken(**token | flags)])
-    present = {token.content for token in full.get_added_tokens_decoder().values()}
-    full.add_tokens([AddedToken(text, special=True) for text in special if text not in present])
-    return dict(zip(named, special, strict=False))
+    listed = listed or {i: {"content": text, "special": text in special} for text, i in older.items()}
+    tokens = [*full.get_added_tokens_decoder().values(), *(AddedToken(**listed[i] | flags) for i in sorted(listed))]
+    for token in tokens:
+        token.special = token.special or token.content in named.values()
+    known = {token.content for token in tokens}
+    full.add_tokens([*tokens, *(AddedToken(text, special=True) for text in special if text not in known)])
+    return named
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from conftest import REPO
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from formats import tokenizer as tokenizer_module
+from formats.families import ARCHITECTURES
+from formats.template import Template
 from formats.tokenizer import BLANKS, GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
@@ -506,6 +508,15 @@ def test_an_added_token_gets_the_id_that_transformers_gives_it(tmp_path, small, 
     assert same_as_transformers(folder_of(tmp_path / "m", small, config)).specials["<late>"] == 600
 
 
+@pytest.mark.parametrize("config", [
+    {"eos_token": "<tool>"}, {"extra_special_tokens": ["<tool>"]}, {"extra_special_tokens": {"image_token": "<image>"}},
+    {"pad_token": "<pad>", "image_token": "<image>", "unk_token": "<unk>", "bos_token": "<b>"}])
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_tokens_that_a_folder_names_get_the_ids_and_flags_of_transformers(tmp_path, class_name, config):
+    tokenizer = trained(byte_level(True), words=["<tool>"])
+    same_as_transformers(folder_of(tmp_path / "m", tokenizer, {**config, "tokenizer_class": class_name}))
+
+
 def test_a_template_that_puts_two_tokens_before_a_text_is_refused(tmp_path):
     tokenizer = trained(byte_level(True))
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -572,6 +583,17 @@ def test_a_sentencepiece_folder_and_what_transformers_saves_of_it(pieces, tmp_pa
     assert not (tmp_path / "saved/tokenizer.model").is_file()
 
 
+@pytest.mark.parametrize("kind", ["defaults", "words"])
+@pytest.mark.parametrize("config", [{"legacy": None}, {"additional_special_tokens": []},
+                                    {"bos_token": None, "add_bos_token": True}])
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_what_a_sentencepiece_folder_leaves_out_is_filled_in_as_transformers_does(pieces, tmp_path, kind, config,
+                                                                                  model_type):
+    folder = folder_of(tmp_path / "m", None, {"tokenizer_class": "LlamaTokenizer", **config}, model_type)
+    (folder / "tokenizer.model").write_bytes(pieces[kind])
+    same_as_transformers(folder, FOLDER_TEXTS[::3])
+
+
 def test_a_folder_of_tinyllamas_shape_has_the_bos_of_its_template(pieces, tmp_path):
     import transformers
 
@@ -624,8 +646,10 @@ def test_a_folders_chat_template_is_read_from_each_place_where_transformers_look
     for config in ({}, {"chat_template": "c"}, {"chat_template": named}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         assert get_tokenizer(str(tmp_path)).chat_template == config.get("chat_template")
+        expected = ("d", "t") if isinstance(config.get("chat_template"), list) else ("c", "c")
+        assert not config or Template(get_tokenizer(str(tmp_path))).sources == expected
     (tmp_path / "chat_template.jinja").write_text("j")
-    assert get_tokenizer(str(tmp_path)).chat_template == "j"
+    assert Template(get_tokenizer(str(tmp_path))).sources == ("j", "j")
 
 
 def test_tokenizer_json_wins_over_other_files(tmp_path, small):
@@ -649,3 +673,8 @@ def test_fingerprints_tell_apart_whatever_changes_ids(tmp_path, small):
     assert len({tokenizer.fingerprint for tokenizer in made}) == len(made)
     again = tokenizer_module.Tokenizer("another name", tiktoken.Encoding("y", **base))
     assert again.fingerprint == made[0].fingerprint
+
+
+def test_the_tokenizer_class_of_every_family_is_known():
+    types = {family.model_type for family in ARCHITECTURES.values()}
+    assert types <= {*tokenizer_module.FIXED_CLASS, *tokenizer_module.DEFAULT_CLASS}
