@@ -102,6 +102,12 @@ def train_here(*args):
         torch.use_deterministic_algorithms(False)
 
 
+def train_in_process(args, log, program=None):
+    """Takes the place of bench.train, which starts processes: train.py with these arguments, its output in log."""
+    with log.open("w") as file, contextlib.redirect_stdout(file):
+        train_here(*args)
+
+
 def main_here(main, *argv):
     """The main() of a script in this process, as its entry point calls it: (exit status, stdout, stderr)."""
     out, err, status = io.StringIO(), io.StringIO(), 0

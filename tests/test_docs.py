@@ -13,7 +13,7 @@ from plumbing.schema import flat
 SECTIONS = [f.name for f in fields(Config) if is_dataclass(f.type)]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted(REPO.glob("docs/*.md")))]
 SCRIPTS = [p.read_text() for p in (*REPO.glob("*.py"), *REPO.glob("bench/**/*.py"))]
-PLACEHOLDERS = {"CONFIG.py", "B1.py", "config.py", "key"}  # the reader's, and what a run writes
+PLACEHOLDERS = {"CONFIG.py", "B1.py", "books.py", "config.py", "key"}  # the reader's, and what a run writes
 FOREIGN = {"nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port", "rdzv-backend", "rdzv-endpoint",
            "rdzv-id", "max-restarts", "signals-to-handle", "shutdown-timeout",  # of torchrun
            "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal"}  # of sbatch

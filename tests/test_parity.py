@@ -1,6 +1,5 @@
 """parity.py: the verdict on planted gaps and curves, and real runs: worse, interrupted, put together, on two ranks."""
 
-import contextlib
 import json
 import shutil
 import statistics
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, main_here, metrics, run, train_here
+from conftest import REPO, main_here, metrics, run, train_in_process
 
 import bench
 from parity import ParityConfig, interval, judge, main, plot, sentence, student_t, time_to
@@ -139,12 +138,8 @@ def test_the_plot_is_drawn_for_any_number_of_variants_and_seeds(tmp_path):
 
 def compare(*args):
     """parity.py in this process, with its runs in it too: (exit status, folder, parity.json)."""
-    def train(args, log):
-        with log.open("w") as file, contextlib.redirect_stdout(file):
-            train_here(*args)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "train", train)
+        patch.setattr(bench, "train", train_in_process)
         patch.setattr(sys, "argv", ["parity.py", *args])
         with pytest.raises(SystemExit) as ended:
             main()
