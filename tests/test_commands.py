@@ -54,7 +54,7 @@ class Block(NamedTuple):
 def blocks(page):
     """The blocks of a page, fenced or indented, in their order."""
     fenced, indented = r"```\w*\n(?P<fenced>.*?)```", r"(?P<indented>(?:^    [^\n]*\n|^\n(?=    ))+)"
-    for found in re.finditer(rf"(?:^<!-- test:? ?(?P<mark>[^\n]*?) ?-->\n\n)?^(?:{fenced}|{indented})",
+    for found in re.finditer(rf"(?:^<!-- test:? ?(?P<mark>[^\n]*?) ?-->\n+)?^(?:{fenced}|{indented})",
                              (REPO / page).read_text() + "\n", re.M | re.S):
         yield Block(found["mark"], found["fenced"] or found["indented"])
 

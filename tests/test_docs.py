@@ -1,6 +1,7 @@
 """Documentation: the files, links, keys and tests that it names exist."""
 
 import importlib
+import json
 import re
 from dataclasses import fields, is_dataclass
 
@@ -58,3 +59,29 @@ def test_keys_flags_and_tests_that_are_named_exist(page):
     for name in set(re.findall(r"--([\w.-]+)=", text)) - FOREIGN - PLACEHOLDERS - set(keys):
         known = any(re.search(rf'"--{name}"|^    {name}: ', script, re.M) for script in SCRIPTS)
         assert known, f"{page} names --{name}"
+
+
+def result(name):
+    return json.loads((REPO / "docs" / "results" / name).read_text())
+
+
+def test_numbers_of_the_front_page_are_those_of_the_results(tmp_path, monkeypatch):
+    text = (REPO / "README.md").read_text()
+    measured = {row["variant"]: row for row in result("bench_llama_8b_fast.json")["rows"]}
+    for variant in ("bf16", "tensorwise", "tensorwise:fp8.filter_fqns=[]", "rowwise:fp8.filter_fqns=[]"):
+        row = measured[variant]
+        speedup = "" if variant == "bf16" else f" ({row['speedup']:.2f}x)"
+        assert (f"| {row['ms_per_step']:.1f} ± {row['spread_ms'] / 2:.1f} | {row['tokens_per_s']:,.0f}{speedup} | "
+                f"{row['mfu']:.1%} | {row['peak_gib']:.2f} |") in text, variant
+    for row in result("parity_8b_2_gpus.json")["rows"]:
+        assert f"{row['final_val_loss']:.3f}" in text
+    band = result("parity_h100.json")
+    losses = {(row["variant"], row["seed"]): row for row in band["rows"]}
+    assert f"±{band['band'] / losses['bf16', 1337]['final_val_loss']:.1%}" in text
+    assert f"{losses['tensorwise', 1337]['gap_percent']:.1f}% above" in text
+    assert f"{losses['tensorwise:fp8.filter_fqns=[]', 1337]['gap_percent']:.1f}%" in text
+    monkeypatch.syspath_prepend(REPO / "bench")
+    front_page = importlib.import_module("front_page")
+    assert front_page.speeds()[0][1:] == pytest.approx((10381, 14582), abs=1)
+    front_page.main(tmp_path / "front_page.png")
+    assert (tmp_path / "front_page.png").read_bytes().startswith(b"\x89PNG")
