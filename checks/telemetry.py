@@ -91,12 +91,15 @@ def cast_as_recipe(t, cast, dim, recipe):
 
 @torch._dynamo.allow_in_graph
 class ReportCasts(torch.autograd.Function):
-    """Returns y, the output of an FP8 layer for x; its backward adds what the layer's casts lose to `seen`."""
+    """Returns y, the output of an FP8 layer for x; its backward adds what the layer's casts lose to `seen`.
+
+    recipe: its name. A graph cannot hold a Recipe that brings a layer of its own.
+    """
 
     @staticmethod
     def forward(ctx, y, x, weight, recipe, seen):
         ctx.save_for_backward(x, weight)
-        ctx.recipe, ctx.seen = recipe, seen
+        ctx.recipe, ctx.seen = fp8.RECIPES[recipe], seen
         return y.view_as(y)
 
     @staticmethod
@@ -127,7 +130,7 @@ def watched(kind):
     class Watched(kind):
         def forward(self, x):
             y = super().forward(x)
-            return ReportCasts.apply(y, x, self.weight, fp8.RECIPES[self.recipe], self.seen)
+            return ReportCasts.apply(y, x, self.weight, self.recipe, self.seen)
 
     return Watched
 

@@ -228,6 +228,20 @@ def test_health_measures_its_casts_and_changes_nothing(keys):
         assert row[name]["amax"] == pytest.approx(tensor.abs().max().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("keys", [{}, {"keep_casts": True}])
+def test_health_is_part_of_compiled_blocks(keys):
+    cfg = emulated(**keys)
+    model = build(cfg, **SIZES)
+    compile_and_checkpoint(model, CompileConfig(), "none", cfg.copies)
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    x, y = torch.randint(0, 256, (2, 2, 64), generator=torch.Generator().manual_seed(0))
+    expected = gradients(model, x, y)
+    assert len(telemetry.health(model, lambda: model(x, y).backward(), 1)) == 5
+    assert all(torch.equal(p.grad, expected[n]) for n, p in model.named_parameters())
+
+
 def test_a_run_trains_with_it(tiny_run, tmp_path, capsys):
     sizes = [f"--model.{name}={size}" for name, size in SIZES.items() if name != "vocab_size"]
     keys = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.recipe_name=blockwise", "--fp8.self_check=True",
