@@ -11,6 +11,7 @@ The rest of a run's state is not saved, because it is a function of the step (da
 stochastic rounding) or of the weights (FP8 scales).
 """
 
+import itertools
 import json
 import math
 import os
@@ -74,10 +75,11 @@ def last_good(out_dir, say):
         raise UserError(f"all checkpoints in {out_dir} are damaged: {listed}. Copy these files there again, or start "
                         "anew: another out_dir, or --resume=never")
     for folder, file in damaged.items():
-        aside = folder.with_name(f"{folder.name}.damaged")
-        say(f"{folder} is damaged, {file} is not as it was saved: going back to {folders[-1].name}. It is now {aside}")
         if process_rank() == 0:
-            folder.rename(aside)
+            names = (folder.with_name(f"{folder.name}.damaged_{n}") for n in itertools.count(1))
+            aside = folder.rename(next(path for path in names if not path.exists()))
+            say(f"{folder} is damaged, {file} is not as it was saved: going back to {folders[-1].name}. It is now "
+                f"{aside}")
     barrier()
     return folders[-1] if folders else None
 

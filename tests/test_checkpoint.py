@@ -264,6 +264,7 @@ def test_damage_to_any_file_is_found_and_the_run_goes_back_to_the_checkpoint_bef
     for step in (1, 2):
         checkpoint.save(tmp_path, step, state, {}, keep=0)
     folder = checkpoint.latest(tmp_path)
+    Path(tmp_path, "checkpoints", "step_00000002.damaged_1").mkdir()  # it has happened before
     assert checkpoint.last_good(tmp_path, said.append) == folder and not said
     names = [path.name for path in folder.iterdir()]
     assert {".metadata", "run.json", "SHA256SUMS", "__0_0_0.distcp"} < set(names)
@@ -277,7 +278,7 @@ def test_damage_to_any_file_is_found_and_the_run_goes_back_to_the_checkpoint_bef
         line = said.pop()
         assert f"{folder} is damaged, {name} is not" in line or "SHA256SUMS" == name and "is damaged, " in line
         assert checkpoint.latest(tmp_path).name == "step_00000001"
-        (tmp_path / "checkpoints" / "step_00000002.damaged").rename(folder)
+        (tmp_path / "checkpoints" / "step_00000002.damaged_2").rename(folder)
         path.write_bytes(content)
     for path in (tmp_path / "checkpoints").glob("*/__0_0_0.distcp"):
         path.unlink()
