@@ -11,7 +11,7 @@ from config.llama3_1_8b_hellaswag_fp8 import config, few
 from configurator import DataConfig, OptimConfig
 
 # 7.24e9 parameters: 37 GiB on each of 8 GPUs, 57 on one (8 passes of accumulation, every block recomputed). The
-# tokenizer needs `pip install transformers`.
+# tokenizer needs `pip install tokenizers`.
 config = replace(
     config, model=model.mistral_7b(), init_from="Mistral-7B-v0.1",
     data=DataConfig(format="hellaswag", packed_sequence_size=8192),
