@@ -140,17 +140,16 @@ class Saver:
         # the thread's collectives must not meet those of training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         if background:
-            device, set_device = next(model.parameters()).device, None
-            if device.type == "cuda":
-                self.stream, set_device = torch.cuda.Stream(), partial(torch.cuda.set_device, device)
-            self.thread = ThreadPoolExecutor(1, initializer=set_device)
-            self.room = self.thread.submit(room_for, tensors(model, optimizer))  # to page-lock memory takes long
+            self.stream = torch.cuda.Stream() if next(model.parameters()).is_cuda else None
+            self.thread = ThreadPoolExecutor(1)
+            self.room = self.thread.submit(self.make_room, tensors(model, optimizer))  # to page-lock memory takes long
 
     def save(self, step, run):
         """Write checkpoint `step`, or begin to. run: as in save()."""
         state = tensors(self.model, self.optimizer)
+        write = partial(save, self.out_dir, step, run=run, keep=self.keep, group=self.group)
         if self.thread is None:
-            save(self.out_dir, step, state, run, keep=self.keep, group=self.group)
+            write(state=state)
             return
         if self.written and not self.written.done():
             self.say(f"step {step}: waiting for the checkpoint of step {self.step}, which is still being written")
@@ -158,12 +157,18 @@ class Saver:
         self.step = step
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
-        self.copied = self.thread.submit(self.copy, state)
-        self.written = self.thread.submit(self.write, run)
+        copied = self.copied = self.thread.submit(self.copy, state)
+        self.written = self.thread.submit(lambda: write(state=copied.result()))
+
+    def make_room(self, state):
+        """In the thread: tensors like those of the state, DTensors where these are, but in host memory."""
+        if self.stream:
+            torch.cuda.set_device(self.stream.device)
+        return {name: like(t, host_zeros(local_shard(t).shape, t.dtype, t.device)) for name, t in state.items()}
 
     @torch.no_grad()
     def copy(self, state):
-        """In the thread: copy the state as it is when the stream has waited, and return when the copy is there."""
+        """In the thread: a copy of the state as it is when the stream has waited."""
         if self.stream:
             self.stream.synchronize()  # optimizer state in host memory may still be written by the GPU
         with torch.cuda.stream(self.stream):
@@ -171,11 +176,7 @@ class Saver:
                 local_shard(copy).copy_(local_shard(state[name]), non_blocking=True)
         if self.stream:
             self.stream.synchronize()
-
-    def write(self, run):
-        """In the thread: write the copy."""
-        self.copied.result()
-        save(self.out_dir, self.step, self.room.result(), run, keep=self.keep, group=self.group)
+        return self.room.result()
 
     def before_update(self):
         """To call before weights or optimizer state change. Raises what went wrong with the last checkpoint."""
@@ -198,11 +199,6 @@ class Saver:
             self.room = None
         if self.group:
             dist.destroy_process_group(self.group)
-
-
-def room_for(state):
-    """Tensors like those of `state`, DTensors where these are, but in host memory."""
-    return {name: like(t, host_zeros(local_shard(t).shape, t.dtype, t.device)) for name, t in state.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -230,14 +226,13 @@ def load(folder, model, optimizer=None):
     does not have are ignored. Raises UserError if the checkpoint is of another model.
     """
     state = tensors(model, optimizer)
-    saved = Reader(folder).read_metadata().state_dict_metadata
+    saved = {name: t.size for name, t in Reader(folder).read_metadata().state_dict_metadata.items()}
     masters = optimizer.masters if optimizer else {}
     unsaved = [name for name in masters if f"optim.master.{name}" not in saved]
     for name in unsaved:
         del state[f"optim.master.{name}"]
-    saved_shapes = {name: tuple(tensor.size) for name, tensor in saved.items()}
-    differ = [f"{name}: {saved_shapes.get(name, 'missing')} for {tuple(tensor.shape)}"
-              for name, tensor in state.items() if saved_shapes.get(name) != tensor.shape]
+    differ = [f"{name}: {tuple(saved[name]) if name in saved else 'missing'} for {tuple(tensor.shape)}"
+              for name, tensor in state.items() if saved.get(name) != tensor.shape]
     if differ and all(name.startswith("optim.") for name in differ):
         raise UserError(f"{folder} has other optimizer states: set {optim.STATE_KEYS} as the run did that saved it")
     if differ:
@@ -293,17 +288,17 @@ def export(out_dir, folder, in_fp8=False):
         size += math.prod(shape) * (1 if name in fp8_weights else dtype.itemsize)
     with replacing(folder) as temporary, writing(folder.parent):
         temporary.mkdir()
-        file_of, parameter, total = {}, {}, 0  # {tensor in the folder: its file}; {our name: tensor}, one at a time
+        file_of, parameter, total = {}, {}, 0  # {tensor in the folder: its file}; the one that was loaded last
         for i, names in enumerate(files.values(), 1):
             file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
             pieces = {}
             for name in names:
                 source_name, first_row, shape = layout[name]
-                if source_name not in parameter:
-                    parameter = {source_name: torch.empty(saved[f"model.{source_name}"].size, dtype=dtype)}
-                    dcp.load({f"model.{source_name}": parameter[source_name]}, storage_reader=Reader(newest),
-                             no_dist=True)
-                rows = parameter[source_name][first_row : first_row + shape[0]]
+                saved_name = f"model.{source_name}"
+                if saved_name not in parameter:
+                    parameter = {saved_name: torch.empty(saved[saved_name].size, dtype=dtype)}
+                    dcp.load(parameter, storage_reader=Reader(newest), no_dist=True)
+                rows = parameter[saved_name][first_row : first_row + shape[0]]
                 if name in fp8_weights:
                     pieces[name], pieces[f"{name}_scale_inv"] = quantized.quantize(rows)
                 else:

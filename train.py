@@ -185,7 +185,7 @@ def main():
         checkpoint.read_run(resume_from, config, data=train_rows.digest)
         checkpoint.load(resume_from, model, optimizer)
         say(f"resuming from {resume_from}, {start_step} steps done"
-            f"{configurator.changed(out_dir / 'config.py', config)}{logs.changed_code(previous_run)}")
+            f"{configurator.changed(out_dir / 'config.py', config)}")
     elif not from_scratch:
         hf.load(config.init_from, model, optimizer)
         say(f"weights: {config.init_from}")

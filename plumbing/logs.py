@@ -40,12 +40,6 @@ def git_commit():
     return git("rev-parse", "HEAD").stdout.strip() + ("+changes" if changes else "")
 
 
-def changed_code(previous_run):
-    """", by code of commit X instead of Y" if a run.json names another commit; "" if not, or if one is unknown."""
-    old, new = previous_run.get("git_commit"), git_commit()
-    return f", by code of commit {new} instead of {old}" if old and new and old != new else ""
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # log lines
 
@@ -73,8 +67,8 @@ class StepTimer:
     def __init__(self, ranks, step, seconds, *, max_steps, tokens, flops, peak_flops):
         self.ranks, self.step, self.seconds, self.max_steps = ranks, step, seconds, max_steps
         self.tokens, self.flops, self.peak_flops = tokens, flops, peak_flops
-        self.started = ranks.now()
-        self.first_steps, self.ends = step + 2, []  # ends of steps since the last row, None before a pause
+        self.started, self.last_mark = ranks.now(), None
+        self.first_timed, self.timed = step + 3, []  # the first two steps compile; (begin, end) since the last row
 
     @contextlib.contextmanager
     def paused(self):
@@ -82,8 +76,7 @@ class StepTimer:
         begin = self.ranks.now()
         yield self.seconds + begin - self.started
         self.started += self.ranks.now() - begin
-        if self.ends:
-            self.ends += [None, self.mark()]
+        self.last_mark = self.mark()
 
     def mark(self):
         """This point of the device's work, without waiting for it."""
@@ -95,14 +88,14 @@ class StepTimer:
 
     def end_step(self, step):
         """Note the end of a step."""
-        if step >= self.first_steps:
-            self.ends.append(self.mark())
+        begin, self.last_mark = self.last_mark, self.mark()
+        if step >= self.first_timed:
+            self.timed.append((begin, self.last_mark))
 
     def log_row(self, step, loss, lr, grad_norm):
         """(metrics row, line for the screen) of a step; speed is the mean since the last row.
 
-        loss, grad_norm: 0-d tensors. tokens_per_s is per rank. slowest_ms, the longest step since the last row, is
-        there from the third step of a process on: the first two compile.
+        loss, grad_norm: 0-d tensors. tokens_per_s is per rank. slowest_ms: the longest step since the last row.
         """
         elapsed, n_steps = self.ranks.now() - self.started, step - self.step
         self.seconds += elapsed
@@ -111,15 +104,14 @@ class StepTimer:
         row = {"step": step, "loss": number(loss), "lr": lr, "grad_norm": number(grad_norm),
                "tokens": step * self.tokens, "tokens_per_s": rate, "mfu": mfu, "time_s": self.seconds,
                "peak_gib": peak_memory(self.ranks.device)}
-        if pairs := [pair for pair in itertools.pairwise(self.ends) if None not in pair]:
+        if self.timed:
             on_gpu = self.ranks.device.type == "cuda"
-            row["slowest_ms"] = max(a.elapsed_time(b) if on_gpu else 1000 * (b - a) for a, b in pairs)
+            row["slowest_ms"] = max(a.elapsed_time(b) if on_gpu else 1000 * (b - a) for a, b in self.timed)
         minutes_left = (self.max_steps - step) * elapsed / n_steps / 60
         line = (f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f}"
                 f" | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
                 f" | {row['peak_gib']:.2f} GiB | {minutes_left:.1f} min left")
-        self.started, self.step = self.ranks.now(), step
-        self.ends = [self.mark()] if step >= self.first_steps else []
+        self.started, self.step, self.last_mark, self.timed = self.ranks.now(), step, self.mark(), []
         return row, line
 
 

@@ -45,16 +45,16 @@ class Writer(dcp.FileSystemWriter):
         def write_part(i):
             prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{i}_")
             part = dataclasses.replace(plan, items=plan.items[i::THREADS], storage_data=prefix)
-            return super(Writer, self).write_data(part, planner).value()
+            results = super(Writer, self).write_data(part, planner).value()
+            return results, sha256sum(self.path, *{result.storage_data.relative_path for result in results})
 
         # not torch's own threads (thread_count), where an exception is printed and what it kept from the disk forgotten
         with writing(self.path), ThreadPoolExecutor(THREADS) as pool:
-            parts = pool.map(write_part, range(min(THREADS, len(plan.items))))
-            written = [result for part in parts for result in part]
-            files = {result.storage_data.relative_path for result in written}
-            write_sums(self.path / f"{plan.storage_data.prefix}.sums", sorted(files))
+            parts = list(pool.map(write_part, range(min(THREADS, len(plan.items)))))
+            sums = self.path / f"{plan.storage_data.prefix}.sums"
+            sums.write_text("".join(lines for _, lines in parts))
         future = torch.futures.Future()
-        future.set_result(written)
+        future.set_result([result for results, _ in parts for result in results])
         return future
 
     def finish(self, metadata, results):
@@ -70,7 +70,11 @@ class Writer(dcp.FileSystemWriter):
                 raise RunStopped(f"{path} has not arrived with its {size} bytes, which a rank has written. The "
                                  "checkpoint before it is whole")
         self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
-        write_sums(self.path / "SHA256SUMS", [".metadata", "run.json"], parts=self.path.glob("*.sums"))
+        sums = ""
+        for of_rank in sorted(self.path.glob("*.sums")):
+            sums += of_rank.read_text()
+            of_rank.unlink()
+        self.path.joinpath("SHA256SUMS").write_text(sums + sha256sum(self.path, ".metadata", "run.json"))
         for path in (self.path / "run.json", self.path / "SHA256SUMS", self.path):
             flush(path)  # all on disk before the name says that it is complete
         self.path.rename(self.folder)
@@ -84,25 +88,13 @@ def flush(path):
     os.close(descriptor)
 
 
-def sha256(path):
-    """The SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_sums(path, names, parts=()):
-    """Write the SHA-256 of the named files beside `path` into it, as sha256sum does, after the lines of `parts`.
-
-    parts: files that this function wrote, which are removed.
-    """
-    parts = sorted(parts)
-    text = "".join(part.read_text() for part in parts)
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(sha256, [path.with_name(name) for name in names])
-        text += "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
-    path.write_text(text)
-    for part in parts:
-        part.unlink()
+def sha256sum(folder, *names):
+    """The lines that sha256sum prints for files in a folder."""
+    lines = ""
+    for name in names:
+        with (folder / name).open("rb") as file:
+            lines += f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"
+    return lines
 
 
 def damaged_file(folder):
@@ -110,19 +102,20 @@ def damaged_file(folder):
 
     SHA256SUMS must end with run.json: else it is cut. Each rank reads some of the files; all must call this.
     """
+    listed = folder / "SHA256SUMS"
+
     def damaged(line):
-        digest, _, name = line.partition("  ")
+        name = line.partition("  ")[2].rstrip("\n") or listed.name
         try:
-            return None if sha256(folder / name) == digest else name
+            return None if sha256sum(folder, name) == line else name
         except (OSError, ValueError):  # gone, unreadable, or no possible name
             return name
 
-    listed = folder / "SHA256SUMS"
     text = listed.read_text(errors="replace") if listed.is_file() else ""
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(damaged, text.split("\n")[:-1][process_rank() :: len(gather(None))]))
-    if not text.endswith("  run.json\n"):
-        found = [listed.name]
+    found = [listed.name]
+    if text.endswith("  run.json\n"):
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = list(pool.map(damaged, text.splitlines(keepends=True)[process_rank() :: len(gather(None))]))
     return next((name for names in gather(found) for name in names if name), None)
 
 

@@ -388,7 +388,7 @@ def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
 
     def copies_late(self, state):
         time.sleep(0.5)
-        copy(self, state)
+        return copy(self, state)
 
     monkeypatch.setattr(checkpoint.Saver, "copy", copies_late)
     for name, in_background in (("beside", True), ("waits", False)):

@@ -844,15 +844,6 @@ def test_a_finished_run_started_with_other_keys_says_which(tiny_run, tmp_path):
     assert status == 0 and "has 1 of 1 steps, now with optim.lr=0.5 instead of 0.003. Raise max_steps" in told
 
 
-def test_a_run_resumed_by_other_code_says_so(tiny_run, tmp_path, monkeypatch):
-    told = []
-    for steps, commit in enumerate(("abc", "abc", "abc+changes", None), 3):
-        monkeypatch.setattr(logs, "git_commit", lambda commit=commit: commit)
-        told.append(main_here(train.main, *tiny_run, f"--out_dir={tmp_path}", f"--max_steps={steps}")[1])
-    assert [", by code of commit abc+changes instead of abc\n" in text for text in told] == [False, False, True, False]
-    assert [text.count("by code of") for text in told] == [0, 0, 1, 0]
-
-
 @pytest.mark.parametrize("split", ["train", "val", "questions"])
 def test_tokens_that_the_model_lacks_are_told_before_training(tiny_run, tmp_path, monkeypatch, split):
     init, args = token_format.Tokens.__init__, [*tiny_run, f"--out_dir={tmp_path / 'out'}", "--model.vocab_size=272"]
