@@ -36,7 +36,7 @@ from plumbing import entry
 from plumbing.disk import replacing, writing
 from plumbing.errors import UserError
 from plumbing.offload import host_zeros
-from plumbing.ranks import barrier, process_rank
+from plumbing.ranks import process_rank
 from plumbing.sharding import like, local_shard, plain_local
 from plumbing.storage import Reader, Writer, damaged_file
 
@@ -80,7 +80,6 @@ def last_good(out_dir, say):
             aside = folder.rename(next(path for path in names if not path.exists()))
             say(f"{folder} is damaged, {file} is not as it was saved: going back to {folders[-1].name}. It is now "
                 f"{aside}")
-    barrier()
     return folders[-1] if folders else None
 
 

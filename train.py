@@ -216,8 +216,7 @@ def main():
         """Forward and backward passes whose gradients are dropped."""
         for micro_batch in batch:
             forward_backward(*micro_batch, n_targets)
-        for p in model.parameters():
-            p.grad = None
+        model.zero_grad()
 
     if config.compile.enabled:
         say("compiling, which takes a minute or so")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from plumbing.errors import UserError
-from plumbing.ranks import barrier, gather, process_rank
+from plumbing.ranks import gather, process_rank
 
 
 @contextlib.contextmanager
@@ -55,20 +55,18 @@ def writing(path):
 
 def check_shared(key, folder):
     """Raise UserError on every rank if `folder`, the value of the config's `key`, is not one folder for all ranks."""
-    token = gather(secrets.token_hex(8))[0]
-    marker = Path(folder, f".seen_by_all_{token}")
+    marker = Path(folder, f".seen_by_all_{secrets.token_hex(8)}")
     if process_rank() == 0:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
-    barrier()
+    marker = marker.with_name(gather(marker.name)[0])
     deadline = time.monotonic() + 5  # network file systems show a new file with some delay
     while not (seen := marker.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     hosts = gather((seen, socket.gethostname()))
     if process_rank() == 0:
         marker.unlink()
-    blind = [f"rank {rank} on {host}" for rank, (seen, host) in enumerate(hosts) if not seen]
-    if blind:
+    if blind := [f"rank {rank} on {host}" for rank, (seen, host) in enumerate(hosts) if not seen]:
         raise UserError(f"{key}={folder} must be one folder for all nodes, for checkpoints to be complete: what rank 0 "
                         f"on {hosts[0][1]} writes to {marker.parent.resolve()} is not seen by {', '.join(blind[:3])}"
                         f"{' and others' if len(blind) > 3 else ''}. Name a folder on a disk that they share")

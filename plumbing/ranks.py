@@ -45,10 +45,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def node_first(self):
-        """One rank of each node runs the block before the others, which then find on disk what it has made.
-
-        A folder of downloads or tokens may be each node's own, or one for all. The ranks wait for up to six hours.
-        """
+        """One rank of each node runs the block before the others, which find what it has made on the node's disk."""
         self.watchdog.grace = PREPARATION
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PREPARATION)) if self.world_size > 1 else None
         if self.local_rank > 0:
@@ -101,13 +98,14 @@ def find_ranks(device="auto"):
     n_nodes = world_size // from_launcher("LOCAL_WORLD_SIZE", world_size)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU: set device=auto or device=cpu")
-    if device == "cpu" or not torch.cuda.is_available():
-        return Ranks(rank, world_size, torch.device("cpu"), local_rank, n_nodes)
-    if local_rank >= (n_gpus := torch.cuda.device_count()):
-        raise UserError(f"a rank for GPU {local_rank}, but there are {n_gpus}: start no more ranks than there are GPUs "
-                        "(torchrun --nproc-per-node)")
-    torch.cuda.set_device(local_rank)
-    return Ranks(rank, world_size, torch.device("cuda", local_rank), local_rank, n_nodes)
+    place = torch.device("cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        if local_rank >= (n_gpus := torch.cuda.device_count()):
+            raise UserError(f"a rank for GPU {local_rank}, but there are {n_gpus}: start no more ranks than there are "
+                            "GPUs (torchrun --nproc-per-node)")
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    return Ranks(rank, world_size, place, local_rank, n_nodes)
 
 
 @functools.cache
@@ -180,12 +178,6 @@ def device_mesh(ranks, replicas=1):
     if replicas > 1:
         shape, names = (replicas, ranks.world_size // replicas), ("replicate", "shard")
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-
-
-def barrier():
-    """Wait for all ranks; nothing to wait for without a process group."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def gather(value):

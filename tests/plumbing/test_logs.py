@@ -137,7 +137,8 @@ def test_ranks_and_devices_are_those_of_torchrun(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert find_ranks("auto") == find_ranks("cuda") == Ranks(5, 8, torch.device("cuda", 1), 1, 4) and current == [1, 1]
+    gpu = torch.device("cuda", 1)
+    assert find_ranks("auto") == find_ranks("cuda") == Ranks(5, 8, gpu, 1, 4) and current == [gpu, gpu]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="a rank for GPU 2, but there are 2: start no more ranks than there are GPUs"):
         find_ranks()
