@@ -94,8 +94,8 @@ def fp8_block(row):
     return 128 if row % 128 == 0 else row
 
 
-def state_layout(cfg, shape, dtype):
-    """{kind: (shape, dtype)} of the tensors that AdamW stores for one weight. A checkpoint names them by kind."""
+def state_layout(cfg, name, shape, dtype):
+    """{kind: (shape, dtype)} of the tensors that AdamW stores for weight `name`. A checkpoint names them by kind."""
     masters = has_masters(cfg, dtype)
     layout = {"master": (shape, torch.float32)} if masters else {}
     for moment in MOMENTS:
@@ -108,9 +108,9 @@ def state_layout(cfg, shape, dtype):
     return layout
 
 
-def state_bytes(cfg, shape, dtype):
+def state_bytes(cfg, name, shape, dtype):
     """What AdamW stores for one weight, in bytes, beside weight and gradient."""
-    return sum(math.prod(size) * kind.itemsize for size, kind in state_layout(cfg, shape, dtype).values())
+    return sum(math.prod(size) * kind.itemsize for size, kind in state_layout(cfg, name, shape, dtype).values())
 
 
 def offloaded(cfg, weights):
@@ -270,7 +270,7 @@ class AdamW:
         self.offloaded = offloaded(cfg, self.weights)
         for name, w in self.weights.items():
             zeros = host_zeros if name in self.offloaded else torch.zeros
-            for kind, (shape, dtype) in state_layout(cfg, w.shape, w.dtype).items():
+            for kind, (shape, dtype) in state_layout(cfg, name, w.shape, w.dtype).items():
                 self.state[kind][name] = zeros(shape, dtype=dtype, device=w.device)
         for name, master in self.masters.items():
             master.copy_(self.weights[name])

@@ -108,7 +108,8 @@ def memory(config, shards, accumulation):
 def optimizer_bytes(config, model, shards):
     """Bytes per rank of masters and moments: (on the GPU, in host memory)."""
     params, dtype = dict(model.named_parameters()), getattr(torch, config.dtype)
-    sizes = {name: optim.state_bytes(config.optim, p.shape, dtype) / max(1, shards) for name, p in params.items()}
+    sizes = {name: optim.state_bytes(config.optim, name, p.shape, dtype) / max(1, shards)
+             for name, p in params.items()}
     on_host = sum(sizes[name] for name in optim.offloaded(config.optim, params))
     return sum(sizes.values()) - on_host, on_host
 
@@ -234,7 +235,7 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
     def all_reduce_s(n_bytes):
         return 2 * n_bytes * (replicas - 1) / replicas / NETWORK_RATE + 2 * (replicas - 1) * HOP_S
 
-    state = sum(optim.state_bytes(config.optim, p.shape, dtype) for p in model.parameters())
+    state = sum(optim.state_bytes(config.optim, name, p.shape, dtype) for name, p in model.named_parameters())
     update_s = (2 * state + 3 * size * n_all) / COPY_RATE  # AdamW reads and writes state and weights, reads gradients
     compute_s = one_gpu_ms / 1000 - part * update_s
 

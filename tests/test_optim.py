@@ -174,7 +174,7 @@ def test_what_is_stored_takes_the_bytes_that_the_estimate_is_given(dtype, weight
     model = nn.Linear(256, 32, bias=False).to(dtype)
     optimizer = AdamW(model, cfg, seed=0, compiled=False)
     stored = sum(t.nbytes for kind in optimizer.state.values() for t in kind.values())
-    assert stored == state_bytes(cfg, model.weight.shape, dtype)
+    assert stored == state_bytes(cfg, "weight", model.weight.shape, dtype)
     # by hand: both moments, and the float32 master of a bf16 weight
     master = 4 if dtype == torch.bfloat16 and weights == "fp32_master" else 0
     moments = 2 + 2 * 4 / 128 if fp8_moments else 8 if master else 2 * dtype.itemsize
