@@ -1,14 +1,10 @@
-"""Save, resume, export. A checkpoint is complete or it is not there.
+"""Save, resume, export. A checkpoint is complete or it is not there: docs/checkpoints.md, plumbing/storage.py.
 
     python checkpoint.py export OUT_DIR HF_DIR [--fp8]     # a run's newest checkpoint as a folder for transformers
 
-`out_dir/checkpoints/step_00000200/` holds a torch.distributed.checkpoint of plain tensors (weights and optimizer state)
-without FP8 wrappers, so that FP8 and bf16 runs can read each other's on any number of ranks; `run.json` with the step
-and a description of the run; and `SHA256SUMS` of all files, which `sha256sum -c` checks too. It is written under a
-temporary name and renamed when every file is there. Reading one executes nothing that its files say.
-
-The rest of a run's state is not saved, because it is a function of the step (data position, learning rate, noise of
-stochastic rounding) or of the weights (FP8 scales).
+A checkpoint holds weights and optimizer state as plain tensors, without FP8 wrappers, so that FP8 and bf16 runs can
+read each other's on any number of ranks. The rest of a run's state is a function of the step (data position, learning
+rate, noise of stochastic rounding) or of the weights (FP8 scales).
 """
 
 import itertools
@@ -64,8 +60,7 @@ def complete(folder):
 def last_good(out_dir, say):
     """The newest checkpoint folder below out_dir whose files are as they were saved; None if there is no checkpoint.
 
-    Newer ones that are damaged are set aside, under a name that says so. Raises UserError if all are damaged. Every
-    rank must call it. say: a function that prints a line.
+    Newer ones that are damaged are set aside. Raises UserError if all are damaged. Every rank must call it.
     """
     folders, damaged = complete(Path(out_dir, "checkpoints")), {}
     while folders and (file := damaged_file(folders[-1])):
@@ -221,8 +216,8 @@ def read_run(folder, config=None, **expected):
 def load(folder, model, optimizer=None):
     """Fill the model, and the optimizer if given, from a checkpoint folder, in place. Every rank must call it.
 
-    Dtypes are converted. Masters that are not in the checkpoint are copied from its weights; masters that the optimizer
-    does not have are ignored. Raises UserError if the checkpoint is of another model.
+    Dtypes are converted, and masters that the checkpoint lacks are copied from its weights. Raises UserError if it is
+    of another model.
     """
     state = tensors(model, optimizer)
     saved = {name: t.size for name, t in Reader(folder).read_metadata().state_dict_metadata.items()}
@@ -254,9 +249,8 @@ def export(out_dir, folder, in_fp8=False):
     """Write the newest checkpoint of a run as a Hugging Face model folder, in the layout of the run's init_from.
 
     in_fp8: store the layers that the run trained in FP8 as e4m3 with a scale for each 128 x 128 block, for inference
-    engines; lm_head, which they want in high precision, stays as it is. Runs in one process, however many ranks the run
-    had, and needs the memory of one exported file. Raises UserError if there is no checkpoint, if `folder` is not
-    empty, if the folder of init_from, which has the tokenizer, is gone, or if no layer was in FP8.
+    engines; lm_head, which they want in high precision, stays as it is. Needs the memory of one exported file. Raises
+    UserError if there is no checkpoint, `folder` is not empty, init_from is gone, or no layer was in FP8.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
@@ -312,9 +306,10 @@ def export(out_dir, folder, in_fp8=False):
         for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(temporary / "config.json", file)
         tokenizer = Path(config.data.tokenizer).expanduser()  # a folder, or a name or file, which is not copied
-        carried = [path for pattern in CARRIED for path in tokenizer.glob(pattern)] if tokenizer.is_dir() else []
-        carried += Path(config.init_from).glob("generation_config.json") if config.init_from != "scratch" else []
-        for path in {path for path in carried if path.is_file()}:
+        carried = {path for pattern in CARRIED for path in tokenizer.glob(pattern) if path.is_file()}
+        if config.init_from != "scratch":
+            carried.update(Path(config.init_from).glob("generation_config.json"))
+        for path in carried:
             shutil.copy(path, temporary)
         if config.data.chat_template:
             shutil.copy(Path(config.data.chat_template).expanduser(), temporary / "chat_template.jinja")

@@ -48,12 +48,10 @@ def as_expected(error):
 
 
 def run(main):
-    """Call main(), print an expected error as one message, and set the exit status.
+    """Call main(), which returns an exit status or None, print an expected error as one message, and exit.
 
-    main: a function that returns an exit status; None is 0. UserError: the user's mistake, exit status 2; a full disk,
-    or a path that the operating system refuses, counts as one. RunStopped: a run that must not go on, exit status 1.
-    Anything else is a bug: it passes through, and Python prints its traceback and exits with status 1. Of several
-    ranks, the one that fails first prints.
+    Exit status 2 for a UserError, a full disk, or a path that the system refuses; 1 for RunStopped. Anything else is a
+    bug: it passes through to a traceback and status 1. Of several ranks, the one that fails first prints.
     """
     interrupted = False
 

@@ -27,10 +27,7 @@ def provenance():
 
 
 def git_commit():
-    """The commit of this code, with "+changes" if files differ from it.
-
-    None if git is not installed or does not track this code: a repository around it is then another project's.
-    """
+    """The commit of this code, "+changes" if files differ from it; None without git, or if it does not track this."""
     def git(*args):
         return subprocess.run(["git", *args], cwd=Path(__file__).parents[1], capture_output=True, text=True)
 
@@ -60,8 +57,7 @@ def peak_memory(device):
 class StepTimer:
     """Training time and speed, without evaluations and checkpoints (`paused`).
 
-    step, seconds: where the run begins, and the training time of earlier runs. tokens: of a step, over all ranks.
-    flops: of a token. peak_flops: of a GPU, or None if unknown.
+    step, seconds: done by earlier runs. tokens: of a step, over all ranks. flops: of a token. peak_flops: may be None.
     """
 
     def __init__(self, ranks, step, seconds, *, max_steps, tokens, flops, peak_flops):
@@ -158,7 +154,7 @@ def check_unused(out_dir):
 def continue_metrics(file, start):
     """Prepare open metrics for the rows after step `start`: drop later rows, which an interrupted run wrote.
 
-    Where start is 0, what an earlier run left in out_dir moves to a new folder earlier_N in it, which is returned.
+    If start is 0, what an earlier run left in out_dir moves to a new folder in it, which is returned.
     """
     out_dir, earlier = Path(file.name).parent, None
     rows = read_metrics(out_dir)

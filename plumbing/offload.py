@@ -32,9 +32,8 @@ def host_zeros(shape, dtype, device):
 def streamed(pieces, device):
     """Yield a copy of each piece on `device`, and write back to host memory what the caller has changed in it.
 
-    pieces: [{name: tensor in host memory}], all with the same names and dtypes. While the caller computes with one
-    piece, the next is read and the previous one written, each on a stream of its own. The host's tensors are complete
-    when the current stream is.
+    pieces: [{name: tensor in host memory}], all with the same names and dtypes. The next one is read and the previous
+    one written meanwhile, each on a stream of its own; all are complete when the current stream is.
     """
     if not pieces:
         return

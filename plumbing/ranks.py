@@ -84,10 +84,9 @@ def process_rank():
 
 
 def find_ranks(device="auto"):
-    """The Ranks of this process, by torchrun's environment variables; makes a GPU the current device.
+    """The Ranks of this process, by torchrun's environment variables; makes its GPU the current device.
 
-    device: "auto" (cuda if there is a GPU), "cuda" or "cpu". Raises UserError if the rank has no GPU, or if some of the
-    variables are missing.
+    device: "auto" (cuda if there is a GPU), "cuda" or "cpu". Raises UserError if there is no such GPU, or no variables.
     """
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
@@ -128,11 +127,10 @@ def shared_store():
 
 
 def agree_on_start(store, rank, world_size):
-    """A new name for this start of the ranks, which rank 0 gives to all.
+    """A new name for this start of the ranks, which rank 0 gives to all. Raises RunStopped if not all come.
 
     When torchrun restarts the ranks, its store still has what those before them wrote, addresses too. The number of
-    the restart would not do: each node has its own count. Rank 0 answers every greeting, old ones too. Raises
-    RunStopped if not all ranks come.
+    the restart would not do: each node has its own count. Rank 0 answers every greeting, old ones too.
     """
     if rank > 0:
         greeting = secrets.token_hex(8)
@@ -161,15 +159,12 @@ def fails_first():
 
 
 def join_process_group(ranks, timeout_minutes=10.0):
-    """Start torch.distributed among the ranks of torchrun, or with this process alone. A running group is kept.
-
-    timeout_minutes: beside the watchdog's patience, which is shorter, so that it is the one to say who is stuck.
-    """
+    """Start torch.distributed among the ranks of torchrun, or with this process alone. A running group is kept."""
     if not dist.is_initialized():
         store = shared_store() if "RANK" in os.environ else dist.HashStore()
+        timeout = timedelta(minutes=timeout_minutes, seconds=2 * STARTUP)  # longer than the watchdog's, which says more
         dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", store=store,
-                                rank=ranks.rank, world_size=ranks.world_size,
-                                timeout=timedelta(minutes=timeout_minutes, seconds=2 * STARTUP))
+                                rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
 def device_mesh(ranks, replicas=1):

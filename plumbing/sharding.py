@@ -1,8 +1,4 @@
-"""Helpers to reach the local tensor inside DTensor and FP8 wrappers.
-
-FSDP2 makes each parameter a DTensor over a part of its rows, and FP8 all-gather wraps that part again. Code that fills,
-updates, saves or loads weights works on the plain tensor inside of both.
-"""
+"""From a parameter to the plain tensor inside: FSDP2 makes it a DTensor, and FP8 all-gather wraps this rank's rows."""
 
 import torch
 from torch.distributed.fsdp import FSDPModule

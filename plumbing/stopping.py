@@ -64,9 +64,9 @@ class StopSignals:
 class Watchdog:
     """Ends a run in which a rank is stuck, and names it.
 
-    Ranks wait for each other: when one is stuck, nothing goes on. A thread of each rank writes every few seconds where
-    its main thread is to the store that the ranks share. Where nothing has gone on for too long, it looks for the rank
-    that the others wait for, prints its host, step and stack, and ends the process; torchrun then ends the others.
+    A thread of each rank writes every few seconds where its main thread is to the store that the ranks share. When
+    nothing has gone on for too long, it looks for the rank that the others wait for, prints its host, step and stack,
+    and ends the process; torchrun then ends the others.
     """
 
     def __init__(self):
