@@ -35,7 +35,7 @@ from plumbing.compiling import check_compiler, compile_and_checkpoint
 from plumbing.disk import check_shared, replace_text
 from plumbing.errors import RunStopped, UserError
 from plumbing.profiling import StepRecorder
-from plumbing.ranks import device_mesh, find_ranks, from_launcher, gather, join_process_group
+from plumbing.ranks import device_mesh, find_ranks, join_process_group
 from plumbing.sharding import plain_local
 from plumbing.stopping import StopSignals
 
@@ -82,8 +82,8 @@ def main():
         say(f"HSDP: {replicas} replicas on {ranks.n_nodes} nodes, each sharded over {n_shards} ranks; --replicas=1 "
             "shards one over all")
     logs.check_unused(out_dir)
-    restarted = any(gather(from_launcher("TORCHELASTIC_RESTART_COUNT", 0)))  # on any node: the run goes on
-    resume_from = checkpoint.last_good(out_dir, say) if config.resume != "never" or restarted else None
+    resumes = config.resume != "never" or ranks.replace_others()  # torchrun --max-restarts: the run goes on
+    resume_from = checkpoint.last_good(out_dir, say) if resumes else None
     newest_checkpoint = checkpoint.latest(out_dir)
     if config.resume == "must" and resume_from is None:
         raise UserError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
@@ -108,6 +108,7 @@ def main():
         say(f"nothing to do: {resume_from} has {start_step} of {config.max_steps} steps"
             f"{configurator.changed(out_dir / 'config.py', config)}. Raise max_steps to go on, or start anew: another "
             "out_dir, or --resume=never")
+        ranks.watchdog.ended.set()
         return
 
     # ------------------------------------------------------------------------------------------------------------
@@ -252,6 +253,7 @@ def main():
         trackers = logs.open_trackers(config)
         replace_text(out_dir / "config.py", configurator.to_python(config))
         replace_text(out_dir / "run.json", json.dumps(record, indent=1))
+        ranks.note_start()
 
     def log(*rows):
         if ranks.is_main:
@@ -307,7 +309,8 @@ def main():
             folder, message = nonfinite.save_evidence(config, bad, loader, model, rerun)
             if config.on_nonfinite == "stop" and config.checkpoint_interval:
                 state = checkpoint.tensors(model, optimizer)
-                checkpoint.save(folder, bad.step - 1, state, {**record, "time_s": timer.seconds}, keep=0)
+                with ranks.watchdog.patient():
+                    checkpoint.save(folder, bad.step - 1, state, {**record, "time_s": timer.seconds}, keep=0)
                 message += f" To repeat the step: the same command with --out_dir={folder} --resume=must"
             if config.on_nonfinite == "stop" or bad.in_a_row >= 10:
                 saver.finish()

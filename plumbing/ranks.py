@@ -60,6 +60,15 @@ class Ranks:
         if "RANK" in os.environ:
             self.watchdog.start(shared_store(), self.rank, self.world_size, 60 * timeout_minutes)
 
+    def note_start(self):
+        """Note that training has begun: what is in out_dir from now on is of this run."""
+        if "RANK" in os.environ:
+            launcher_store().set("began", "yes")
+
+    def replace_others(self):
+        """Whether torchrun has started these ranks in place of others, which had begun to train; on all the same."""
+        return "RANK" in os.environ and launcher_store().check(["began"])
+
     def say(self, text):
         """Print a line on rank 0, above a progress bar if there is one."""
         if self.is_main:

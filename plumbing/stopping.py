@@ -133,7 +133,7 @@ class Watchdog:
         does = "waits for the others, as all do" if stuck["waits"] else "does not get on"
         if not stuck["answers"]:
             does = "does not answer"
-        place = f"in step {stuck['step'] + 1}" if self.grace == 0 else "before the first step"
+        place = f"after step {stuck['step']}" if stuck["step"] else "before the first step"
         self.store.add("failed", 1)  # what other ranks find wrong from now on is a consequence
         end(f"rank {stuck['rank']} on {stuck['host']} {does} {place}, and nothing has gone on for "
             f"{self.timeout + self.grace:.0f} s (timeout_minutes). The last that is known of it:\n{stuck['stack']}")

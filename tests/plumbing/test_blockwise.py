@@ -228,9 +228,8 @@ def test_health_measures_its_casts_and_changes_nothing(keys):
         assert row[name]["amax"] == pytest.approx(tensor.abs().max().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("keys", [{}, {"keep_casts": True}])
-def test_health_is_part_of_compiled_blocks(keys):
-    cfg = emulated(**keys)
+def test_health_is_part_of_compiled_blocks():
+    cfg = emulated(keep_casts=True)
     model = build(cfg, **SIZES)
     compile_and_checkpoint(model, CompileConfig(), "none", cfg.copies)
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ from conftest import REPO, main_here, metrics, train_here
 
 import train
 from checkpoint import latest
+from plumbing.ranks import launcher_store, shared_store
 from plumbing.stopping import StopSignals, Watchdog
 
 SYNC = "--async_checkpoint=False"  # so that the checkpoint before a fault is there
@@ -120,9 +121,9 @@ def place_where_it_hangs(frozen):
     time.sleep(100)
 
 
-@pytest.mark.parametrize("fault, message", [("frozen", "rank 1 on vm0 does not answer in step 6"),
-                                            ("behind", "rank 1 on vm0 does not get on in step 6"),
-                                            ("all", "rank 0 on vm0 waits for the others, as all do in step 6")])
+@pytest.mark.parametrize("fault, message", [("frozen", "rank 1 on vm0 does not answer after step 5"),
+                                            ("behind", "rank 1 on vm0 does not get on after step 5"),
+                                            ("all", "rank 0 on vm0 waits for the others, as all do after step 5")])
 def test_the_rank_that_is_stuck_is_named_with_its_step_and_stack(fault, message, monkeypatch, capfd):
     monkeypatch.setattr("socket.gethostname", lambda: "vm0")
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -162,7 +163,7 @@ def test_a_long_write_to_a_disk_is_not_taken_for_a_stuck_rank(capfd):
     child = in_fork(rank)
     assert os.read(reader, 7) == b"written"
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1  # not a second time
-    assert "does not get on in step 6" in capfd.readouterr().err
+    assert "does not get on after step 5" in capfd.readouterr().err
 
 
 def test_ranks_end_when_their_launcher_is_gone(capfd):
@@ -196,11 +197,30 @@ def test_a_run_goes_on_by_itself_after_a_stuck_and_a_killed_rank_and_one_signall
                     f"--out_dir={tmp_path / 'run'}", "--timeout_minutes=0.05", "--resume=never", SYNC)
     out, err = done.communicate()
     assert done.returncode == 0, out + err
-    assert err.count("rank 0 on ") == 1 and "does not get on in step 4" in err and "in faulty" in err
+    assert err.count("rank 0 on ") == 1 and "does not get on after step 3" in err and "in faulty" in err
     assert out.count("step_00000003, 3 steps done") == 2
     assert "stopped by SIGTERM after step 5/6, saved: the same command with --resume=auto goes on" in out
     assert latest(tmp_path / "run").name == "step_00000005"
     assert sorted(metrics(tmp_path / "run").train) == [*range(1, 6)]
+
+
+def test_only_ranks_whose_predecessors_have_trained_resume_against_resume_never(tiny_run, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = [*tiny_run, f"--out_dir={tmp_path / 'run'}", "--resume=never"]
+    train_here(*args)  # an earlier run
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        _, out, _ = main_here(train.main, *args)
+        assert "step 1/6 |" in out and (tmp_path / "run" / "earlier_1").is_dir()
+        _, out, _ = main_here(train.main, *args)
+        assert "nothing to do: " in out
+    finally:
+        shared_store.cache_clear()
+        launcher_store.cache_clear()
 
 
 def torchrun(*args, cwd=REPO):
