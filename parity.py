@@ -27,7 +27,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +75,7 @@ class ParityConfig:
 
 
 def plan(own, config, base):
-    """[(variant, seed, folder)] of all runs, seed by seed; writes the config of each to folder/wanted.py.
+    """[(variant, seed, folder, config)] of all runs, seed by seed.
 
     Raises UserError if a variant's keys are wrong, or if a folder holds a run with another config.
     """
@@ -87,12 +86,11 @@ def plan(own, config, base):
             keys = ["--resume=auto", f"--seed={seed}", f"--out_dir={folder}", *bench.flags(variant)]
             if own.branch_at and variant == "bf16":
                 keys += [f"--checkpoint_interval={own.branch_at}", "--keep=0"]
-            runs.append((variant, seed, folder, configurator.load([str(base), *keys])))
-    for *_, folder, wanted in runs:  # all variants have been checked
-        if changes := configurator.changed(folder / "wanted.py", wanted):
-            raise UserError(f"{folder} holds a run of another config{changes}: set another out_dir")
-        replace_text(folder / "wanted.py", configurator.to_python(wanted))
-    return [(variant, seed, folder) for variant, seed, folder, _ in runs]
+            wanted = configurator.load([str(base), *keys])
+            if changes := configurator.changed(folder / "wanted.py", wanted):
+                raise UserError(f"{folder} holds a run of another config{changes}: set another out_dir")
+            runs.append((variant, seed, folder, wanted))
+    return runs
 
 
 def read(folder):
@@ -116,34 +114,37 @@ def branch(folder, trunk, step):
     shutil.copytree(trunk / start, folder / start, copy_function=os.link)  # no second copy on disk: none is written to
 
 
-def train_all(runs, config, own):
-    """[(variant, seed, curves as of read(), or the reason of a failure)] of runs, each trained unless it is finished.
+def train_all(runs, own):
+    """Train what is not finished: a row of each run, {variant, seed, out_dir, curves as of read()}.
 
-    Raises RunStopped if a bf16 run fails.
+    A failed run has `error`, its reason, instead of curves. Raises RunStopped if it is a bf16 run.
     """
-    results = []
-    for variant, seed, folder in runs:
+    rows = []
+    for variant, seed, folder, config in runs:
         finished = read(folder)["step"][-1:] == [config.max_steps]
         if own.report_only and not finished:
             print(f"{variant}, seed {seed}: not finished, left out")
             continue
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
+        row = {"variant": variant, "seed": seed, "out_dir": str(folder)}
         try:
             if not finished:
                 if own.branch_at and variant != "bf16":
                     branch(folder, folder.with_name(f"bf16_seed{seed}"), own.branch_at)
+                replace_text(folder / "wanted.py", configurator.to_python(config))
                 bench.train([folder / "wanted.py"], folder / "log.txt")
-            result = read(folder)
-            if not math.isfinite(sum(result["val_loss"][-own.last_evals :])):
+            curves = read(folder)
+            if not math.isfinite(sum(curves["val_loss"][-own.last_evals :])):
                 raise RunStopped("its validation loss ends as inf or nan")
-            print(f"validation loss {result['val_loss'][-1]:.4f}", flush=True)
+            row["curves"] = curves
+            print(f"validation loss {curves['val_loss'][-1]:.4f}", flush=True)
         except RunStopped as error:
-            result = str(error)
-            print(result, flush=True)
+            row["error"] = str(error)
+            print(error, flush=True)
             if variant == "bf16":
                 raise RunStopped(f"a bf16 run failed, so there is nothing to compare with: {error}") from error
-        results.append((variant, seed, result))
-    return results
+        rows.append(row)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -160,10 +161,9 @@ def student_t(degrees):
 
 
 def interval(gaps, tolerance):
-    """{gap_percent, low, high, verdict, seeds_needed} of the gaps of all seeds, in percent.
+    """{gap_percent, low, high, verdict, seeds_needed} of the gaps of all seeds, in percent; None where there is none.
 
-    low and high are None for one seed. seeds_needed: for a verdict, if gap and noise stay as they are; None if there
-    is one, if one seed shows no noise, or for more than MOST_SEEDS.
+    seeds_needed: for a verdict, if gap and noise stay as they are; None for more than MOST_SEEDS too.
     """
     mean, low, high, verdict, needed = statistics.fmean(gaps), None, None, "cannot tell", None
     if len(gaps) > 1:
@@ -185,39 +185,34 @@ def interval(gaps, tolerance):
     return {"gap_percent": mean, "low": low, "high": high, "verdict": verdict, "seeds_needed": needed}
 
 
-def judge(results, own):
-    """{"rows", "intervals", "noise", "verdict"} of [(variant, seed, curves or the reason of a failure)].
+def judge(rows, own):
+    """The report on the rows of train_all, which get final losses and gaps to bf16 with the same seed, in nats.
 
-    rows: one a run; gap is its final loss minus that of bf16 with the same seed, in nats. intervals: one a variant.
-    noise: the standard deviation of bf16's final losses over seeds, in nats; None for one seed. verdict: "worse" if a
-    variant is, else "cannot tell" if that holds for one.
+    intervals: one a variant. noise: the standard deviation of bf16's final losses over seeds; None for one seed.
+    verdict: "worse" if a variant is, else "cannot tell" if that holds for one.
     """
-    final = {(variant, seed): statistics.fmean(curves["val_loss"][-own.last_evals :])
-             for variant, seed, curves in results if not isinstance(curves, str)}
-    rows = []
-    for variant, seed, curves in results:
-        row = {"variant": variant, "seed": seed}
-        if isinstance(curves, str):
-            row["error"] = curves
-        else:
-            row |= {"final_val_loss": final[variant, seed], "time_s": curves["time_s"][-1]}
-            if twin := final.get(("bf16", seed)):  # else that run is still to come
-                gap = final[variant, seed] - twin
-                row |= {"gap": gap, "gap_percent": 100 * gap / twin, "time_to_bf16_loss_s": time_to(twin, curves)}
-        rows.append(row)
+    twins = {}  # final losses of bf16 by seed, whose runs come before those of the variants
+    for row in (row for row in rows if "error" not in row):
+        loss = statistics.fmean(row["curves"]["val_loss"][-own.last_evals :])
+        row |= {"final_val_loss": loss, "time_s": row["curves"]["time_s"][-1]}
+        if row["variant"] == "bf16":
+            twins[row["seed"]] = loss
+        if twin := twins.get(row["seed"]):  # else that run is still to come
+            row |= {"gap": loss - twin, "gap_percent": 100 * (loss - twin) / twin,
+                    "time_to_bf16_loss_s": time_to(twin, row["curves"])}
     intervals = []
-    for variant in dict.fromkeys(variant for variant, *_ in results if variant != "bf16"):
-        mine = [row for row in rows if row["variant"] == variant]
-        gaps = [row["gap_percent"] for row in mine if "gap" in row]
-        if any("error" in row for row in mine):
-            intervals.append({"variant": variant, "seeds": len(gaps), "verdict": "worse"})
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "bf16"):
+        of_variant = [row for row in rows if row["variant"] == variant]
+        gaps = [row["gap_percent"] for row in of_variant if "gap" in row]
+        result = {"variant": variant, "seeds": len(gaps)}
+        if any("error" in row for row in of_variant):
+            intervals.append({**result, "verdict": "worse"})
         elif gaps:
-            intervals.append({"variant": variant, "seeds": len(gaps), **interval(gaps, own.tolerance)})
-    bf16 = [loss for (variant, _), loss in final.items() if variant == "bf16"]
-    verdicts = [of_variant["verdict"] for of_variant in intervals]
+            intervals.append({**result, **interval(gaps, own.tolerance)})
+    found = {result["verdict"] for result in intervals}
     return {"rows": rows, "intervals": intervals, "tolerance": own.tolerance, "last_evals": own.last_evals,
-            "noise": statistics.stdev(bf16) if len(bf16) > 1 else None,
-            "verdict": next((v for v in ("worse", "cannot tell", "equal within", "better") if v in verdicts), None)}
+            "noise": statistics.stdev(twins.values()) if len(twins) > 1 else None,
+            "verdict": next((v for v in ("worse", "cannot tell", "equal within", "better") if v in found), None)}
 
 
 def time_to(loss, curves):
@@ -248,69 +243,64 @@ def sentence(result, tolerance):
 # the picture and the command
 
 
-def plot(results, report, path):
+def plot(report, path):
     """Plot validation loss against seconds, and the interval of every variant with the tolerance."""
     from matplotlib.figure import Figure
 
-    runs = [run for run in results if not isinstance(run[2], str)]
-    variants = list(dict.fromkeys(variant for variant, *_ in runs))
-    colors = {variant: COLORS[i % len(COLORS)] for i, variant in enumerate(variants)}
+    runs = [row for row in report["rows"] if "curves" in row]
+    colors = {variant: COLORS[i % len(COLORS)] for i, variant in enumerate(dict.fromkeys(r["variant"] for r in runs))}
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     loss_axes, gap_axes = figure.subplots(1, 2)
-    for variant, _, curves in runs:
-        loss_axes.plot(curves["time_s"], curves["val_loss"], color=colors[variant], lw=1.2)
-    late = [loss for *_, curves in runs for loss in curves["val_loss"][len(curves["val_loss"]) // 5 :]]
+    late = []  # losses behind the first fall, which set the scale
+    for row in runs:
+        times, losses = row["curves"]["time_s"], row["curves"]["val_loss"]
+        loss_axes.plot(times, losses, color=colors[row["variant"]], lw=1.2)
+        late += losses[len(losses) // 5 :]
     margin = 0.05 * (max(late) - min(late))
     loss_axes.set(xlabel=f"seconds of training, {report['hardware']}", ylabel="validation loss, nats per token",
                   ylim=(min(late) - margin, max(late) + margin),
                   title=f"{report['max_steps']:,} steps of {report['tokens_per_step']:,} tokens; bf16 in black")
     tolerance, shown = report["tolerance"], [result for result in report["intervals"] if "gap_percent" in result]
     gap_axes.axvspan(-tolerance, tolerance, color="0.9")
-    for y, result in enumerate(shown):
-        color = colors[result["variant"]]
-        seeds = [row["gap_percent"] for row in report["rows"] if row["variant"] == result["variant"] and "gap" in row]
-        if result["low"] is not None:
-            gap_axes.plot([result["low"], result["high"]], [y, y], color=color, lw=3, solid_capstyle="butt")
-        gap_axes.plot(seeds, [y] * len(seeds), "o", ms=4, mfc="white", color=color)
+    gap_axes.axvline(0, color=colors["bf16"])
     names = ["\n".join([*bench.split(result["variant"], ":"), result["verdict"]]) for result in shown]
     gap_axes.set_yticks(range(len(shown)), names, fontsize=8)
-    gap_axes.axvline(0, color=colors["bf16"])
+    for y, result in enumerate(shown):
+        color = colors[result["variant"]]
+        seeds = [row["gap_percent"] for row in runs if row["variant"] == result["variant"] and "gap" in row]
+        gap_axes.plot([result["low"], result["high"]], [y, y], color=color, lw=3, solid_capstyle="butt")
+        gap_axes.plot(seeds, [y] * len(seeds), "o", ms=4, mfc="white", color=color)
+        gap_axes.get_yticklabels()[y].set_color(color)
     gap_axes.set(xlabel=f"gap to bf16 in % of its loss, tolerance ±{tolerance}% shaded",
                  title="95% interval (bar) and seeds (dots)", ylim=(len(shown) - 0.5, -0.5))
     for ax in (loss_axes, gap_axes):
         ax.grid(alpha=0.3)
-    for label, result in zip(gap_axes.get_yticklabels(), shown, strict=True):
-        label.set_color(colors[result["variant"]])
     figure.savefig(path, dpi=150)
 
 
 def main():
     own = ParityConfig()
     config, base = bench.prepare(own, "parity_150m.py" if torch.cuda.is_available() else "parity_tiny.py")
-    n_evals = 0
-    if config.eval_interval:
-        n_evals = math.ceil(config.max_steps / config.eval_interval) - own.branch_at // config.eval_interval
+    every = config.eval_interval
+    n_evals = math.ceil(config.max_steps / every) - own.branch_at // every if every else 0
     if n_evals < own.last_evals:
         raise UserError(f"a final loss is the mean of last_evals={own.last_evals} evaluations, and max_steps="
-                        f"{config.max_steps} with eval_interval={config.eval_interval} and branch_at={own.branch_at} "
-                        f"has {n_evals}: set eval_interval to about max_steps / 20, or --last_evals")
+                        f"{config.max_steps} with eval_interval={every} and branch_at={own.branch_at} has {n_evals}: "
+                        "set eval_interval to about max_steps / 20, or --last_evals")
     bench.report_ignored({"resume"})
     out_dir = base.parent
-    results = train_all(plan(own, config, base), config, own)
-    if not results:
+    rows = train_all(plan(own, config, base), own)
+    if not rows:
         raise UserError(f"no run in {out_dir} is finished, so there is nothing to report: leave out --report_only")
-    report = judge(results, own)
-    variant, seed, _ = results[0]
-    run = json.loads((out_dir / f"{bench.slug(variant)}_seed{seed}" / "run.json").read_text())
-    report = {**bench.header(run), "max_steps": config.max_steps, **report,
-              "curves": {f"{variant} seed {seed}": curves for variant, seed, curves in results}}
+    run = json.loads(Path(rows[0]["out_dir"], "run.json").read_text())
+    report = {**bench.header(run), "max_steps": config.max_steps, **judge(rows, own)}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
-    plot(results, report, out_dir / "parity.png")
+    plot(report, out_dir / "parity.png")
     print("", bench.table(report["rows"], COLUMNS), "", sep="\n")
     for result in report["intervals"]:
         print(sentence(result, own.tolerance))
     bench.finish(config, out_dir / "parity.json", out_dir / "parity.png")
-    sys.exit(report["verdict"] == "worse")
+    return int(report["verdict"] == "worse")
 
 
 if __name__ == "__main__":

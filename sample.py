@@ -171,8 +171,7 @@ def read_messages(prompt):
     while prompt is None:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        if not (line := sys.stdin.readline()):
             return
         if line.strip():
             yield line.rstrip("\n")
@@ -245,11 +244,7 @@ def main():
         n_tokens += len(times[2:])  # the first reads the prompt, the second captures the graph
         seconds += times[-1] - times[1] if times[2:] else 0
     if n_tokens:
-        # a token reads one row of the embedding, and all of it as lm_head where they are tied
-        weights = dict(model.named_parameters(remove_duplicate=False))
-        read = sum(p.nbytes for name, p in weights.items() if name != "embed.weight") / 1e9
-        rate = n_tokens / seconds
-        print(f"{rate:.1f} tokens/s, {read:.2f} GB of weights each: {rate * read:,.0f} GB/s", file=sys.stderr)
+        print(f"{n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -74,13 +74,21 @@ def test_where_nothing_can_be_told_it_says_how_many_seeds_would():
 
 OWN = ParityConfig(last_evals=3)
 BF16 = [("bf16", 1, curves()), ("bf16", 2, curves(0.3)), ("bf16", 3, curves(-0.3))]
+
+
+def judged(runs):
+    """judge() of [(variant, seed, curves or the reason of a failure)]."""
+    return judge([{"variant": variant, "seed": seed, "error" if isinstance(result, str) else "curves": result}
+                  for variant, seed, result in runs], OWN)
+
+
 FINAL = statistics.fmean(curves()["val_loss"][-3:])
 
 
 def test_gaps_are_between_means_of_the_last_evaluations_of_runs_with_the_same_seed():
     fp8 = [("tensorwise", 1, curves(0.001)), ("tensorwise", 2, curves(0.302)), ("tensorwise", 3, curves(-0.299))]
     fp8[0][2]["val_loss"][-1] += 0.003  # a third of it counts
-    report = judge([*BF16, *fp8], OWN)
+    report = judged([*BF16, *fp8])
     assert [row["final_val_loss"] for row in report["rows"][:3]] == pytest.approx([FINAL, FINAL + 0.3, FINAL - 0.3])
     assert [row["gap"] for row in report["rows"]] == pytest.approx([0, 0, 0, 0.002, 0.002, 0.001], abs=1e-9)
     assert report["rows"][3]["gap_percent"] == pytest.approx(0.2 / FINAL)
@@ -95,15 +103,15 @@ def test_the_whole_has_the_verdict_of_its_worst_variant(shifts, verdict):
     good = [("rowwise", seed, bf16) for _, seed, bf16 in BF16[:2]]
     bad = [("tensorwise", seed, {**bf16, "val_loss": [loss + shift for loss in bf16["val_loss"]]})
            for shift, (_, seed, bf16) in zip(shifts, BF16, strict=False)]
-    report = judge([*BF16[:2], *bad], OWN)
+    report = judged([*BF16[:2], *bad])
     assert report["verdict"] == report["intervals"][0]["verdict"] == verdict
     expected = "equal within" if verdict == "better" else verdict
-    assert judge([*BF16[:2], *good, *bad], OWN)["verdict"] == expected
+    assert judged([*BF16[:2], *good, *bad])["verdict"] == expected
 
 
 def test_time_is_seconds_until_the_final_loss_of_bf16():
     fast = [("tensorwise", 1, curves(0.0, speed=2.0)), ("rowwise", 1, curves(0.2))]
-    bf16, tensorwise, rowwise = judge([BF16[0], *fast], OWN)["rows"]
+    bf16, tensorwise, rowwise = judged([BF16[0], *fast])["rows"]
     assert 80 < bf16["time_to_bf16_loss_s"] < 100  # the mean over the evaluations at 80, 90 and 100
     assert tensorwise["time_to_bf16_loss_s"] == bf16["time_to_bf16_loss_s"] / 2 and tensorwise["time_s"] == 50
     assert rowwise["time_to_bf16_loss_s"] is None
@@ -112,10 +120,10 @@ def test_time_is_seconds_until_the_final_loss_of_bf16():
 
 def test_a_variant_with_a_failed_run_is_worse_and_a_run_without_its_bf16_run_has_no_gap():
     good = [("tensorwise", seed, bf16) for _, seed, bf16 in BF16[:2]]
-    report = judge([*BF16[:2], *good, ("tensorwise", 3, "RuntimeError: no")], OWN)
+    report = judged([*BF16[:2], *good, ("tensorwise", 3, "RuntimeError: no")])
     assert report["verdict"] == "worse" and report["rows"][-1]["error"] == "RuntimeError: no"
     assert sentence(report["intervals"][0], 0.25) == "tensorwise: worse, a run failed"
-    report = judge([*BF16[:2], *good, ("tensorwise", 3, curves(9.0))], OWN)
+    report = judged([*BF16[:2], *good, ("tensorwise", 3, curves(9.0))])
     assert (report["verdict"], report["intervals"][0]["seeds"]) == ("equal within", 2)
     assert report["rows"][-1]["final_val_loss"] > 9 and "gap" not in report["rows"][-1]
 
@@ -132,7 +140,7 @@ def test_the_plot_is_drawn_for_any_number_of_variants_and_seeds(tmp_path):
     many = [(f"rowwise:loss_chunks={i}", seed, curves(i / 1000 + seed / 100)) for i in range(9) for seed in (1, 2)]
     for results in ([*BF16, *many, ("rowwise", 1, "failed")], [BF16[0], many[0]]):
         run = {"max_steps": 9, "tokens_per_step": 9, "hardware": "1 x this"}
-        plot(results, {**judge(results, OWN), **run}, tmp_path / "plot.png")
+        plot({**judged(results), **run}, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -141,10 +149,9 @@ def compare(*args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "train", train_in_process)
         patch.setattr(sys, "argv", ["parity.py", *args])
-        with pytest.raises(SystemExit) as ended:
-            main()
+        status = main()
     out = Path(next(arg for arg in args if arg.startswith("--out_dir=")).removeprefix("--out_dir="))
-    return int(ended.value.code), out, json.loads((out / "parity.json").read_text())
+    return status, out, json.loads((out / "parity.json").read_text())
 
 
 @pytest.fixture(scope="module")

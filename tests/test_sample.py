@@ -253,13 +253,11 @@ def test_a_run_trained_on_conversations_answers(folder, tiny_run, tmp_path):
     assert status == 2 and "data.chat_template=" in err
 
 
-def test_the_speed_leaves_out_the_first_two_tokens_and_counts_the_weights_that_are_read(folder, monkeypatch):
+def test_the_speed_leaves_out_the_first_two_tokens(folder, monkeypatch):
     clock = itertools.chain([0.0, 100.0], itertools.count(100.5, 0.5))  # 2 tokens a second
     monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     _, _, err = main_here(sample.main, f"--from={folder}", "--prompt=a", "--max_new_tokens=9", "--temperature=0")
-    model, _, _ = sample.load_model(str(folder), torch.device("cpu"))
-    read = 4 * sum(p.numel() for name, p in model.named_parameters() if name != "embed.weight")  # float32
-    assert f"2.0 tokens/s, {read / 1e9:.2f} GB of weights each: {2 * read / 1e9:,.0f} GB/s" in err
+    assert err == "2.0 tokens/s\n"
 
 
 def test_an_id_without_a_token_is_no_text(wide, capsys):
