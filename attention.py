@@ -45,20 +45,16 @@ def document_bounds(positions, longest=None, most_documents=None):
 
     cu_seqlens: int32, the start of each document, then B * T (repeated: empty documents). max_seqlen: int, an upper
     bound of document lengths. longest, most_documents: tokens of the longest document and documents of the fullest row
-    of the whole run, so that torch.compile sees one bound and one shape; without them both are rounded up, and it sees
-    few. Call this while positions are on the CPU: how many documents there are depends on their values, and reading
-    that from a GPU stalls it.
+    of the whole run, so that torch.compile sees one bound and one shape; None: those of positions. Call this while
+    positions are on the CPU: how many documents there are depends on their values, and reading that stalls a GPU.
     """
-    cu_seqlens = document_starts(positions).flatten().nonzero().flatten()
-    cu_seqlens = F.pad(cu_seqlens, (0, 1), value=positions.numel())
+    starts = document_starts(positions)
+    cu_seqlens = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=positions.numel())
     found = int(cu_seqlens.diff().max())
-    if longest is None:
-        max_seqlen = max(128, 1 << (found - 1).bit_length())  # 128: one tile of the kernel
-        n = max(16, 1 << (len(cu_seqlens) - 1).bit_length())
-    else:
-        max_seqlen, n = longest, len(positions) * most_documents + 1
-    assert found <= max_seqlen and len(cu_seqlens) <= n, "documents are longer or more than their rows say"
-    return F.pad(cu_seqlens, (0, n - len(cu_seqlens)), value=positions.numel()).int(), max_seqlen
+    max_seqlen = longest or found
+    padding = len(positions) * (most_documents or int(starts.sum(1).max())) + 1 - len(cu_seqlens)
+    assert found <= max_seqlen and padding >= 0, "documents are longer or more than their rows say"
+    return F.pad(cu_seqlens, (0, padding), value=positions.numel()).int(), max_seqlen
 
 
 def document_mask(positions, T, window, device):

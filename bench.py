@@ -87,8 +87,7 @@ def arguments(default):
 def prepare(own, default):
     """(config, path of a config file with it) from the command line. Ends all ranks but 0, which starts the processes.
 
-    own: the calling script's own keys, as for configurator.load. default: as for arguments(). Without a GPU, FP8 is
-    emulated.
+    own: as for configurator.load. default: as for arguments(). Without a GPU, FP8 is emulated.
     """
     config = configurator.load(arguments(default), own)
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
@@ -146,7 +145,7 @@ def train(args, log, program=TRAIN):
 
 
 def measure(variant, base, folder, own, program):
-    """Train a variant: (its row of the table, its run.json). Raises RunStopped if that fails."""
+    """Train a variant: (what the table says of it, its run.json). Raises RunStopped if that fails."""
     train([base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0", "--checkpoint_interval=0",
            f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}", *flags(variant)],
           folder / "log.txt", program)
@@ -157,38 +156,35 @@ def measure(variant, base, folder, own, program):
     ms = [1000 * per_rank / row["tokens_per_s"] for row in timed]
     tokens_per_s = 1000 * per_rank / statistics.median(ms)
     mfu = run["flops_per_token"] * tokens_per_s / run["peak_flops"] if run["peak_flops"] else None
-    return {"variant": variant, "ms_per_step": statistics.median(ms), "spread_ms": max(ms) - min(ms),
+    return {"ms_per_step": statistics.median(ms), "spread_ms": max(ms) - min(ms),
             "slowest_ms": max(row["slowest_ms"] for row in rows if "slowest_ms" in row), "tokens_per_s": tokens_per_s,
-            "speedup": None, "mfu": mfu, "peak_gib": timed[-1]["peak_gib"], "loss": timed[-1]["loss"], "ms": ms,
+            "mfu": mfu, "peak_gib": timed[-1]["peak_gib"], "loss": timed[-1]["loss"], "ms": ms,
             **{key: run[key] for key in ("compile_s", "fp8_flops", "auto_filtered")}}, run
 
 
 def compare(runs, base, own, path):
-    """Train [(name, variant, program)] one after the other: the report, with a row for each.
+    """Train [(name, variant, program)] one after the other: the report, with a row for each. RunStopped if all fail.
 
-    path: the report's file, written after every run, so that an interrupted bench keeps its results. Raises RunStopped
-    if all of them fail.
+    path: the report's file, written after every run, so that an interrupted bench keeps its results.
     """
     report_ignored(FIXED)
     for _, variant, _ in runs:  # fail early: check all of them before the first runs
         configurator.load([str(base), *flags(variant)])
-    rows = []
-    report = {**header({}), "rows": rows}
+    rows, run = [], {}
     for name, variant, program in runs:
         print(f"{name}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
         folder = base.parent / slug(name)
         folder.mkdir(exist_ok=True)
         try:
             row, run = measure(variant, base, folder, own, program)
-        except RunStopped as error:
-            rows.append({"variant": name, "error": str(error)})
-            print("failed", flush=True)
-        else:
-            report |= header(run)
-            rows.append({**row, "variant": name})
-            if baseline := rows[0].get("tokens_per_s"):
-                rows[-1]["speedup"] = row["tokens_per_s"] / baseline
             print(f"{row['ms_per_step']:.1f} ms", flush=True)
+        except RunStopped as error:
+            row = {"error": str(error)}
+            print("failed", flush=True)
+        rows.append({"variant": name, **row})
+        if "error" not in row and "error" not in rows[0]:
+            rows[-1]["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        report = {**header(run), "rows": rows}
         path.write_text(json.dumps(report, indent=1))
     if all("error" in row for row in rows):
         raise RunStopped(f"nothing ran: {rows[0]['error']}")
@@ -221,7 +217,7 @@ def plot(rows, title, path):
     axes = figure.subplots(1, 2, sharey=True)
     names = [row["variant"] for row in rows]
     speed = axes[0].barh(names, [row["tokens_per_s"] for row in rows], color="tab:blue")
-    labels = [f"{row['tokens_per_s']:,.0f} ({row['speedup'] or float('nan'):.2f}x)" for row in rows]
+    labels = [f"{row['tokens_per_s']:,.0f} ({row.get('speedup', float('nan')):.2f}x)" for row in rows]
     axes[0].bar_label(speed, labels, padding=3)
     axes[0].set(xlabel="tokens per second and GPU")
     memory = axes[1].barh(names, [row["peak_gib"] for row in rows], color="tab:gray")
@@ -234,7 +230,7 @@ def plot(rows, title, path):
 
 
 def finish(config, *written):
-    """Print the last lines: what emulated FP8 says and does not say, and the files that were written."""
+    """Print the last lines: what emulated FP8 does not show, and the files that were written."""
     if on_cpu(config):
         print("On a CPU FP8 is emulated: the losses are those of FP8, the times are not.")
     print(f"written: {', '.join(map(str, written))}")

@@ -35,10 +35,7 @@ TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: enough to keep the dev
 
 
 class HellaSwag:
-    """The questions of hellaswag.read, tokenized once, to score models on.
-
-    block_size: the longest sequence that a model takes. `largest` is the largest token id.
-    """
+    """The questions of hellaswag.read, tokenized once, to score models on. `largest` is the largest token id."""
 
     def __init__(self, questions, encoding, block_size, ranks):
         self.questions, self.block_size, self.ranks = questions, block_size, ranks
@@ -108,10 +105,9 @@ def accuracies(rows):
 
 
 class Evaluation:
-    """What train.py measures a model by: validation loss, and HellaSwag if the config asks for it.
+    """What train.py measures a model by: validation loss on data.Rows, and HellaSwag if the config asks for it.
 
-    rows: data.Rows for validation. Make it on rank 0 first, as it may download questions. `largest` is the largest
-    token id of all.
+    Make it on rank 0 first, as it may download questions. `largest` is the largest token id of all.
     """
 
     def __init__(self, config, rows, encoding, ranks):

@@ -114,10 +114,7 @@ def state_bytes(cfg, name, shape, dtype):
 
 
 def offloaded(cfg, weights):
-    """The names of the weights whose state is in host memory: matrices, as many as optim.offload allows.
-
-    weights: {name: weight}.
-    """
+    """The names of the matrices in {name: weight} whose state is in host memory: as many as optim.offload allows."""
     matrices = {name: w.numel() for name, w in weights.items() if w.ndim == 2}
     limit, total, names = cfg.offload * sum(matrices.values()), 0, set()
     for name, size in matrices.items():

@@ -70,12 +70,10 @@ def fits(value, kind):
         return any(fits(value, k) for k in args)
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
-    if origin in (list, tuple):
-        if not isinstance(value, origin):
-            return False
-        same_type = origin is list or args[-1] is ...
-        element_types = [args[0]] * len(value) if same_type else args
-        return len(value) == len(element_types) and all(map(fits, value, element_types))
+    if origin is list:
+        return isinstance(value, list) and all(fits(v, args[0]) for v in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if kind is float:

@@ -207,7 +207,7 @@ def test_nanochat_is_timed_in_processes_that_use_it(tmp_path, clone, monkeypatch
 
     def measure(variant, base, folder, own, program):
         seen.append((variant, folder.name, program[0].name, program[1:]))
-        return {"variant": variant, "ms_per_step": 1.0, "tokens_per_s": len(seen)}, {"hardware": "a GPU"}
+        return {"ms_per_step": 1.0, "tokens_per_s": len(seen)}, {"hardware": "a GPU"}
 
     monkeypatch.setattr(nanochat_fp8.bench, "on_cpu", lambda config: False)
     monkeypatch.setattr(nanochat_fp8.bench, "measure", measure)

@@ -196,14 +196,15 @@ def test_a_script_takes_flags_of_its_own(capsys):
 
 @dataclass
 class Shapes:
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[int, int] = (0, 0)
     table: list[tuple[int, str]] = field(default_factory=list)
     either: int | list[int] = 0
     level: Literal[1, 2] = 2
 
 
 @pytest.mark.parametrize("arg, good", [
-    ("--sizes=(1, 2, 3)", True), ("--sizes=[1]", True), ("--sizes=(1, 2.5)", False), ("--sizes=1", False),
+    ("--sizes=(1, 2)", True), ("--sizes=[1, 2]", True), ("--sizes=(1, 2.5)", False), ("--sizes=1", False),
+    ("--sizes=(1, 2, 3)", False),
     ("--table=[(1, 'a')]", True), ("--table=[(1, 2)]", False), ("--table=[(1, 'a', 'b')]", False),
     ("--either=[1]", True), ("--either=2", True), ("--either=['a']", False), ("--either=True", False),
     ("--level=1", True), ("--level=3", False), ("--level=True", False), ("--level=1.0", False),
