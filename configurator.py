@@ -135,12 +135,11 @@ class Config:
 def load(argv, own=None):
     """The Config of `[CONFIG.py] [--key=value ...]`; prints and exits for --help and --print_config.
 
-    own: an instance of a small dataclass with the calling script's own flags, which are set on it; a bool among them
-    may be given without a value (--gemms). Raises one UserError with all errors of the call, one per line.
+    own: a dataclass instance with the calling script's own flags, which are set on it; a bool among them needs no value
+    (--gemms). Raises one UserError with all errors of the call, one per line.
     """
     parts = [("", own)] if own is not None else []
-    switches = {"--help", "--print_config"}  # flags that take no value
-    switches |= {f"--{f.name}" for _, section in parts for f in fields(section) if f.type is bool}
+    switches = {f"--{f.name}" for _, section in parts for f in fields(section) if f.type is bool}
     flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
     files = [arg for arg in argv if not arg.startswith("-")]
 
@@ -161,7 +160,12 @@ def load(argv, own=None):
     errors += flag_errors
     config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
     if file_is_read:
-        errors += value_errors(parts, broken)
+        # A message that names a broken key may be its consequence, and would mislead. A broken fp8.enabled, or a
+        # section that was given a value, has consequences for all keys of the section.
+        causes = tuple(f"{name.removesuffix('.enabled')}." for name in broken)
+        messages = [message for _, section in parts if hasattr(section, "problems") for message in section.problems()]
+        errors += [message for message in messages
+                   if not any(f"{word}.".startswith(causes) for word in re.findall(r"[\w.]*\w", message))]
     if errors:
         raise UserError("\n".join(errors))
     if "--print_config" in argv:
@@ -207,17 +211,6 @@ def set_flags(parts, flags, switches):
         errors.append(f"{flag}: {error}")
         broken.add(aliases.get(name, name))
     return errors, broken
-
-
-def value_errors(parts, broken):
-    """What the sections find wrong with their values, without what names a broken key and may be its consequence.
-
-    A broken `fp8.enabled` has consequences for all of fp8, as has a section that was given a value.
-    """
-    causes = tuple(f"{name.removesuffix('.enabled')}." for name in broken)
-    messages = [message for _, section in parts if hasattr(section, "problems") for message in section.problems()]
-    return [message for message in messages
-            if not any(f"{word}.".startswith(causes) for word in re.findall(r"[\w.]*\w", message))]
 
 
 def print_and_exit(text):
