@@ -17,8 +17,8 @@ runs part by chance while the loss falls steeply, and stay apart. --branch_at=N 
 first N steps (weights, moments, schedule), at the price that FP8 is not tested there.
 
 Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Finished runs are kept and an
-interrupted one continues, so the work can be split over calls, and over machines by --seed=N --seeds=1; --report_only
-puts together what is there.
+interrupted one continues, so the work can be split over calls, and over machines by --seed=N --seeds=1: a last call
+with all seeds puts them together.
 """
 
 import functools
@@ -55,7 +55,6 @@ class ParityConfig:
     tolerance: float = 0.25  # a gap of this many percent of the loss counts as none
     last_evals: int = 5  # a run's final loss is the mean of this many last evaluations
     branch_at: int = 0  # variants start from bf16's checkpoint of this step, for less noise; 0: from initial weights
-    report_only: bool = False  # train nothing, report on the runs that are finished
 
     def problems(self):
         """Yield a message for each value that cannot be used."""
@@ -121,14 +120,10 @@ def train_all(runs, own):
     """
     rows = []
     for variant, seed, folder, config in runs:
-        finished = read(folder)["step"][-1:] == [config.max_steps]
-        if own.report_only and not finished:
-            print(f"{variant}, seed {seed}: not finished, left out")
-            continue
         print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
         row = {"variant": variant, "seed": seed, "out_dir": str(folder)}
         try:
-            if not finished:
+            if read(folder)["step"][-1:] != [config.max_steps]:
                 if own.branch_at and variant != "bf16":
                     branch(folder, folder.with_name(f"bf16_seed{seed}"), own.branch_at)
                 replace_text(folder / "wanted.py", configurator.to_python(config))
@@ -197,9 +192,9 @@ def judge(rows, own):
         row |= {"final_val_loss": loss, "time_s": row["curves"]["time_s"][-1]}
         if row["variant"] == "bf16":
             twins[row["seed"]] = loss
-        if twin := twins.get(row["seed"]):  # else that run is still to come
-            row |= {"gap": loss - twin, "gap_percent": 100 * (loss - twin) / twin,
-                    "time_to_bf16_loss_s": time_to(twin, row["curves"])}
+        twin = twins[row["seed"]]
+        row |= {"gap": loss - twin, "gap_percent": 100 * (loss - twin) / twin,
+                "time_to_bf16_loss_s": time_to(twin, row["curves"])}
     intervals = []
     for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "bf16"):
         of_variant = [row for row in rows if row["variant"] == variant]
@@ -207,7 +202,7 @@ def judge(rows, own):
         result = {"variant": variant, "seeds": len(gaps)}
         if any("error" in row for row in of_variant):
             intervals.append({**result, "verdict": "worse"})
-        elif gaps:
+        else:
             intervals.append({**result, **interval(gaps, own.tolerance)})
     found = {result["verdict"] for result in intervals}
     return {"rows": rows, "intervals": intervals, "tolerance": own.tolerance, "last_evals": own.last_evals,
@@ -290,8 +285,6 @@ def main():
     bench.report_ignored({"resume"})
     out_dir = base.parent
     rows = train_all(plan(own, config, base), own)
-    if not rows:
-        raise UserError(f"no run in {out_dir} is finished, so there is nothing to report: leave out --report_only")
     run = json.loads(Path(rows[0]["out_dir"], "run.json").read_text())
     report = {**bench.header(run), "max_steps": config.max_steps, **judge(rows, own)}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))

@@ -118,14 +118,11 @@ def test_time_is_seconds_until_the_final_loss_of_bf16():
     assert time_to(10.0, curves()) == 10.0  # there before the first evaluation
 
 
-def test_a_variant_with_a_failed_run_is_worse_and_a_run_without_its_bf16_run_has_no_gap():
+def test_a_variant_with_a_failed_run_is_worse():
     good = [("tensorwise", seed, bf16) for _, seed, bf16 in BF16[:2]]
     report = judged([*BF16[:2], *good, ("tensorwise", 3, "RuntimeError: no")])
     assert report["verdict"] == "worse" and report["rows"][-1]["error"] == "RuntimeError: no"
     assert sentence(report["intervals"][0], 0.25) == "tensorwise: worse, a run failed"
-    report = judged([*BF16[:2], *good, ("tensorwise", 3, curves(9.0))])
-    assert (report["verdict"], report["intervals"][0]["seeds"]) == ("equal within", 2)
-    assert report["rows"][-1]["final_val_loss"] > 9 and "gap" not in report["rows"][-1]
 
 
 @pytest.mark.parametrize("keys, told", [
@@ -189,9 +186,6 @@ def test_an_interrupted_run_goes_on_and_finished_ones_are_kept(compared):
     rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(r for r in rows if json.loads(r)["step"] <= 5))
     two = "--variants=bf16,tensorwise"
-    _, _, part = compare(*args, two, "--report_only")  # trains nothing
-    assert [(r["variant"], r["seed"]) for r in part["rows"]] == [("bf16", 1337), ("bf16", 1338), ("tensorwise", 1338)]
-    assert len(metrics(folder).rows) < len(whole.rows)
     status, _, again = compare(*args, two)
     assert (status, again["verdict"]) == (0, "equal within") and again["rows"][1]["gap"] == report["rows"][1]["gap"]
     assert "3 steps done" in (folder / "log.txt").read_text()
@@ -226,8 +220,6 @@ def test_without_bf16_there_is_nothing_to_compare_with(tiny_run, tmp_path):
     for wrong in ("--last_evals=3", "--eval_interval=0", "--branch_at=3"):
         status, _, err = main_here(main, *args, wrong)
         assert status == 2 and "eval_interval to about max_steps / 20, or --last_evals" in err
-    status, _, err = main_here(main, *args, "--report_only", f"--out_dir={tmp_path / 'empty'}")
-    assert status == 2 and "nothing to report: leave out --report_only" in err
 
 
 def test_under_torchrun_a_variant_runs_on_all_ranks(compared):
