@@ -44,16 +44,13 @@ loses.
 import functools
 import importlib.metadata
 import logging
-import math
 import os
-from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.torch_version import TorchVersion
-from torch.utils._pytree import tree_map_only
 
 import model as models
 from plumbing import blockwise
@@ -91,7 +88,6 @@ class Recipe:
     multiple: int = 16  # must divide every dimension of its matmuls
     capability: int | None = None  # the only GPUs that compute it, by the first number of their compute capability
     inductor: tuple[str, ...] = ()  # switches of torch._inductor.config that it needs
-    layer: Callable | None = None  # what replaces a linear layer, called like torchao_linear; None: torchao_linear
 
     @property
     def fp8_matmuls(self):
@@ -99,23 +95,14 @@ class Recipe:
         return [name for name in ("output", "grad_input", "grad_weight") if getattr(self, name)]
 
     @property
-    def by_row(self):
-        """Whether a cast has a scale for each row; all scales are then powers of two."""
-        return any(cast.scaling == "row" for name in self.fp8_matmuls for cast in getattr(self, name))
+    def scalings(self):
+        """The scalings of its casts. "block" makes layers ours, others are torchao's; "row" all scales powers of 2."""
+        return {cast.scaling for name in self.fp8_matmuls for cast in getattr(self, name)}
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TENSOR_E4M3, TENSOR_E5M2, ROW_E4M3 = Cast("tensor", E4M3), Cast("tensor", E5M2), Cast("row", E4M3)
 BLOCK_E4M3, TILE_E4M3 = Cast("block", E4M3), Cast("tile", E4M3)  # 1 x 128 and 128 x 128 values
-
-
-def blockwise_linear(linear, recipe, cfg, *, gathers):
-    """A linear layer as torchao_linear makes it, with the casts and matmuls of plumbing/blockwise.py."""
-    linear.__class__, linear.keep_casts, linear.emulate = blockwise.BlockwiseLinear, cfg.keep_casts, cfg.emulate
-    if gathers:
-        weight = gather_in_blocks()(linear.weight, None, E4M3)
-        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    return linear
 
 
 RECIPES = {
@@ -131,7 +118,7 @@ RECIPES = {
     "rowwise_with_gw_hp": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, TENSOR_E4M3), grad_weight=None),
     "blockwise": Recipe(output=(BLOCK_E4M3, TILE_E4M3), grad_input=(BLOCK_E4M3, TILE_E4M3),
                         grad_weight=(BLOCK_E4M3, BLOCK_E4M3), gather_rows=128, keep_casts=True, multiple=128,
-                        capability=blockwise.CAPABILITY, layer=blockwise_linear),
+                        capability=blockwise.CAPABILITY),
 }
 DEFAULT_RECIPE = "tensorwise"
 
@@ -153,7 +140,7 @@ class FP8Config:
     grad_fast_accum: bool = False  # fast accumulation in backward matmuls, as in forward: 2% faster, row-wise 10%
     emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
     stats_interval: int = 0  # measure what the FP8 casts of every layer lose every N steps; 0: never
-    self_check: bool = False  # at start-up compare compiled FP8 with eager FP8 and bf16; torch 2.14, blockwise: always
+    self_check: bool = False  # at start-up compare compiled FP8 with eager bf16; torch 2.14, blockwise: always
     allow_eager: bool = False  # permit FP8 on a GPU without compile (slower than bf16)
     enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
     precompute_fp8_dynamic_scale_for_fsdp: InitVar[bool | None] = None
@@ -238,16 +225,6 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
             errors.append(f"fp8 needs torchao {MIN_TORCHAO} or newer, {installed} is installed: {install}")
     except importlib.metadata.PackageNotFoundError:
         errors.append(f"fp8 needs torchao, which is not installed: {install}")
-    if not cfg.emulate:
-        if device.type != "cuda":
-            errors.append(f"fp8 needs a GPU of compute capability 8.9 or newer, this run is on the {device.type}: "
-                          "set fp8.emulate=True for the same numerics without the speed")
-        elif (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-            errors.append(f"fp8 needs compute capability 8.9 or newer, {torch.cuda.get_device_name(device)} has "
-                          f"{capability[0]}.{capability[1]}: set fp8.emulate=True, or fp8.enabled=False")
-        elif not compiled and not cfg.allow_eager:
-            errors.append("fp8 without compile is slower than bf16: set compile.enabled=True, or fp8.allow_eager=True "
-                          "to train like that all the same")
     for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
         if compiled and os.environ.get(variable) == "1":
             errors.append(f"compile.enabled=True compiles nothing while {variable}=1 is in the environment: unset it")
@@ -257,23 +234,30 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
         errors += [f"fp8.{key} entry {entry!r} matches no linear layer: the names here are "
                    + ", ".join(dict.fromkeys(map(models.layer_kind, linears)))
                    for entry in entries if not any(matches(fqn, entry) for fqn in linears)]
-    names = {fqn: recipe_of(fqn, cfg) for fqn in linears}
-    recipes = {fqn: RECIPES[name] for fqn, name in names.items() if name}
+    names = {fqn: name for fqn in linears if (name := recipe_of(fqn, cfg))}
+    recipes, used = {fqn: RECIPES[name] for fqn, name in names.items()}, list(dict.fromkeys(names.values()))
     if not recipes:
         errors.append("fp8.filter_fqns and fp8.recipes leave no linear layer to convert: remove an entry, or set "
                       "fp8.enabled=False")
-    if not cfg.emulate and device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
+    if not cfg.emulate and device.type != "cuda":
+        errors.append(f"fp8 needs a GPU of compute capability 8.9 or newer, this run is on the {device.type}: "
+                      "set fp8.emulate=True for the same numerics without the speed")
+    elif not cfg.emulate:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            errors.append(f"fp8 needs compute capability 8.9 or newer, {torch.cuda.get_device_name(device)} has "
+                          f"{major}.{minor}: set fp8.emulate=True, or fp8.enabled=False")
+        elif not compiled and not cfg.allow_eager:
+            errors.append("fp8 without compile is slower than bf16: set compile.enabled=True, or fp8.allow_eager=True "
+                          "to train like that all the same")
         errors += [f"recipe {name} needs a GPU of compute capability {RECIPES[name].capability}.x, this one has "
                    f"{major}.x: choose another recipe, or set fp8.emulate=True"
-                   for name in dict.fromkeys(filter(None, names.values()))
-                   if RECIPES[name].capability not in (None, major)]
+                   for name in used if RECIPES[name].capability not in (None, major)]
     for key, ability in (("enable_fsdp_float8_all_gather", "gather_rows"), ("keep_casts", "keep_casts")):
         if recipes and getattr(cfg, key) and not any(getattr(recipe, ability) for recipe in recipes.values()):
             able = " or ".join(name for name, recipe in RECIPES.items() if getattr(recipe, ability))
-            used = ", ".join(dict.fromkeys(name for name in names.values() if name))
-            errors.append(f"fp8.{key} works with the {able} recipe only, and the layers here have {used}: turn it off, "
-                          "or change fp8.recipe_name or fp8.recipes")
+            errors.append(f"fp8.{key} works with the {able} recipe only, and the layers here have {', '.join(used)}: "
+                          "turn it off, or change fp8.recipe_name or fp8.recipes")
 
     def refuse(reason, layers):
         if layers:
@@ -310,20 +294,16 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
 # 2) conversion
 
 
-# torchao's names of the two operands of each matmul
-OPERANDS = {"output": ("input", "weight"), "grad_input": ("grad_output", "weight_for_grad_input"),
-            "grad_weight": ("grad_output_for_grad_weight", "input_for_grad_weight")}
-
-
 @functools.cache  # one object for all layers of a recipe, on which compiled blocks guard
 def torchao_config(recipe, emulate, grad_fast_accum):
     """The Float8LinearConfig that computes what a Recipe says."""
     from torchao.float8.config import CastConfig, Float8GemmConfig, Float8LinearConfig, ScalingGranularity, ScalingType
 
+    names = {"output": ("input", "weight"), "grad_input": ("grad_output", "weight_for_grad_input"),
+             "grad_weight": ("grad_output_for_grad_weight", "input_for_grad_weight")}
     granularity = {"tensor": ScalingGranularity.TENSORWISE, "row": ScalingGranularity.AXISWISE}
-    casts = {}
-    gradient = recipe.grad_input or recipe.grad_weight
-    for matmul, operands in OPERANDS.items():
+    casts, gradient = {}, recipe.grad_input or recipe.grad_weight
+    for matmul, operands in names.items():
         for operand, cast in zip(operands, getattr(recipe, matmul) or (None, None), strict=True):
             if cast is None:  # torchao wants the dtype of the tensor's other cast here too
                 dtype = gradient[0].dtype if gradient and operand.startswith("grad_output") else E4M3
@@ -333,14 +313,11 @@ def torchao_config(recipe, emulate, grad_fast_accum):
             casts[f"cast_config_{operand}"] = config
     accumulation = Float8GemmConfig(use_fast_accum=grad_fast_accum)
     return Float8LinearConfig(**casts, gemm_config_grad_input=accumulation, gemm_config_grad_weight=accumulation,
-                              emulate=emulate, round_scales_to_power_of_2=recipe.by_row)
+                              emulate=emulate, round_scales_to_power_of_2="row" in recipe.scalings)
 
 
-def torchao_linear(linear, recipe, cfg, *, gathers):
-    """torchao's Float8Linear with the parameters of `linear`, computing as a Recipe says.
-
-    gathers: whether FSDP2 is to gather its weight in FP8.
-    """
+def torchao_linear(linear, recipe, cfg):
+    """torchao's Float8Linear with the parameters of `linear`, computing as a Recipe says."""
     from torch._inductor.codegen.triton import TritonOverrides
     from torchao.float8 import convert_to_float8_training
 
@@ -349,9 +326,6 @@ def torchao_linear(linear, recipe, cfg, *, gathers):
     if not cfg.emulate and "PropagateNan" in TritonOverrides.maximum("a", "b"):
         raise RunStopped(f"torchao {importlib.metadata.version('torchao')} cannot work around a Triton bug in torch "
                          f"{torch.__version__}, which makes FP8 values NaN: install the versions in requirements.txt")
-    if gathers:
-        weight = gather_in_fp8()(layer.weight, layer.linear_mm_config, recipe.output[1].dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     return layer
 
 
@@ -361,137 +335,33 @@ def convert(model, cfg, *, shards, accumulation=1):
     Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step; if there are
     several and nothing is sharded, torchao's layers whose casts are kept become CastOnce.
     """
-    for fqn, linear in linear_layers(model).items():
-        if name := recipe_of(fqn, cfg):
-            recipe = RECIPES[name]
-            layer = (recipe.layer or torchao_linear)(linear, recipe, cfg, gathers=gathers(name, cfg, shards))
-            if cfg.keep_casts and recipe.keep_casts and recipe.layer is None and accumulation > 1 and not shards:
-                layer.__class__ = cast_once()
-            layer.recipe = name
-            model.set_submodule(fqn, layer)
-            for switch in recipe.inductor:
-                setattr(torch._inductor.config, switch, True)
+    from plumbing import fp8_weights
+
+    for fqn, layer in linear_layers(model).items():
+        name = recipe_of(fqn, cfg)
+        if name is None:
+            continue
+        recipe = RECIPES[name]
+        if "block" in recipe.scalings:
+            layer.__class__, layer.keep_casts, layer.emulate = blockwise.BlockwiseLinear, cfg.keep_casts, cfg.emulate
+            weight_class, mm_config = fp8_weights.GatherInBlocks, None
+        else:
+            layer = torchao_linear(layer, recipe, cfg)
+            weight_class, mm_config = fp8_weights.GatherInFP8, layer.linear_mm_config
+            if cfg.keep_casts and recipe.keep_casts and accumulation > 1 and not shards:
+                layer.__class__ = fp8_weights.CastOnce
+        if gathers(name, cfg, shards):
+            weight = weight_class(layer.weight, mm_config, recipe.output[1].dtype)
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        layer.recipe = name
+        model.set_submodule(fqn, layer)
+        for switch in recipe.inductor:
+            setattr(torch._inductor.config, switch, True)
 
 
 def gathers(name, cfg, shards):
     """Whether layers with recipe `name` (None: high precision) have their weights gathered in FP8."""
     return bool(cfg.enable_fsdp_float8_all_gather and shards and name and RECIPES[name].gather_rows)
-
-
-def needs_self_check(cfg):
-    """Whether to compare compiled FP8 with eager FP8 and bf16 at start-up: by cfg.self_check, or because of Triton.
-
-    Where a kernel takes a maximum with PropagateNan.ALL, Triton may store garbage instead of FP8 values
-    (https://github.com/triton-lang/triton/issues/11111). torchao patches this in pointwise code; torch 2.14 does it in
-    reductions as well, which the patch does not reach. Transposing casts of our own are checked with every version.
-    """
-    ours = any(name and RECIPES[name].layer for name in (cfg.recipe_name, *cfg.recipes.values()))
-    return cfg.self_check or not cfg.emulate and (ours or TorchVersion(torch.__version__) >= "2.14")
-
-
-def cast_to_fp8(x, scale, dtype):
-    """x * scale in FP8, saturated at the format's maximum; computed in float32, as torchao does."""
-    limit = torch.finfo(dtype).max
-    return (x.float() * scale).clamp(-limit, limit).to(dtype)
-
-
-compiled_cast = torch.compile(cast_to_fp8, dynamic=True)
-
-
-def one_pass_cast(x, scale, dtype):
-    """cast_to_fp8 outside of compiled blocks: eager, it passes over x four times, which cost 12% of an H100's step."""
-    return (compiled_cast if x.is_cuda else cast_to_fp8)(x, scale, dtype)
-
-
-@functools.cache
-def gather_in_fp8():
-    """The weight class that FSDP2 gathers in FP8. Built on first use, so that bf16 runs need no torchao."""
-    from torchao.float8.float8_utils import amax_to_scale
-    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
-
-    class GatherInFP8(WeightWithDynamicFloat8CastTensor):
-        """A weight shard that is cast to FP8 just before each all-gather: torchao's class with three changes.
-
-        A compiled cast (FSDP2 calls fsdp_pre_all_gather outside of the compiled blocks), an amax in one pass instead of
-        two, and a precomputed scale that __tensor_unflatten__ keeps.
-        """
-
-        @classmethod
-        def __torch_dispatch__(cls, func, types, args, kwargs=None):
-            out = super().__torch_dispatch__(func, types, args, kwargs)
-            return tree_map_only(WeightWithDynamicFloat8CastTensor,
-                                 lambda t: cls(t._tensor, t._linear_mm_config, t._dtype, t._precomputed_scale), out)
-
-        def __tensor_flatten__(self):
-            names = ["_tensor"] if self._precomputed_scale is None else ["_tensor", "_precomputed_scale"]
-            return names, (self._linear_mm_config, self._dtype)
-
-        @classmethod
-        def __tensor_unflatten__(cls, inner, meta, outer_size, outer_stride):
-            return cls(inner["_tensor"], *meta, inner.get("_precomputed_scale"))
-
-        def fsdp_pre_all_gather(self, mesh):
-            scale = self._precomputed_scale
-            if scale is None:
-                amax = torch.linalg.vector_norm(self._tensor, math.inf)
-                torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=mesh.get_group())
-                scale = amax_to_scale(amax, self._dtype)
-            return (one_pass_cast(self._tensor, scale, self._dtype),), (scale,)
-
-    torch.serialization.add_safe_globals([GatherInFP8])
-    return GatherInFP8
-
-
-@functools.cache
-def gather_in_blocks():
-    """The weight class that FSDP2 gathers as operands of block-wise matmuls. Whole blocks need no all-reduce."""
-
-    class GatherInBlocks(gather_in_fp8()):
-        def fsdp_pre_all_gather(self, mesh):
-            return tuple(blockwise.cast(self._tensor, tiles=True)), None
-
-        def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
-            if out is None:  # else it is the result of the first gather, whose memory FSDP2 has filled again
-                return blockwise.GatheredBlocks(*outputs, param_dtype), outputs
-
-    torch.serialization.add_safe_globals([GatherInBlocks])
-    return GatherInBlocks
-
-
-@functools.cache
-def cast_once():
-    """The layer class whose weight is cast once per optimizer step, by prepare_weights: torchao's, with that change."""
-    from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
-    from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
-    from torchao.float8.float8_utils import amax_to_scale
-
-    @torch._dynamo.allow_in_graph
-    class AsCast(torch.autograd.Function):
-        """The FP8 tensor of a weight's cast and scale. Its gradient is the weight's."""
-
-        @staticmethod
-        def forward(ctx, weight, cast, scale, mm_config):
-            return Float8TrainingTensor(cast, scale, weight.dtype, mm_config, GemmInputRole.WEIGHT)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad, None, None, None
-
-    class CastOnce(Float8Linear):
-        cast = scale = None  # of the weight, in FP8 and 0-d float32
-
-        def forward(self, x):
-            weight = AsCast.apply(self.weight, self.cast, self.scale, self.linear_mm_config)
-            y = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
-            return y if self.bias is None else y + self.bias
-
-        def cast_weight(self):
-            if self.cast is None:
-                self.cast, self.scale = torch.empty_like(self.weight, dtype=E4M3), self.weight.new_empty(()).float()
-            self.scale.copy_(amax_to_scale(torch.linalg.vector_norm(self.weight, math.inf), E4M3))
-            self.cast.copy_(one_pass_cast(self.weight, self.scale, E4M3))
-
-    return CastOnce
 
 
 @torch.no_grad()
@@ -504,6 +374,6 @@ def prepare_weights(model, cfg, *, shards):
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
         precompute_float8_dynamic_scale_for_fsdp(model)
-    for linear in model.modules() if cfg.enabled and cfg.keep_casts else ():
-        if isinstance(linear, cast_once()):
+    for linear in float8_linears(model).values():
+        if hasattr(linear, "cast_weight"):
             linear.cast_weight()

@@ -151,7 +151,7 @@ def main():
             say(f"fp8.auto_filter leaves out, since FP8 makes them no faster: {', '.join(auto_filtered) or 'nothing'}")
             step_config = replace(step_config, fp8=fp8.leave_out(config.fp8, auto_filtered))
         check_fp8(step_config.fp8, tokens=tokens_per_pass)
-        if fp8.needs_self_check(config.fp8):
+        if proof.needs_self_check(config.fp8):
             say(proof.self_check(step_config, micro_batches(1)[0], device))
         fp8.convert(model, step_config.fp8, shards=n_shards, accumulation=accumulation)
         fp8_flops = proof.covered_flops(model) / flops_per_token

@@ -84,7 +84,7 @@ def cast_as_recipe(t, cast, dim, recipe):
     granularity = {"tensor": ScalingGranularity.TENSORWISE, "row": ScalingGranularity.AXISWISE}[cast.scaling]
     q = hp_tensor_to_float8_dynamic(t, cast.dtype, LinearMMConfig(), scaling_granularity=granularity,
                                     axiswise_dim=get_maybe_axiswise_dim(dim, granularity),
-                                    round_scales_to_power_of_2=recipe.by_row)
+                                    round_scales_to_power_of_2="row" in recipe.scalings)
     parts = t, q._data, q._scale
     return [part.t() for part in parts] if t.stride(-1) != 1 else parts  # cast_stats wants them contiguous
 

@@ -17,6 +17,7 @@ import model as models
 from checks import estimate, proof
 from configurator import Config
 from fp8 import FP8Config
+from plumbing import fp8_weights
 from plumbing.compiling import CompileConfig, compile_and_checkpoint
 from plumbing.errors import RunStopped
 
@@ -477,8 +478,8 @@ def test_kept_casts_are_not_made_again_and_change_nothing(activation_checkpoint)
 
 
 def test_weights_cast_once_give_the_same_gradients_until_they_change(monkeypatch):
-    casts, cast = [], fp8.one_pass_cast
-    monkeypatch.setattr(fp8, "one_pass_cast", lambda x, *args: casts.append(x.shape) or cast(x, *args))
+    casts, cast = [], fp8_weights.one_pass_cast
+    monkeypatch.setattr(fp8_weights, "one_pass_cast", lambda x, *args: casts.append(x.shape) or cast(x, *args))
     cfg = emulated(keep_casts=True)
     models_of = {}
     for accumulation in (1, 2):
@@ -589,7 +590,7 @@ def test_all_zero_input_gives_zeros_not_nan(recipe):
 
 
 def test_gather_weight_keeps_its_scale_through_flatten():
-    cls = fp8.gather_in_fp8()
+    cls = fp8_weights.GatherInFP8
     from torchao.float8.float8_training_tensor import LinearMMConfig
 
     scale = torch.tensor(3.0)
@@ -605,7 +606,7 @@ def test_cast_saturates_and_matches_torchao():
 
     x, scale = torch.randn(64, 64) * 100, torch.tensor(9.0)
     theirs = hp_tensor_and_scale_to_float8(x, scale, torch.float8_e4m3fn)._data
-    ours = fp8.cast_to_fp8(x, scale, torch.float8_e4m3fn)
+    ours = fp8_weights.cast_to_fp8(x, scale, torch.float8_e4m3fn)
     assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
     assert ours.float().abs().max() == 448
 
@@ -628,8 +629,8 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
     ("2.13.0", False, False), ("2.14.1+cu130", False, True), ("2.14.1", True, False)])
 def test_torch_2_14_compares_real_fp8_with_eager_unasked(monkeypatch, version, emulate, checked):
     monkeypatch.setattr(torch, "__version__", version)
-    assert fp8.needs_self_check(FP8Config(enabled=True, emulate=emulate)) == checked
-    assert fp8.needs_self_check(FP8Config(enabled=True, emulate=emulate, self_check=True))
+    assert proof.needs_self_check(FP8Config(enabled=True, emulate=emulate)) == checked
+    assert proof.needs_self_check(FP8Config(enabled=True, emulate=emulate, self_check=True))
 
 
 def test_a_torch_that_torchao_cannot_patch_is_refused(monkeypatch):

@@ -17,7 +17,6 @@ import checkpoint
 import configurator
 import data
 import formats.tokens as token_format
-import fp8
 import model as models
 import sample
 import train
@@ -25,7 +24,7 @@ from checks import estimate
 from formats import hellaswag
 from model import IGNORE
 from optim import AdamW
-from plumbing import cudagraph, logs
+from plumbing import cudagraph, fp8_weights, logs
 from plumbing.errors import UserError
 
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]']
@@ -339,7 +338,7 @@ def sent(tiny_run, tmp_path_factory):
             sys.path.insert(0, {str(REPO)!r})
             import torch
             import train
-            from plumbing import entry
+            from plumbing import entry, fp8_weights
             from torch.utils._python_dispatch import TorchDispatchMode
             sent = {{}}
             class Count(TorchDispatchMode):
@@ -400,9 +399,9 @@ def test_a_sharded_run_that_is_not_fp8_as_asked_stops(tiny_run, tmp_path, ranks)
             import torch
             import fp8
             import train
-            from plumbing import entry
+            from plumbing import entry, fp8_weights
             from types import SimpleNamespace
-            cls, told = fp8.gather_in_fp8(), {{}}
+            cls, told = fp8_weights.GatherInFP8, {{}}
             kept = [(place, dict(vars(place))) for place in (cls, fp8)]
             for name, (breakage, _) in {BREAK!r}.items():
                 exec(breakage)
@@ -906,8 +905,8 @@ def test_diverged_training_stops_and_says_so(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("reshards, gathers", [(False, 1), (True, 4)], ids=["kept", "freed"])
 def test_kept_weights_are_gathered_once_for_all_passes_of_a_step(reshards, gathers, tiny_run, tmp_path, monkeypatch):
-    seen, cast = [], fp8.one_pass_cast
-    monkeypatch.setattr(fp8, "one_pass_cast", lambda x, *args: seen.append(None) or cast(x, *args))
+    seen, cast = [], fp8_weights.one_pass_cast
+    monkeypatch.setattr(fp8_weights, "one_pass_cast", lambda x, *args: seen.append(None) or cast(x, *args))
     keys = [*FP8, *GATHER, *ONE_SHARD, f"--reshard_after_forward={reshards}", "--eval_interval=0",
             "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}"]
     train_here(*tiny_run, *keys, "--max_steps=1")

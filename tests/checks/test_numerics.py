@@ -19,7 +19,7 @@ from checks import proof, telemetry
 from configurator import Config
 from fp8 import FP8Config
 from optim import AdamW, OptimConfig
-from plumbing import logs
+from plumbing import fp8_weights, logs
 from plumbing.compiling import CompileConfig, compile_and_checkpoint
 from plumbing.sharding import plain_local
 
@@ -62,7 +62,7 @@ def test_stats_of_a_cast_match_a_float64_reference_on_planted_values(dtype, dim)
     x[1:4, 1:4] = 1000 * 2.0**-36  # e5m2 reaches down to 2^-16 of 57344, 2^-32 of the amax; e4m3 to 2^-18
     amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
     scale = (torch.finfo(dtype).max / amax.double()).float()
-    data = fp8.cast_to_fp8(x, scale, dtype)
+    data = fp8_weights.cast_to_fp8(x, scale, dtype)
     found = dict(zip(telemetry.SUMS + telemetry.PEAKS, telemetry.cast_stats(x, data, scale).tolist(), strict=True))
     expected = cast_in_float64(x, scale, dtype)
     error = expected / scale.double() - x.double()
@@ -77,7 +77,7 @@ def test_stats_of_a_cast_match_a_float64_reference_on_planted_values(dtype, dim)
 def test_a_stale_scale_shows_as_saturation_and_a_huge_tensor_does_not_overflow():
     x = torch.full((16, 16), 1e30)  # its square is beyond float32
     x[:4] = 4e30
-    data = fp8.cast_to_fp8(x, torch.tensor(448 / 1e30), E4M3)  # a scale from when the largest value was 1e30
+    data = fp8_weights.cast_to_fp8(x, torch.tensor(448 / 1e30), E4M3)  # a scale from when the largest value was 1e30
     found = dict(zip(telemetry.SUMS, telemetry.cast_stats(x, data, torch.tensor(448 / 1e30)).tolist(), strict=False))
     assert found["saturated"] == 4 * 16
     assert found["signal"] == pytest.approx(1e60 * (12 * 16 + 16 * 4 * 16), rel=1e-5)
@@ -90,7 +90,7 @@ def test_what_rounds_to_the_largest_value_is_not_saturated(dtype):
     step = 32 if dtype is E4M3 else 8192  # from 416 to 448, from 49152 to 57344
     x = torch.tensor([top, top + 0.49 * step, -top - 0.49 * step, top + 0.51 * step, -top - 2 * step])
     one = torch.tensor(1.0)
-    stats = telemetry.cast_stats(x, fp8.cast_to_fp8(x, one, dtype), one)
+    stats = telemetry.cast_stats(x, fp8_weights.cast_to_fp8(x, one, dtype), one)
     assert stats[telemetry.SUMS.index("saturated")] == 2
 
 
@@ -456,7 +456,7 @@ def test_self_check_trains_a_block_of_each_kind_with_the_recipes_that_it_has(mon
     config = small_config("tensorwise")
     config.fp8.filter_fqns, config.fp8.recipes = filters, recipes
     message = proof.self_check(config, (x, y, ()), torch.device("cpu"))
-    assert seen == [recipes for recipes in converted for _ in ("compiled", "eager")]
+    assert seen == converted
     assert message.count("from bf16") == len(converted)
 
 
@@ -484,7 +484,7 @@ def test_self_check_and_telemetry_show_on_the_screen(tiny_run, tmp_path, capsys)
     train_here(*tiny_run, *FP8, "--fp8.self_check=True", "--fp8.stats_interval=3", "--max_steps=4",
                '--fp8.filter_fqns=["layers.0"]', f"--out_dir={tmp_path / 'out'}")
     shown = capsys.readouterr().out
-    assert "fp8 self-check: loss 0.0e+00, gradients 200 dB" in shown
+    assert re.search(r"fp8 self-check: loss \d.\de-0\d, gradients [12]\d dB \(.*\) from bf16\n", shown)
     assert shown.count("fp8 health, worst of 5 layers: ") == 2  # steps 1 and 3
     assert f"fp8 health of every layer: {tmp_path / 'out' / 'fp8_health.png'}" in shown
 
@@ -729,7 +729,7 @@ def test_documented_figures_are_what_the_code_computes():
         for dtype, rows in ((E4M3, False), (E5M2, False), (E4M3, True)):
             amax = x.abs().amax(1, keepdim=True) if rows else x.abs().amax()
             scale = amax_to_scale(amax, dtype, round_scales_to_power_of_2=rows)
-            stats = telemetry.cast_stats(x, fp8.cast_to_fp8(x, scale, dtype), scale).tolist()
+            stats = telemetry.cast_stats(x, fp8_weights.cast_to_fp8(x, scale, dtype), scale).tolist()
             stats = dict(zip(telemetry.SUMS, stats, strict=False))
             db, share = telemetry.decibels(stats["signal"], stats["noise"]), stats["underflow"] / stats["values"]
             cells.append(f"{db:.1f} dB, {share:.1%} underflow")

@@ -205,9 +205,9 @@ def test_the_proof_counts_its_matmuls():
 @pytest.mark.parametrize("keys", [{"recipe_name": "blockwise"}, {"recipes": {"mlp": "blockwise"}}])
 def test_its_kernel_is_compared_with_bf16_at_every_start(keys, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.11.0")  # newer ones compare every recipe
-    assert fp8.needs_self_check(FP8Config(enabled=True, **keys))
-    assert not fp8.needs_self_check(FP8Config(enabled=True, emulate=True, **keys))
-    assert not fp8.needs_self_check(FP8Config(enabled=True))
+    assert proof.needs_self_check(FP8Config(enabled=True, **keys))
+    assert not proof.needs_self_check(FP8Config(enabled=True, emulate=True, **keys))
+    assert not proof.needs_self_check(FP8Config(enabled=True))
 
 
 @pytest.mark.parametrize("keys", [{}, {"keep_casts": True}])
