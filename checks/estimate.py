@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import fp8
 import model as models
@@ -53,9 +52,6 @@ def memory(config, shards, accumulation):
         model = models.Transformer(m)
     linears = fp8.linear_layers(model)
     head = linears.pop("lm_head")
-    fp8_linears = {fqn: layer for fqn, layer in linears.items() if fp8.recipe_of(fqn, config.fp8)}
-    gathered_fp8 = {fqn: layer for fqn, layer in fp8_linears.items()
-                    if fp8.gathers(fp8.recipe_of(fqn, config.fp8), config.fp8, shards)}
 
     held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
@@ -64,18 +60,29 @@ def memory(config, shards, accumulation):
         always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
 
-    activations = size * tokens * saved_values(config, linears)
-    for fqn, layer in fp8_linears.items() if config.fp8.keep_casts else ():
-        recipe = fp8.RECIPES[fp8.recipe_of(fqn, config.fp8)]
-        if recipe.keep_casts and recipe.grad_weight:
-            activations += tokens * layer.in_features  # a byte for each value of its input
-        if recipe.keep_casts and fqn not in gathered_fp8:
-            activations += layer.weight.numel()
-    if (gathered_fp8 and config.compile.enabled and config.activation_checkpoint == "none"
-            and not config.fp8.force_recompute_fp8_weight_in_bwd):
-        # PyTorch's partitioner saves transposed FP8 copies of the MLP's weights
-        activations += sum(layer.weight.numel() for fqn, layer in gathered_fp8.items()
-                           if models.layer_kind(fqn).startswith("mlp."))
+    # What blocks keep for backward: values per token, and bytes of FP8 copies; full recompute keeps their inputs only.
+    recompute, values, copies = config.activation_checkpoint, m.n_layer * m.n_embd, 0
+    if recompute != "full":
+        # outputs of linear layers (not the last one's, but the block's input, of the same size) and of attention
+        values = sum(layer.out_features for layer in linears.values()) + m.n_layer * m.n_head * m.head_dim
+    if recompute == "none":
+        values += m.n_layer * (m.n_head + m.n_kv_head) * m.head_dim  # rotated queries and keys
+    gathered_fp8 = 0  # values
+    for fqn, layer in linears.items():
+        name, kind, weight = fp8.recipe_of(fqn, config.fp8), models.layer_kind(fqn), layer.weight.numel()
+        recipe, gathers = fp8.RECIPES.get(name), fp8.gathers(name, config.fp8, shards)
+        gathered_fp8 += weight * gathers
+        # A layer whose weight gradient is in FP8 casts its input again in backward, from what the op before it saves
+        # anyway: PyTorch's partitioner decides so. The input of attn.out is attention's output.
+        if recompute == "none" and kind != "attn.out" and not (recipe and recipe.grad_weight):
+            values += layer.in_features
+        if recipe and recipe.keep_casts and config.fp8.keep_casts:
+            copies += weight * (not gathers) + tokens * layer.in_features * bool(recipe.grad_weight)
+        # the partitioner saves transposed FP8 copies of the MLP's weights
+        if (gathers and kind.startswith("mlp.") and recompute == "none" and config.compile.enabled
+                and not config.fp8.force_recompute_fp8_weight_in_bwd):
+            copies += weight
+    activations = size * tokens * values + copies
     # logits of a loss chunk and their gradient; ChunkedLoss holds the head's gradient too, and adds each chunk's to it
     loss = 2 * size * head.out_features * tokens / models.calls_per_pass("lm_head", config.loss_chunks)
     if config.loss_chunks > 1:
@@ -91,8 +98,7 @@ def memory(config, shards, accumulation):
             gathered -= (size - 1) * head.weight.numel()
         # gradients of embedding and lm_head, and their copy to reduce
         reducing = gathered + n_root * (size + getattr(torch, config.reduce_dtype).itemsize)
-        blocks = size * sum(p.numel() for p in model.layers.parameters())
-        blocks -= (size - 1) * sum(layer.weight.numel() for layer in gathered_fp8.values())
+        blocks = size * sum(p.numel() for p in model.layers.parameters()) - (size - 1) * gathered_fp8
         # with resharding this block and the next one, prefetched
         gathered += blocks * min(1, 2 / m.n_layer) if config.reshard_after_forward else blocks
 
@@ -112,24 +118,6 @@ def optimizer_bytes(config, model, shards):
              for name, p in params.items()}
     on_host = sum(sizes[name] for name in optim.offloaded(config.optim, params))
     return sum(sizes.values()) - on_host, on_host
-
-
-def saved_values(config, linears):
-    """Values per token that all blocks save for backward. linears: those of the blocks, by name."""
-    m = config.model
-    if config.activation_checkpoint == "full":
-        return m.n_layer * m.n_embd  # block inputs
-    # outputs of linear layers (not the last one's, but the block's input, of the same size) and of attention
-    values = sum(layer.out_features for layer in linears.values()) + m.n_layer * m.n_head * m.head_dim
-    if config.activation_checkpoint == "none":
-        values += m.n_layer * (m.n_head + m.n_kv_head) * m.head_dim  # rotated queries and keys
-        for fqn, layer in linears.items():
-            # A layer whose weight gradient is in FP8 casts its input again in backward, from what the op before it
-            # saves anyway: PyTorch's partitioner decides so. The input of attn.out is attention's output.
-            recipe = fp8.RECIPES.get(fp8.recipe_of(fqn, config.fp8))
-            if models.layer_kind(fqn) != "attn.out" and not (recipe and recipe.grad_weight):
-                values += layer.in_features
-    return values
 
 
 def saves_in_background(config):
@@ -164,10 +152,10 @@ def check_memory(config, shards, accumulation, device):
     gib, no_room = memory(config, shards, accumulation), None
     host_gib, copy_gib = host_memory(config, shards)
     on_node, host_has = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_capacity()
-    needed = on_node * host_gib
-    if needed > host_has and config.check_memory:
-        raise UserError(f"optim.offload={config.optim.offload} needs {needed:.1f} GiB of host memory, there are "
-                        f"{host_has:.1f}: lower it, or set optim.fp8_moments=True or optim.weights=stochastic_rounding")
+    if on_node * host_gib > host_has and config.check_memory:
+        raise UserError(f"optim.offload={config.optim.offload} needs {on_node * host_gib:.1f} GiB of host memory, "
+                        f"there are {host_has:.1f}: lower it, or set optim.fp8_moments=True or "
+                        "optim.weights=stochastic_rounding")
     if on_node * (host_gib + copy_gib) > 0.9 * host_has and copy_gib and config.check_memory:
         no_room = (f"async_checkpoint: {host_has:.1f} GiB of host memory have no room for the "
                    f"{on_node * copy_gib:.1f} GiB that checkpoints are written from: training waits for each")
@@ -212,19 +200,15 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
     block before it computes, its gradients reduced while the next one's backward runs; embedding, last norm and lm_head
     are one group, which nothing hides. Within 5% of what was measured on 2 and 4 GPUs in bf16 and FP8 (tests).
     """
-    m, dtype = config.model, getattr(torch, config.dtype)
+    n_layer, dtype, reshards = config.model.n_layer, getattr(torch, config.dtype), config.reshard_after_forward
     size, reduced_size = dtype.itemsize, getattr(torch, config.reduce_dtype).itemsize
     with torch.device("meta"):
-        model = models.Transformer(m)
+        model = models.Transformer(config.model)
     n_all, n_blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.layers))
     n_root = n_all - n_blocks
-    in_fp8 = 0
-    if config.fp8.enabled and config.fp8.enable_fsdp_float8_all_gather:
-        in_fp8 = sum(layer.weight.numel() for fqn, layer in model.named_modules() if fqn.startswith("layers.")
-                     and isinstance(layer, nn.Linear) and fp8.recipe_of(fqn, config.fp8))
-    block_bytes, root_bytes = (size * n_blocks - (size - 1) * in_fp8) / m.n_layer, size * n_root
-    # FSDP2 frees a block's weights after forward and gathers them again, or keeps them for all passes of a step
-    gathers = 2 * accumulation if config.reshard_after_forward else 1
+    in_fp8 = sum(layer.weight.numel() for fqn, layer in fp8.linear_layers(model).items()
+                 if fqn != "lm_head" and fp8.gathers(fp8.recipe_of(fqn, config.fp8), config.fp8, shards))
+    block_bytes, root_bytes = (size * n_blocks - (size - 1) * in_fp8) / n_layer, size * n_root
     part = (shards - 1) / shards
 
     def collective_s(n_bytes):
@@ -239,22 +223,22 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
     update_s = (2 * state + 3 * size * n_all) / COPY_RATE  # AdamW reads and writes state and weights, reads gradients
     compute_s = one_gpu_ms / 1000 - part * update_s
 
-    gathered = gathers * (m.n_layer * block_bytes + root_bytes)
-    reduced = accumulation * n_all
+    # FSDP2 frees a block's weights after forward and gathers them again, or keeps them for all passes of a step
+    forward_gathers = accumulation if reshards else 1
+    gathered = forward_gathers * (1 + reshards) * (n_layer * block_bytes + root_bytes)
     copied = 2 * gathered * (1 + 1 / shards)  # shards into the buffer, weights out of it: read and written
-    copied += reduced * (size + reduced_size) * (1 + 1 / shards)  # gradients, cast to reduce_dtype and back
+    copied += accumulation * n_all * (size + reduced_size) * (1 + 1 / shards)  # gradients, to reduce_dtype and back
 
-    gather_s, reduce_s = collective_s(block_bytes), collective_s(reduced_size * n_blocks / m.n_layer)
-    replicate_s = all_reduce_s(reduced_size * n_blocks / m.n_layer / shards)
-    forward_s, backward_s = (fraction * compute_s / accumulation / m.n_layer for fraction in (1 / 3, 2 / 3))
-    forward_gathers, backward_gathers = (accumulation, accumulation) if gathers > 1 else (1, 0)
-    in_backward_s = reduce_s + (gather_s if backward_gathers else 0)  # one after the other, on the same links
-    hidden_s = m.n_layer * (min(gather_s, forward_s) * forward_gathers
-                            + min(max(in_backward_s, replicate_s), backward_s) * accumulation)
-    exposed_s = m.n_layer * (max(0, gather_s - forward_s) * forward_gathers
-                             + max(0, in_backward_s - backward_s, replicate_s - backward_s) * accumulation)
-    root_reduced = reduced_size * n_root
+    gather_s, block_gradients = collective_s(block_bytes), reduced_size * n_blocks / n_layer
+    # gathers and reductions one after the other, on the same links; between replicas on others
+    in_backward_s = max(collective_s(block_gradients) + gather_s * reshards, all_reduce_s(block_gradients / shards))
+    pass_s, hidden_s, exposed_s = compute_s / accumulation / n_layer, 0.0, 0.0
+    for times, collectives_s, computing_s in ((forward_gathers, gather_s, pass_s / 3),
+                                              (accumulation, in_backward_s, 2 * pass_s / 3)):
+        hidden_s += n_layer * times * min(collectives_s, computing_s)
+        exposed_s += n_layer * times * max(0, collectives_s - computing_s)
+    root_gradients = reduced_size * n_root
     exposed_s += forward_gathers * collective_s(root_bytes)
-    exposed_s += accumulation * (collective_s(root_reduced) + all_reduce_s(root_reduced / shards))
+    exposed_s += accumulation * (collective_s(root_gradients) + all_reduce_s(root_gradients / shards))
     parts = {"compute": compute_s, "copies": copied / COPY_RATE, "slowed": CONTENTION * hidden_s, "exposed": exposed_s}
     return {name: 1000 * seconds for name, seconds in parts.items()}
