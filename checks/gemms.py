@@ -18,6 +18,7 @@ import torch.nn as nn
 
 import fp8
 import model as models
+from plumbing.ranks import gather
 
 
 def time_linears(config, device, passes, recipes):
@@ -93,7 +94,7 @@ def choose(config, device, passes):
     Timed by rank 0. A kind of layer, such as mlp.down, stands for all of them; names of single layers are listed where
     the same kind pays with one recipe and not with another.
     """
-    chosen = [None]
+    chosen = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         with torch.device("meta"):
             linears = fp8.linear_layers(models.Transformer(config.model))
@@ -103,10 +104,8 @@ def choose(config, device, passes):
         slow = [fqn for fqn, name in recipes.items() if not pays[models.layer_kind(fqn), name]]
         mixed = {models.layer_kind(fqn) for fqn in recipes if fqn not in slow}
         kinds = {fqn: models.layer_kind(fqn) for fqn in slow}
-        chosen = [list(dict.fromkeys(fqn if kind in mixed else kind for fqn, kind in kinds.items()))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    return chosen[0]
+        chosen = list(dict.fromkeys(fqn if kind in mixed else kind for fqn, kind in kinds.items()))
+    return gather(chosen)[0]
 
 
 def table(rows, step_ms):

@@ -66,10 +66,7 @@ def table(model, cfg, flops_share, *, shards):
 
 
 def verify_sharded(model, cfg, *, shards):
-    """After sharding and loading: RunStopped unless every linear layer has the recipe that cfg says, set up to gather.
-
-    A failure is a defect of this code or of a fork.
-    """
+    """After sharding and loading: RunStopped unless each linear layer has the recipe that cfg says, set up to gather."""
     converted, problems = fp8.float8_linears(model), []
     for fqn in fp8.linear_layers(model):
         asked, found = fp8.recipe_of(fqn, cfg), converted[fqn].recipe if fqn in converted else None
@@ -128,12 +125,11 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
 
     The first call compiles. The second is counted: by the profiler, or for emulated FP8 by a dispatch mode in eager,
     since a compiled emulated matmul looks like any other. Matmuls are counted by shape and scaling, so that recomputed
-    ones do not stand in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. Raises
-    RunStopped if a matmul that the converted layers need did not run, or if a weight was gathered in another dtype
-    than configured.
+    ones do not stand in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. RunStopped if
+    one that the converted layers need did not run, or if a weight was gathered in another dtype than configured.
     """
     run()
-    triton = 0
+    seen, triton = Counter(), 0
     if cfg.emulate:
         with torch.compiler.set_stance("force_eager"), CountFloat8Matmuls() as counter:
             run()
@@ -145,16 +141,14 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
             torch.cuda.synchronize()
         # cuBLAS and CUTLASS show as the aten op, max-autotune's Triton matmuls as triton_tem_... (without shapes).
         # Pointwise kernels fused around them, triton_poi_fused__scaled_mm_..., are no matmuls.
-        events = profile.events()
-        seen = Counter()
-        for event in events:
+        for event in profile.events():
             if event.name == "aten::_scaled_mm":
                 a, b, scale = map(tuple, event.input_shapes[:3])
                 seen[a, b, "row" if math.prod(scale) > 1 else "tensor"] += 1
             elif event.name == "aten::_scaled_mm_v2":
                 seen[*map(tuple, event.input_shapes[:2]), "block"] += 1
-        triton = sum(e.device_type.name == "CUDA" and e.name.startswith("triton_tem") and "scaled_mm" in e.name
-                     for e in events)
+            elif event.name.startswith("triton_tem") and "scaled_mm" in event.name:
+                triton += event.device_type.name == "CUDA"
     converted, needed = fp8.float8_linears(model), needed_matmuls(model, cfg, tokens, loss_chunks)
     missing = (needed - seen).total() - triton
     if missing > 0:
@@ -205,8 +199,7 @@ def self_check(config, micro_batch, device):
     """One pass of a one-layer model of the run's shapes, compiled in FP8 as it trains, against eager bf16.
 
     Blocks whose layers have the same recipes run the same graph, so one stands for all of them. micro_batch: (x, y,
-    documents) of the run, on the device. Returns a line for the screen. Raises RunStopped if loss or gradients differ
-    by more than rounding explains.
+    documents) on the device. Returns a line for the screen; RunStopped if they differ by more than rounding explains.
     """
     with torch.device("meta"):
         linears = fp8.linear_layers(models.Transformer(config.model))

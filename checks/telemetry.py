@@ -139,7 +139,7 @@ def health(model, run, step):
     """What every FP8 cast loses in `run`, a forward and backward pass: one row of metrics.jsonl per FP8 layer.
 
     Call it on every rank; rows cover all ranks. {"step", "fp8_layer": name, operand: {"format", "sqnr_db", "underflow",
-    "saturated", "amax", "scale"}, ...}; None stands for inf and nan, scale is the smallest.
+    "saturated", "amax", "scale"}, ...}, to 6 digits; None stands for inf and nan, scale is the smallest.
     """
     linears, device = fp8.float8_linears(model), next(model.parameters()).device
     nothing = torch.tensor([0.0] * len(SUMS) + [-math.inf] * len(PEAKS), dtype=torch.float64, device=device)
@@ -169,21 +169,15 @@ def health(model, run, step):
     for (fqn, m), layer in zip(linears.items(), seen.tolist(), strict=True):
         row = {"step": step, "fp8_layer": fqn}
         for (name, _, matmul, operand, _), numbers in zip(CASTS, layer, strict=True):
-            stats = dict(zip(SUMS + PEAKS, numbers, strict=True))
-            if stats["values"] > 0:
+            signal, noise, underflow, saturated, values, amax, minus_scale = numbers
+            if values > 0:
                 cast = getattr(fp8.RECIPES[m.recipe], matmul)[operand]
-                row[name] = {"format": FORMATS[cast.dtype], **summary(stats)}
+                stats = {"sqnr_db": decibels(signal, noise), "underflow": underflow / values,
+                         "saturated": saturated / values, "amax": amax, "scale": -minus_scale}
+                row[name] = {"format": FORMATS[cast.dtype], **{
+                    key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in stats.items()}}
         rows.append(row)
     return rows
-
-
-def summary(stats):
-    """The reported numbers of an operand from its SUMS and PEAKS, to 6 digits; None for inf and nan."""
-    numbers = {"sqnr_db": decibels(stats["signal"], stats["noise"]),
-               "underflow": stats["underflow"] / stats["values"],
-               "saturated": stats["saturated"] / stats["values"],
-               "amax": stats["amax"], "scale": -stats["minus_scale"]}
-    return {key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in numbers.items()}
 
 
 def decibels(signal, noise):

@@ -1,7 +1,4 @@
-"""The Triton kernel of plumbing/blockwise.py: a tensor is read once, and both layouts that matmuls want are written.
-
-A module of its own, since Triton comes with torch's CUDA builds only.
-"""
+"""The Triton kernel of plumbing/blockwise.py. A module of its own: Triton comes with torch's CUDA builds only."""
 
 import triton
 import triton.language as tl
@@ -17,7 +14,7 @@ def scales(amax):
 @triton.jit
 def cast_tile(x, q, scale, q_t, scale_t, rows, columns, TILES: tl.constexpr, PLAIN: tl.constexpr,
               TRANSPOSED: tl.constexpr):
-    """Cast 128 x 128 values of x. Pointers are those of blockwise.cast()'s results, None for what is not asked for.
+    """Read 128 x 128 values of x once and write the casts in both layouts: the results of blockwise.cast(), or None.
 
     No maximum here propagates NaN: with one that does, Triton may store garbage instead of FP8 values
     (https://github.com/triton-lang/triton/issues/11111). A NaN stays in the value that is cast.

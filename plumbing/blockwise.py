@@ -7,8 +7,8 @@ Every operand is e4m3, with a float32 scale for 1 x 128 values along the contrac
     grad_w = g.T @ x    g, x: 1 x 128 along tokens
 
 The matmuls are cuBLASLt's (Hopper only), which multiplies the sum over 128 products by both scales, in float32. It
-wants the contraction contiguous in both operands, so x, g and w are needed in two layouts: the casts decide the speed.
-block_kernel.py makes both layouts of a tensor in one pass over it. Elsewhere PyTorch's operators make the same values.
+wants the contraction contiguous in both operands, so x, g and w are needed in two layouts, which block_kernel.py makes
+in one pass over a tensor. Elsewhere PyTorch's operators make the same values.
 
 An operand is a pair (values, scales) with values of shape (outer, contraction). To be multiplied by: scales of shape
 (contraction / 128, outer) for 1 x 128 and (outer / 128, contraction / 128) for 128 x 128.
@@ -47,7 +47,6 @@ def cast_blocks(x, tiles, plain, transposed):
 
 
 def empty_casts(x, tiles, plain, transposed):
-    """The tensors of cast_blocks, not filled."""
     sizes = [x.shape] * plain + [x.shape[::-1]] * transposed
     return [t for outer, inner in sizes for t in (
         x.new_empty(outer, inner, dtype=E4M3),
@@ -74,7 +73,6 @@ def in_blocks(x, scales):
 
 
 def dequantized(values, scales):
-    """An operand in float32."""
     blocks, scales = in_blocks(values.float(), scales)
     return (blocks * scales).reshape(values.shape)
 
@@ -160,8 +158,7 @@ class BlockwiseLinear(nn.Linear):
     """nn.Linear in block-wise FP8; fp8.convert makes it of an nn.Linear, in place."""
 
     def forward(self, x):
-        y = self.multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
-
-    def multiply(self, x):
-        return BlockwiseMatmuls.apply(x, self.weight, self.keep_casts and torch.is_grad_enabled(), self.emulate)
+        keep_casts = self.keep_casts and torch.is_grad_enabled()
+        y = BlockwiseMatmuls.apply(x.flatten(0, -2), self.weight, keep_casts, self.emulate)
+        y = y if self.bias is None else y + self.bias
+        return y.unflatten(0, x.shape[:-1])

@@ -330,6 +330,16 @@ def test_table_shows_what_is_covered_and_what_is_not():
     assert "fp8 all-gather has nothing to do here" in table
 
 
+def test_table_shows_where_fast_accumulation_has_no_effect():
+    cfg = FP8Config(enabled=True, grad_fast_accum=True,
+                    recipes={"mlp": "blockwise", "attn.out": "tensorwise_forward", "lm_head": None})
+    model, note = build(cfg), ", grad_fast_accum has no effect"
+    lines = proof.table(model, cfg, 0.5, shards=0).splitlines()
+    assert {line.split()[0].removeprefix("layers.*.") for line in lines if line.endswith(note)} == {
+        "mlp.gate_up", "mlp.down", "attn.out"}
+    assert note not in proof.table(model, replace(cfg, grad_fast_accum=False), 0.5, shards=0)
+
+
 def test_the_compilers_switches_of_every_recipe_in_use_are_set():
     with torch._inductor.config.patch(emulate_precision_casts=False):
         build(emulated(recipes={"layers.0": "tensorwise_forward"}))
