@@ -66,7 +66,7 @@ def table(model, cfg, flops_share, *, shards):
 
 
 def verify_sharded(model, cfg, *, shards):
-    """After sharding and loading: RunStopped unless each linear layer has the recipe that cfg says, set up to gather."""
+    """After sharding and loading: RunStopped unless each layer has the recipe that cfg says, set up to gather."""
     converted, problems = fp8.float8_linears(model), []
     for fqn in fp8.linear_layers(model):
         asked, found = fp8.recipe_of(fqn, cfg), converted[fqn].recipe if fqn in converted else None
