@@ -63,9 +63,7 @@ def run(main):
     signal.signal(signal.SIGINT, interrupt)
     try:
         status = main()
-    except SystemExit:
-        raise
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt, CheckpointException) as error:  # the last one is no Exception
         for number in SIGNALS:  # torchrun now ends the ranks
             signal.signal(number, signal.SIG_DFL)
         first, expected = fails_first(), as_expected(error)

@@ -129,17 +129,14 @@ def read_metrics(out_dir):
 
 
 def open_metrics(out_dir, lock=fcntl.LOCK_EX):
-    """out_dir/metrics.jsonl for appending, locked until it is closed. Raises UserError if a run holds the lock.
-
-    On a file system without locks (some network file systems), a line on the screen says so.
-    """
+    """out_dir/metrics.jsonl for appending, locked until it is closed. Raises UserError if a run holds the lock."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = (out_dir / "metrics.jsonl").open("a")
     try:
         fcntl.flock(file, lock | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is writing to {out_dir}: wait until it ends, or set another out_dir") from None
-    except OSError as error:
+    except OSError as error:  # no locks on some network file systems
         if lock == fcntl.LOCK_EX:  # rank 0 alone takes it
             print(f"{out_dir} cannot be locked ({error.strerror}): start no second run in it", flush=True)
     return file
