@@ -259,6 +259,14 @@ def test_step_times_of_several_gpus_are_within_5_percent_of_what_bench_measured(
     assert all(ms > 0 for ms in parts.values())
 
 
+def test_only_layers_that_are_gathered_in_fp8_have_less_to_copy():
+    tensorwise, rowwise, bf16 = gathering(), gathering(), gathering()
+    rowwise.fp8.recipes = {"layers": "rowwise"}
+    bf16.fp8.enabled = False
+    copies = [estimate.step_ms(config, 600, 8)["copies"] for config in (tensorwise, rowwise, bf16)]
+    assert copies[0] < copies[1] == copies[2]
+
+
 def test_what_is_exposed_on_many_gpus():
     """A ring over more GPUs has more hops; beyond the time of a block's compute they are exposed. HSDP's are short."""
     config = gathering()
