@@ -77,6 +77,18 @@ def test_a_run_that_saves_nothing_says_so_when_a_signal_ends_it(tiny_run, tmp_pa
     assert "stopped by SIGTERM after step 1/6, not saved, as checkpoint_interval=0" in out
 
 
+def test_a_signal_that_somebody_else_handles_stops_nothing(tiny_run, tmp_path, monkeypatch):
+    share = StopSignals.share
+    monkeypatch.setattr(StopSignals, "share", lambda self: (os.kill(os.getpid(), signal.SIGCHLD), time.sleep(0.05),
+                                                            share(self)))
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        _, out, _ = main_here(train.main, *tiny_run, f"--out_dir={tmp_path / 'run'}")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert "done: 6 steps" in out and "stopped by" not in out
+
+
 def in_fork(function):
     """Call a function in a process of its own; the process id."""
     child = os.fork()
