@@ -255,13 +255,13 @@ def main():
         report_path.write_text(json.dumps(report, indent=1))
         print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
         finish(config, report_path)
-        return 0
+        return
     picture = base.parent / "bench.png"
     plot(rows, f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}", picture)
     print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is relative to "
           f"{rows[0]['variant']}, mfu to the bf16 peak", table(rows, COLUMNS), "", sep="\n")
     finish(config, report_path, picture)
-    return int(any("error" in row for row in rows))
+    sys.exit(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

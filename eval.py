@@ -159,14 +159,17 @@ def main():
     ranks = find_ranks()
     if ranks.world_size > 1:
         join_process_group(ranks)
-    out = Path(args.out) if args.out else None
-    cannot_write = out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK))
-    mistakes = {f"--from={args.folder}: no such folder": not Path(args.folder).is_dir(),
-                f"--limit={args.limit} must not be negative": args.limit < 0,
-                f"--data={args.data}: no such file": args.data and not Path(args.data).is_file(),
-                f"--out={out}: name a writable file in a folder that exists": cannot_write}
-    if any(mistakes.values()):
-        raise UserError("\n".join(message for message, made in mistakes.items() if made))
+    out, mistakes = Path(args.out) if args.out else None, []
+    if not Path(args.folder).is_dir():
+        mistakes.append(f"--from={args.folder}: no such folder")
+    if args.limit < 0:
+        mistakes.append(f"--limit={args.limit} must not be negative")
+    if args.data and not Path(args.data).is_file():
+        mistakes.append(f"--data={args.data}: no such file")
+    if out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)):
+        mistakes.append(f"--out={out}: name a writable file in a folder that exists")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     with ranks.node_first():
         path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
     questions = hellaswag.read([Path(path)])[: args.limit or None]

@@ -96,15 +96,13 @@ class Recipe:
 
     @property
     def scalings(self):
-        """The scalings of its casts. "block" makes layers ours, others are torchao's; "row" all scales powers of 2."""
+        """Of its casts: "block" makes layers ours instead of torchao's, "row" makes all scales powers of two."""
         return {cast.scaling for name in self.fp8_matmuls for cast in getattr(self, name)}
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TENSOR_E4M3, TENSOR_E5M2, ROW_E4M3 = Cast("tensor", E4M3), Cast("tensor", E5M2), Cast("row", E4M3)
 BLOCK_E4M3, TILE_E4M3 = Cast("block", E4M3), Cast("tile", E4M3)  # 1 x 128 and 128 x 128 values
-
-
 RECIPES = {
     "tensorwise": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
                          grad_weight=(TENSOR_E5M2, TENSOR_E4M3), gather_rows=1, keep_casts=True),

@@ -35,7 +35,6 @@ import torch
 
 import bench
 import configurator
-import optim
 from plumbing import entry, logs
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
@@ -90,9 +89,6 @@ def plan(own, config, base):
             if changes := configurator.changed(folder / "wanted.py", wanted):
                 raise UserError(f"{folder} holds a run of another config{changes}: set another out_dir")
             runs.append((variant, seed, folder, wanted))
-    if own.branch_at and len({wanted.optim.fp8_moments for *_, wanted in runs}) > 1:
-        raise UserError(f"--branch_at={own.branch_at} starts variants from bf16's moments, so {optim.STATE_KEYS} must "
-                        "be the same for all: leave out one of the two")
     return runs
 
 

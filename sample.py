@@ -115,9 +115,10 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
 
 
 def load_model(folder, device, tokenizer=None):
-    """(model, tokenizer, config) of an out_dir's newest checkpoint, or of a Hugging Face model folder; else UserError.
+    """(model, tokenizer, config) of an out_dir's newest checkpoint, or of a Hugging Face model folder.
 
-    tokenizer: a value for data.tokenizer in place of the run's or the folder's.
+    tokenizer: a value for data.tokenizer in place of the run's or the folder's. Raises UserError if the folder is
+    neither.
     """
     is_model_folder = Path(folder, "config.json").is_file()
     if is_model_folder:
@@ -148,7 +149,8 @@ NOT_FOLLOWED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_t
 def stop_ids(tokenizer, *folders):
     """The ids that end a text: the tokenizer's EOS, and eos_token_id of model folders.
 
-    Of generation_config.json if a folder has one, else of config.json, as in transformers. Prints what is not followed.
+    Of generation_config.json if a folder has one, else of config.json, as in transformers. Prints what else
+    generation_config.json asks for and sample.py does not do.
     """
     found = {tokenizer.eos}
     for folder in dict.fromkeys(map(str, folders)):
@@ -203,8 +205,11 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling (1337)")
     parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder without one")
     args = parser.parse_args()
-    errors = [f"--{name}={value} must be a number that is not negative" for name, value in vars(args).items()
-              if name in ("max_new_tokens", "temperature", "top_k") and not 0 <= value < math.inf]
+    errors = []
+    for name in ("max_new_tokens", "temperature", "top_k"):
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            errors.append(f"--{name}={value} must be a number that is not negative")
     if not -(2**63) <= args.seed < 2**63:
         errors.append(f"--seed={args.seed} must fit in 64 bits")
     if errors:
