@@ -51,6 +51,8 @@ def test_keys_flags_and_tests_that_are_named_exist(page):
     keys, tests = flat(Config()), "".join(p.read_text() for p in REPO.glob("tests/**/test_*.py"))
     for words in re.findall(r"-k (\w+)", text):
         assert re.search(rf"def test_\w*{words}", tests), f"{page} runs tests named {words}"
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, f"{page} names {name}"
     if page == RECORD:
         return
     for section, name in set(re.findall(rf"\b({'|'.join(SECTIONS)})\.(?!py\b|md\b)(\w+)", text)):
