@@ -189,6 +189,20 @@ def trial(folder, keys, ranks_of, reference, kills, rng, label):
                   "losses_equal": equal, "largest_gap": max(gaps), "problems": problems}
 
 
+def report(kills, trials, began, path):
+    """The summary of what has been done since `began`; with all rows it is written to `path`, unless that is None."""
+    waits = [row["seconds_to_end"] for row in kills if row["victim"] != "all"]
+    summary = {
+        "command": sys.argv, "hardware": f"{os.cpu_count()} CPU cores", "versions": logs.provenance()["versions"],
+        "minutes": (time.monotonic() - began) / 60, "kills": len(kills), "runs": len(trials),
+        "failed_runs": sum(bool(row["problems"]) for row in trials)}
+    if waits:
+        summary["seconds_until_the_others_ended"] = {"median": statistics.median(waits), "largest": max(waits)}
+    if path:
+        path.write_text(json.dumps({**summary, "trials": trials, "rows": kills}, indent=1))
+    return summary
+
+
 def main():
     parser = entry.Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=40, help="kills in all (40)")
@@ -222,20 +236,11 @@ def main():
                 {"trial": number, "precision": precision, "async_checkpoint": asynchronous})
             kills += rows
             trials.append(row)
+            report(kills, trials, began, args.out)
             print(f"run {number}: {precision}, {'asynchronous' if asynchronous else 'synchronous'} saves, ranks "
                   f"{row['ranks']}, {len(rows)} kills: " + ("; ".join(row["problems"]) or "as without"), flush=True)
-    failed = [row for row in trials if row["problems"]]
-    waits = [row["seconds_to_end"] for row in kills if row["victim"] != "all"]
-    summary = {
-        "command": sys.argv, "hardware": f"{os.cpu_count()} CPU cores", "versions": logs.provenance()["versions"],
-        "minutes": (time.monotonic() - began) / 60, "kills": len(kills), "runs": len(trials),
-        "failed_runs": len(failed)}
-    if waits:
-        summary["seconds_until_the_others_ended"] = {"median": statistics.median(waits), "largest": max(waits)}
-    print(json.dumps(summary))
-    if args.out:
-        args.out.write_text(json.dumps({**summary, "trials": trials, "rows": kills}, indent=1))
-    sys.exit(bool(failed))
+    print(json.dumps(report(kills, trials, began, args.out)))
+    sys.exit(any(row["problems"] for row in trials))
 
 
 if __name__ == "__main__":
