@@ -61,18 +61,17 @@ class Writer(dcp.FileSystemWriter):
         """Rank 0, when every rank has written: check that all has arrived, and give the folder its name."""
         super().finish(metadata, results)
         assert len(metadata.storage_data) == sum(len(t.chunks) for t in metadata.state_dict_metadata.values())
+        sums = "".join(file.read_text() for file in sorted(self.path.glob("*.sums")))
         sizes = defaultdict(int)
         for piece in metadata.storage_data.values():
             sizes[piece.relative_path] = max(sizes[piece.relative_path], piece.offset + piece.length)
         for file, size in sizes.items():
             path = self.path / file
-            if not path.is_file() or path.stat().st_size != size:
-                raise RunStopped(f"{path} has not arrived with its {size} bytes, which a rank has written. The "
-                                 "checkpoint before it is whole")
+            if not path.is_file() or path.stat().st_size != size or f"  {file}\n" not in sums:
+                raise RunStopped(f"{path} has not arrived with its {size} bytes and its hash, which a rank has written. "
+                                 "The checkpoint before it is whole")
         self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
-        sums = ""
-        for of_rank in sorted(self.path.glob("*.sums")):
-            sums += of_rank.read_text()
+        for of_rank in self.path.glob("*.sums"):
             of_rank.unlink()
         self.path.joinpath("SHA256SUMS").write_text(sums + sha256sum(self.path, ".metadata", "run.json"))
         for path in (self.path / "run.json", self.path / "SHA256SUMS", self.path):
