@@ -68,8 +68,8 @@ class Writer(dcp.FileSystemWriter):
         for file, size in sizes.items():
             path = self.path / file
             if not path.is_file() or path.stat().st_size != size or f"  {file}\n" not in sums:
-                raise RunStopped(f"{path} has not arrived with its {size} bytes and its hash, which a rank has written. "
-                                 "The checkpoint before it is whole")
+                raise RunStopped(f"{path} has not arrived with its {size} bytes and its hash, which a rank has "
+                                 "written. The checkpoint before it is whole")
         self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
         for of_rank in self.path.glob("*.sums"):
             of_rank.unlink()
