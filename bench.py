@@ -32,7 +32,7 @@ from fp8 import RECIPES
 from plumbing import entry, logs
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import process_rank
+from plumbing.ranks import from_launcher, process_rank
 
 REPO = Path(__file__).parent
 TRAIN = (REPO / "train.py",)  # the program that trains a variant
@@ -90,7 +90,7 @@ def prepare(own, default):
     own: as for configurator.load. default: as for arguments(). Without a GPU, FP8 is emulated.
     """
     config = configurator.load(arguments(default), own)
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+    if from_launcher("GROUP_WORLD_SIZE", 1) > 1:
         raise UserError("this script works on one machine: start torchrun without --nnodes")
     if process_rank() > 0:
         sys.exit(0)

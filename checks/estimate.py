@@ -11,6 +11,7 @@ import fp8
 import model as models
 import optim
 from plumbing.errors import UserError
+from plumbing.ranks import from_launcher
 
 # Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: the reference of MFU, in FP8 runs too.
 BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
@@ -151,7 +152,7 @@ def check_memory(config, shards, accumulation, device):
     """
     gib, no_room = memory(config, shards, accumulation), None
     host_gib, copy_gib = host_memory(config, shards)
-    on_node, host_has = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), host_capacity()
+    on_node, host_has = from_launcher("LOCAL_WORLD_SIZE", 1), host_capacity()
     if on_node * host_gib > host_has and config.check_memory:
         raise UserError(f"optim.offload={config.optim.offload} needs {on_node * host_gib:.1f} GiB of host memory, "
                         f"there are {host_has:.1f}: lower it, or set optim.fp8_moments=True or "

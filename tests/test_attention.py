@@ -111,7 +111,7 @@ def test_flash4_gives_what_whole_rows_give(deterministic, planted, monkeypatch):
 
 
 def test_the_operators_shapes_are_known_without_running_them(planted):
-    """What the compiler is told of each output: shape, dtype, strides."""
+    """The fake kernels give each output's shape, dtype and strides."""
     for shape, bounds in (((2, 24), (None, None)), ((48,), (torch.tensor([0, 20, 48], dtype=torch.int32), 128))):
         q, k, v = (torch.randn(*shape, heads, 8, requires_grad=True) for heads in (4, 2, 2))
         torch.library.opcheck(torch.ops.nanofp8.flash4.default, (q, k, v, *bounds, 5))

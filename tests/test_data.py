@@ -60,7 +60,7 @@ def single_bytes(name, special_tokens):
 
 
 def stream(n, name="numbers", block_size=8, shard=10**6):
-    """A Tokens of n tokens, token i is i modulo 65521, so that every window can be told from every other."""
+    """A Tokens of n tokens. Token i is i modulo 65521, so all windows differ."""
     ids = (np.arange(n) % 65521).astype(np.uint16)
     arrays = np.split(ids, range(shard, n, shard))
     return Tokens(arrays, [name], block_size, largest=int(ids.max()))
