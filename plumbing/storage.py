@@ -60,6 +60,7 @@ class Writer(dcp.FileSystemWriter):
     def finish(self, metadata, results):
         """Rank 0, when every rank has written: check that all has arrived, and give the folder its name."""
         super().finish(metadata, results)
+        metadata = Reader(self.path).read_metadata()  # torch 2.11 fills in a copy
         assert len(metadata.storage_data) == sum(len(t.chunks) for t in metadata.state_dict_metadata.values())
         sums = "".join(file.read_text() for file in sorted(self.path.glob("*.sums")))
         sizes = defaultdict(int)
