@@ -1,11 +1,12 @@
 """How long training waits for a checkpoint: written at once, and in the background, for each mode of the optimizer.
 
-    python bench/saving.py [--modes=MODE,...] [--folder=DIR] [--out=FILE.json] [--key=value ...]
+    python bench/saving.py [--modes=MODE,...] [--saves=N] [--folder=DIR] [--out=FILE.json] [--key=value ...]
 
 Llama-3.2-1B's shape on random tokens on a GPU (a checkpoint of 17 GB with fp32_master), a small model on a CPU. Each
-mode saves its state at once, then the same state in the background, while steps go on until it is written. What
-training waits for that is the time of these steps beyond as many undisturbed ones. The files of both must be equal.
-Exit status 1 if they are not, or if training waits 5% of a save at once or more.
+mode saves its state once at once, and then --saves times in the background, while steps go on until all is written.
+What training waits for a save is the time of these steps beyond as many undisturbed ones (the median of the 20 just
+before and after). The files of the first save in the background must equal those written at once. Exit status 1 if
+they do not, or if training waits on average 5% of a save at once or more.
 """
 
 import json
@@ -45,7 +46,7 @@ def hashes(out_dir, step):
     return [line for line in lines if line.endswith(".distcp")]
 
 
-def measure(config, mode, ranks, folder):
+def measure(config, mode, ranks, folder, saves):
     """The row of a mode."""
     with torch.device("meta"):
         model = models.Transformer(config.model).to(getattr(torch, config.dtype))
@@ -69,35 +70,45 @@ def measure(config, mode, ranks, folder):
         action()
         return ranks.now() - begin
 
+    def train_while_saving(number):
+        """Number of steps."""
+        in_background.save(number, {})
+        steps = 0
+        while in_background.written:  # before_update() clears it when all is written
+            step(in_background)
+            steps += 1
+        return steps
+
     for _ in range(3):  # compiles
         step()
-    step_s = statistics.median(seconds(step) for _ in range(20))
-    savers = [checkpoint.Saver(folder, model, optimizer, print, keep=0, background=background)
-              for background in (False, True)]
-    pinning_s = seconds(savers[1].room.result)
-    at_once_s = seconds(lambda: savers[0].save(1, {}))
-
-    def train_while_saving():
-        nonlocal steps
-        savers[1].save(2, {})
-        while savers[1].written:  # before_update() clears it when all is written
-            step(savers[1])
-            steps += 1
-
-    steps = 0
-    beside_s = seconds(train_while_saving)
-    savers[1].finish()
-    files = list(Path(folder, "checkpoints", "step_00000001").iterdir())
-    waits_s = beside_s - steps * step_s
-    return {"mode": mode, "parameters": sum(p.numel() for p in model.parameters()), "step_ms": 1000 * step_s,
-            "checkpoint_gb": sum(path.stat().st_size for path in files) / 1e9, "pinning_s": pinning_s,
-            "at_once_s": at_once_s, "beside_s": beside_s, "steps_beside": steps, "training_waits_s": waits_s,
-            "share": waits_s / at_once_s, "equal": hashes(folder, 1) == hashes(folder, 2)}
+    at_once, in_background = (checkpoint.Saver(folder, model, optimizer, print, keep=1, background=background)
+                              for background in (False, True))
+    pinning_s = seconds(in_background.room.result)
+    undisturbed = [seconds(step) for _ in range(10)]
+    at_once_s = seconds(lambda: at_once.save(1, {}))
+    files = [path.stat().st_size for path in Path(folder, "checkpoints", "step_00000001").iterdir()]
+    first, rows = hashes(folder, 1), []
+    for number in range(2, 2 + saves):
+        begin = ranks.now()
+        steps = train_while_saving(number)
+        beside_s = ranks.now() - begin
+        if number == 2:
+            equal = first == hashes(folder, 2)
+        before, undisturbed = undisturbed, [seconds(step) for _ in range(10)]
+        step_s = statistics.median(before + undisturbed)
+        rows.append({"beside_s": beside_s, "steps": steps, "step_ms": 1000 * step_s,
+                     "training_waits_s": beside_s - steps * step_s})
+    in_background.finish()
+    waits = [row["training_waits_s"] for row in rows]
+    return {"mode": mode, "parameters": sum(p.numel() for p in model.parameters()), "checkpoint_gb": sum(files) / 1e9,
+            "pinning_s": pinning_s, "at_once_s": at_once_s, "saves": rows, "training_waits_s": statistics.mean(waits),
+            "share": statistics.mean(waits) / at_once_s, "equal": equal}
 
 
 def main():
     parser = entry.Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--modes", default=",".join(MODES), help=f"some of {', '.join(MODES)}")
+    parser.add_argument("--saves", type=int, default=3, help="saves in the background (3)")
     parser.add_argument("--folder", type=Path, help="folder to save in, on the disk to measure")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args, keys = parser.parse_known_args()
@@ -107,10 +118,11 @@ def main():
     for mode in args.modes.split(","):
         config = configurator.load([*sizes, f"--compile.enabled={on_gpu}", *MODES[mode], *keys])
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            row = measure(config, mode, ranks, folder)
+            row = measure(config, mode, ranks, folder, args.saves)
         rows.append(row)
+        waits = [save["training_waits_s"] for save in row["saves"]]
         print(f"{mode}: {row['checkpoint_gb']:.2f} GB in {row['at_once_s']:.2f} s at once; in the background training "
-              f"waits {row['training_waits_s']:.3f} s ({row['share']:.1%}) of {row['beside_s']:.2f} s"
+              f"waits {row['training_waits_s']:.3f} s ({row['share']:.1%}; {min(waits):.3f} to {max(waits):.3f} s)"
               f"{'' if row['equal'] else '; THE FILES DIFFER'}", flush=True)
         if args.out:
             args.out.write_text(json.dumps({

@@ -355,6 +355,38 @@ FP32_MASTER = ["--dtype=bfloat16", "--optim.weights=fp32_master"]
 FP8_MOMENTS = ["--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--optim.fp8_moments=True"]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("keys", [dict(weights="fp32_master"), dict(weights="fp32_master", offload=1.0),
+                                  dict(weights="stochastic_rounding", fp8_moments=True)])
+def test_a_checkpoint_gives_back_every_bit_of_what_was_saved(tmp_path, keys, in_background, device):
+    def make(seed):
+        model = build(device=device, dtype=torch.bfloat16, seed=seed)
+        return model, AdamW(model, OptimConfig(**keys), seed=seed, compiled=False)
+
+    def train(model, optimizer, saver=None):
+        x = torch.randint(272, (2, 16), device=device)
+        model(x, x).div(x.numel()).backward()
+        if saver:
+            saver.before_update()
+        optimizer.step(1e-2, optimizer.grad_norm())
+
+    saved, other = make(1), make(2)
+    saver = checkpoint.Saver(tmp_path, *saved, print, keep=1, background=in_background)
+    train(*saved)
+    train(*other)
+    wanted = {name: t.clone() for name, t in checkpoint.tensors(*saved).items()}
+    saver.save(1, {"seed": 1})
+    train(*saved, saver)  # a save in the background is of the state before
+    saver.finish()
+    folder = checkpoint.latest(tmp_path)
+    checkpoint.load(folder, *other)
+    assert checkpoint.read_run(folder) == {"step": 1, "seed": 1} and other[1].step_count == 1
+    got = checkpoint.tensors(*other)
+    assert got.keys() == wanted.keys() and all(torch.equal(t, got[name]) for name, t in wanted.items())
+    assert not all(torch.equal(t, wanted[name]) for name, t in checkpoint.tensors(*saved).items())
+
+
 @pytest.mark.parametrize("keys", [[*FP32_MASTER, "--optim.offload=1"], [*FP8_MOMENTS, "--shard_one_rank=True"]],
                          ids=["fp32_master_offloaded", "fp8_moments_sharded"])
 def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tmp_path, monkeypatch, keys):
