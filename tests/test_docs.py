@@ -79,9 +79,10 @@ def test_numbers_of_the_front_page_are_those_of_the_results(tmp_path, monkeypatc
         assert f"{row['final_val_loss']:.3f}" in text
     band = result("parity_h100.json")
     losses = {(row["variant"], row["seed"]): row for row in band["rows"]}
-    assert f"±{band['band'] / losses['bf16', 1337]['final_val_loss']:.1%}" in text
-    assert f"{losses['tensorwise', 1337]['gap_percent']:.1f}% above" in text
     assert f"{losses['tensorwise:fp8.filter_fqns=[]', 1337]['gap_percent']:.1f}%" in text
+    found = result("parity_157m.json")["intervals"][0]
+    assert (f"{found['variant']} is {found['gap_percent']:+.2f}% from bf16's loss, 95% interval {found['low']:.2f} to "
+            f"{found['high']:+.2f}%: {found['verdict']} 0.25%") in text
     monkeypatch.syspath_prepend(REPO / "bench")
     front_page = importlib.import_module("front_page")
     assert front_page.speeds()[0][1:] == pytest.approx((10381, 14582), abs=1)
