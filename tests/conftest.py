@@ -122,6 +122,19 @@ def main_here(main, *argv):
     return status, out.getvalue(), err.getvalue()
 
 
+def scales_rows_on_a_cpu():
+    """Whether this torch multiplies FP8 with a scale for each row on a CPU: 2.11 does not."""
+    fp8_ones, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(fp8_ones, fp8_ones.t(), scales, scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_rows_on_a_cpu = pytest.mark.skipif(not scales_rows_on_a_cpu(), reason="needs rowwise FP8 matmuls on a CPU")
+
+
 @pytest.fixture
 def real_fp8_on_a_cpu(monkeypatch):
     """The path of a GPU, matmuls and layouts too: a CPU can take it, if slowly, so only fp8.check forbids it."""

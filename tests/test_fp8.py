@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from conftest import REAL_FP8_SIMDLEN, TINY, build, sqnr
+from conftest import REAL_FP8_SIMDLEN, TINY, build, needs_rows_on_a_cpu, sqnr
 from torch.distributed.fsdp import fully_shard
 
 import fp8
@@ -522,6 +522,7 @@ def test_weights_cast_once_give_the_same_gradients_until_they_change(monkeypatch
     assert len(casts) == 2 * len(fp8.float8_linears(once))
 
 
+@needs_rows_on_a_cpu
 def test_casts_are_kept_for_the_layers_whose_recipe_reads_them_again_and_the_estimate_knows():
     """With real FP8: tensorwise keeps inputs and weights, tensorwise_with_gw_hp weights, rowwise nothing."""
     torch._dynamo.reset()
