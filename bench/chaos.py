@@ -226,7 +226,7 @@ def main():
                 out_dir = Path(folder, f"reference_{precision}_{n}")
                 finish(Run(n, [*keys, *PRECISIONS[precision], f"--out_dir={out_dir}"]))
                 references[precision, n] = losses(out_dir)
-            changes = len(counts) > 1 and number % 4 == 3  # every fourth run changes its number of ranks at each start
+            changes = len(counts) > 1 and number % 5 == 4  # every fifth run changes its number of ranks at each start
             others = [n, *(other for other in counts if other != n)]
             out_dir = Path(folder, f"trial_{number}")
             rows, row = trial(
