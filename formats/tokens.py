@@ -68,34 +68,26 @@ class Tokens:
         positions: 0 at the first id of each document in the row; None where attention sees the whole row.
         """
         part = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
+        n = len(part) - 1
         x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
-        x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
+        x[:n], y[:n] = part[:-1], part[1:]
         if self.eos is None:
             return x, y, None
+        begins = np.zeros(self.block_size + 1, bool)
+        first = 0 if self.eos_first else 1  # where EOS ends a document, the id behind it begins one
+        begins[first : first + n] = part[:-1] == self.eos
         index = np.arange(self.block_size)
-        begins = self.begins(np.where(index < len(part) - 1, x, self.eos + 1)[None])[0]
-        return x, y, index - np.maximum.accumulate(np.where(begins, index, 0))
-
-    def begins(self, ids):
-        """Where documents begin in rows of ids (R, T), bool. The first id of a row begins one."""
-        begins = ids == self.eos
-        if not self.eos_first:
-            begins = np.roll(begins, 1, axis=1)
-        begins[:, 0] = True
-        return begins
+        return x, y, index - np.maximum.accumulate(index * begins[:-1])
 
     def measure_documents(self):
         """(whether EOS is among the ids; mean length over ids, longest, most in a row of the documents that attention
         sees). Reads all ids."""
-        found, squares, longest, most, step = False, 0, 0, 0, max(1, PIECE // self.block_size)
-        for first in range(0, self.n_rows, step):
-            ids = self.slice(first * self.block_size, min((first + step) * self.block_size, len(self) - 1))
-            ids = np.append(ids, np.full(-len(ids) % self.block_size, self.eos + 1)).reshape(-1, self.block_size)
-            begins = self.begins(ids)
-            found |= bool((ids == self.eos).any())
-            lengths = np.diff(np.append(np.flatnonzero(begins), begins.size))
+        found, squares, longest, most = False, 0, 0, 0
+        for _, y, positions in map(self.row, range(self.n_rows)):
+            lengths = np.diff(np.append(np.flatnonzero(positions == 0), self.block_size))
+            found |= bool((y == self.eos).any())
             squares += int((lengths**2).sum())
-            longest, most = max(longest, int(lengths.max())), max(most, int(begins.sum(1).max()))
+            longest, most = max(longest, int(lengths.max())), max(most, len(lengths))
         return found, squares / (self.n_rows * self.block_size), longest, most
 
     def sample(self, i):
@@ -164,13 +156,12 @@ def open_splits(train, val, cfg, block_size, found):
 
     found: the files.Files that they are, or were made from.
     """
-    if val:
-        splits = open_split(train, cfg, block_size, "train"), open_split(val, cfg, block_size, "val")
-    else:
+    cut = None
+    if not val:
         n = sum(len(open_tokens(path)[0]) for path in train)
-        cut = n - n // files.VAL_EVERY
-        splits = (open_split(train, cfg, block_size, "train", stop=cut),
-                  open_split(train, cfg, block_size, "train", start=cut))
+        val, cut = train, n - n // files.VAL_EVERY
+    splits = (open_split(train, cfg, block_size, "train", stop=cut),
+              open_split(val, cfg, block_size, "val", start=cut or 0))
     if min(map(len, splits)) < 2:
         raise UserError(f"data: {len(splits[0])} tokens for training and {len(splits[1])} for validation are too few: "
                         "give more, or name data.val")
@@ -201,10 +192,7 @@ def open_split(paths, cfg, block_size, split, **part):
 
 
 def prepare(cfg, block_size, seed):
-    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. With several ranks call it on rank 0 first.
-
-    Raises UserError for files that are not token files, or that hold negative ids.
-    """
+    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. Raises UserError for files without token ids."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     found = files.resolve(cfg, {"tokens"})
     train, val = open_splits(found.train, found.val, cfg, block_size, found)
