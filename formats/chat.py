@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -121,17 +120,16 @@ def tokenize(paths, template, train_on, limit):
 
     counts, samples, unused, roles = Counter(), [], {}, {}
     rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (ids, loss, n_left_out), ignored, speakers in in_order(pool, encode, rows, 4 * os.cpu_count()):
-            unused |= dict.fromkeys(ignored)
-            roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)
-            counts["messages the template drops"] += n_left_out
-            counts["conversations cut at the end"] += len(ids) > limit + 1
-            ids, loss = ids[: limit + 1].astype(np.int32), loss[: limit + 1]
-            loss[:1] = False  # nothing comes before it
-            counts["dropped, having no target"] += not loss.any()
-            if loss.any():
-                samples.append((ids, loss))
+    for (ids, loss, n_left_out), ignored, speakers in in_order(encode, rows, os.cpu_count()):
+        unused |= dict.fromkeys(ignored)
+        roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)
+        counts["messages the template drops"] += n_left_out
+        counts["conversations cut at the end"] += len(ids) > limit + 1
+        ids, loss = ids[: limit + 1].astype(np.int32), loss[: limit + 1]
+        loss[:1] = False  # nothing comes before it
+        counts["dropped, having no target"] += not loss.any()
+        if loss.any():
+            samples.append((ids, loss))
     remarks = [f"fields not used: {', '.join(unused)}"] if unused else []
     if roles:
         remarks.append(f"roles that are not trained on: {', '.join(map(repr, roles))} (a typing error?)")

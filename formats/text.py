@@ -91,10 +91,9 @@ def encode_behind(tokenizer, context, text):
 
 def pieces(train, val, cfg, tokenizer, counts, bar):
     """Yield (split, Piece) of all documents; without files for validation every VAL_EVERY-th document is for that."""
-    last = "train" if val else "val"
-    for paths, splits in ((train, ["train"] * (files.VAL_EVERY - 1) + [last]), (val, ["val"])):
-        for i, chunks in enumerate(files.documents(paths, cfg.text_key, bar)):
-            split, n_pieces = splits[i % len(splits)], 0
+    for paths, named in ((train, "train"), (val, "val")):
+        for i, chunks in enumerate(files.documents(paths, cfg.text_key, bar), 1):
+            split, n_pieces = "val" if not val and i % files.VAL_EVERY == 0 else named, 0
             for n_pieces, piece in enumerate(cut(chunks, tokenizer, counts), 1):  # noqa: B007
                 yield split, piece
             what = "documents" if split == "train" else "documents for validation"
@@ -114,15 +113,16 @@ def batches(stream):
         yield batch
 
 
-def in_order(pool, function, items, n_ahead):
-    """Yield function(item) in order, computed by a pool, n_ahead at once."""
+def in_order(function, items, n_threads):
+    """Yield function(item) in order, computed by threads: tokenizers release the GIL. Few items are held at a time."""
     running = deque()
-    for item in items:
-        running.append(pool.submit(function, item))
-        if len(running) > n_ahead:
-            yield running.popleft().result()
-    for future in running:
-        yield future.result()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > 2 * n_threads:
+                yield running.popleft().result()
+        for future in running:
+            yield future.result()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -159,14 +159,13 @@ def build(folder, train, val, cfg, tokenizer):
         sizes.clear()
         replace_text(index, json.dumps({"pieces": n_done, "shards": shards, "counts": counts}))
 
-    workers = cfg.workers or os.cpu_count()
     total = sum(path.stat().st_size for path in (*train, *val))
     every = 0.1 if sys.stderr.isatty() else 60  # seconds: in a log file a line a minute
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every)
-    with ThreadPoolExecutor(workers) as pool, bar:  # threads are enough: tokenizers release the GIL
+    with bar:
         stream = pieces(train, val, cfg, tokenizer, counts, bar)
         deque(itertools.islice(stream, n_done), maxlen=0)  # skip what an earlier run has done
-        for batch in in_order(pool, encode, batches(stream), 2 * workers):
+        for batch in in_order(encode, batches(stream), cfg.workers or os.cpu_count()):
             for split, ids in batch:
                 waiting[split].append(ids)
                 sizes[split] += len(ids)
@@ -204,10 +203,7 @@ def work_folder(folder):
 
 
 def prepare(cfg, block_size, seed):
-    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig; tokenizes what cfg.cache_dir does not hold yet.
-
-    With several ranks call it on rank 0 first. Raises UserError for text that cannot be found, read or used.
-    """
+    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. What cfg.cache_dir does not hold is tokenized."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     found = files.resolve(cfg, files.TEXT)
     made_from = [[files.identity(path) for path in paths] for paths in (found.train, found.val)]
