@@ -203,7 +203,7 @@ def work_folder(folder):
 
 
 def prepare(cfg, block_size, seed):
-    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. What cfg.cache_dir does not hold is tokenized."""
+    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. Tokenizes what cfg.cache_dir does not hold."""
     tokenizer = get_tokenizer(cfg.tokenizer)
     found = files.resolve(cfg, files.TEXT)
     made_from = [[files.identity(path) for path in paths] for paths in (found.train, found.val)]
