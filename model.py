@@ -283,6 +283,12 @@ def check_ids(cfg, largest):
                         "that this model was made with")
 
 
+def on_meta(cfg):
+    """A Transformer of shapes and names, without memory."""
+    with torch.device("meta"):
+        return Transformer(cfg)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # initial values
 

@@ -127,9 +127,7 @@ def load_model(folder, device, tokenizer=None):
             dtype=hf.stored_dtype(folder))  # float16 too, which training has not
     else:
         newest, config = checkpoint.open_run(folder)
-    with torch.device("meta"):
-        model = models.Transformer(config.model).to(getattr(torch, config.dtype))
-    model.to_empty(device=device)
+    model = models.on_meta(config.model).to(getattr(torch, config.dtype)).to_empty(device=device)
     models.init_buffers(model)
     if is_model_folder:
         hf.load(folder, model)

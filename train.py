@@ -93,8 +93,7 @@ def main():
     if resume_from:
         previous_run = checkpoint.read_run(resume_from, config, **identity)
     start_step = previous_run["step"]
-    with torch.device("meta"):  # shapes and names, without memory
-        model = models.Transformer(config.model).to(dtype)
+    model = models.on_meta(config.model).to(dtype)
     say(f"attention: {attention.select_kernel(model, config, device)}")
     cudagraph.check(config, n_shards, device)
     check_fp8 = functools.partial(fp8.check, model=model, device=device, compiled=config.compile.enabled,

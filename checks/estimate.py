@@ -47,10 +47,8 @@ def memory(config, shards, accumulation):
     backward begins, with all activations, or where it ends, with all gradients. Sizes are those of the modules of
     model.Transformer, so a block of one's own is counted as it is.
     """
-    m, dtype = config.model, getattr(torch, config.dtype)
+    m, dtype, model = config.model, getattr(torch, config.dtype), models.on_meta(config.model)
     size, tokens = dtype.itemsize, config.micro_batch_size * m.block_size
-    with torch.device("meta"):
-        model = models.Transformer(m)
     linears = fp8.linear_layers(model)
     head = linears.pop("lm_head")
 
@@ -128,8 +126,7 @@ def saves_in_background(config):
 
 def host_memory(config, shards):
     """GiB of host memory per rank: (optimizer state that is kept there, copy that checkpoints are written from)."""
-    with torch.device("meta"):
-        model = models.Transformer(config.model)
+    model = models.on_meta(config.model)
     on_gpu, on_host = optimizer_bytes(config, model, shards)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize / max(1, shards)
     return on_host / 2**30, saves_in_background(config) * (weights + on_gpu + on_host) / 2**30
@@ -203,8 +200,7 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
     """
     n_layer, dtype, reshards = config.model.n_layer, getattr(torch, config.dtype), config.reshard_after_forward
     size, reduced_size = dtype.itemsize, getattr(torch, config.reduce_dtype).itemsize
-    with torch.device("meta"):
-        model = models.Transformer(config.model)
+    model = models.on_meta(config.model)
     n_all, n_blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.layers))
     n_root = n_all - n_blocks
     in_fp8 = sum(layer.weight.numel() for fqn, layer in fp8.linear_layers(model).items()

@@ -28,8 +28,7 @@ def time_linears(config, device, passes, recipes):
     kind, an entry for fp8.recipes, and `calls` how often it runs in a step. `ms` has the medians of (forward, backward)
     in ms, by "bf16" (config.dtype, more precisely) and recipe: None if the recipe cannot take the shape.
     """
-    with torch.device("meta"):
-        linears = fp8.linear_layers(models.Transformer(config.model))
+    linears = fp8.linear_layers(models.on_meta(config.model))
     kinds = Counter((models.layer_kind(fqn), m.out_features, m.in_features, m.bias is not None)
                     for fqn, m in linears.items())
     rows, dtype = [], getattr(torch, config.dtype)
@@ -96,8 +95,7 @@ def choose(config, device, passes):
     """
     chosen = None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with torch.device("meta"):
-            linears = fp8.linear_layers(models.Transformer(config.model))
+        linears = fp8.linear_layers(models.on_meta(config.model))
         recipes = {fqn: name for fqn in linears if (name := fp8.recipe_of(fqn, config.fp8))}
         rows = time_linears(config, device, passes, list(dict.fromkeys(recipes.values())))
         pays = {(row["layer"], name): gain(row, name) > 0 for row in rows for name in row["ms"]}

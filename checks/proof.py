@@ -201,8 +201,7 @@ def self_check(config, micro_batch, device):
     Blocks whose layers have the same recipes run the same graph, so one stands for all of them. micro_batch: (x, y,
     documents) on the device. Returns a line for the screen; RunStopped if they differ by more than rounding explains.
     """
-    with torch.device("meta"):
-        linears = fp8.linear_layers(models.Transformer(config.model))
+    linears = fp8.linear_layers(models.on_meta(config.model))
     blocks = []  # the recipes of each different block, and of lm_head, by the names of a one-layer model
     for i in range(config.model.n_layer):
         names = {fqn.replace(f"layers.{i}.", "layers.0."): fp8.recipe_of(fqn, config.fp8) for fqn in linears
@@ -231,8 +230,7 @@ def self_check(config, micro_batch, device):
 
 def one_layer_pass(config, fp8_cfg, micro_batch, device):
     """(loss, {name: gradient}) of one layer, embedding and head: FP8 as in the run; fp8_cfg=None: eager bf16."""
-    with torch.device("meta"):
-        model = models.Transformer(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
+    model = models.on_meta(replace(config.model, n_layer=1)).to(getattr(torch, config.dtype))
     if fp8_cfg:  # its kernel of attention is checked with it
         attention.select_kernel(model, config, device)
         fp8.convert(model, fp8_cfg, shards=0)

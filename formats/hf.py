@@ -127,11 +127,9 @@ def refuse(folder, problems):
 
 def layout(cfg, architecture):
     """{name in the files: (name of our parameter, its first row there, shape in the files)}, or UserError."""
-    with torch.device("meta"):
-        model = models.Transformer(cfg)
     rows = {2: [cfg.ffn_dim] * 2, 3: [n * cfg.head_dim for n in (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)]}
     names, found = ARCHITECTURES[architecture].names, {}
-    for name, p in model.named_parameters():
+    for name, p in models.on_meta(cfg).named_parameters():
         module, kind = name.rsplit(".", 1)
         if (ours := re.sub(r"\d+", "*", module)) not in names:
             raise UserError(f"{architecture} has no place for {ours}: add its names to families.ARCHITECTURES")
