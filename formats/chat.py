@@ -39,8 +39,8 @@ def check(value, name, *kinds):
     """`value`, which must be of one of these types. UserError names the field."""
     if isinstance(value, kinds):
         return value
-    expected = {str: "a string", list: "a list", dict: "an object"}
-    raise UserError(f"`{name}` is {files.type_of(value)}, expected " + " or ".join(expected[kind] for kind in kinds))
+    raise UserError(f"`{name}` is {files.type_of(value)}, expected "
+                    + " or ".join(files.TYPE_NAMES[kind] for kind in kinds))
 
 
 def read_messages(value, name):
@@ -141,7 +141,7 @@ def tokenize(paths, template, train_on, limit):
 def stored(paths, template, cfg, limit):
     """tokenize(), from cfg.cache_dir if it was done there before: ranks share the work, and a resumed run its dates."""
     identity = [[files.identity(path) for path in paths], cfg.train_on, limit,
-                template.tokenizer.fingerprint, template.sources, template.variables]
+                template.tokenizer.fingerprint, template.sources, template.tokenizer.named_tokens]
     key = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     path = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}.npz")
     if not path.exists():
@@ -158,14 +158,12 @@ def stored(paths, template, cfg, limit):
 
 def read_template(cfg, tokenizer):
     """The chat template of a DataConfig: data.chat_template, or the tokenizer's own."""
-    source = ""
-    if cfg.chat_template:
-        try:
-            source = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.chat_template={cfg.chat_template}: {error}") from error
-        if not source.strip():
-            raise UserError(f"data.chat_template={cfg.chat_template} is empty: name a Jinja file, or leave it out")
+    if not cfg.chat_template:
+        return Template(tokenizer)
+    try:
+        source = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template={cfg.chat_template}: {error}") from error
     return Template(tokenizer, source, cfg.chat_template)
 
 
@@ -174,11 +172,8 @@ def prepare(cfg, block_size, seed):
     tokenizer, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
     template, found = read_template(cfg, tokenizer), files.resolve(cfg, files.ROWS)
     train, counts, remarks = stored(found.train, template, cfg, limit)
-    val = None
-    if found.val:
-        val, val_counts, val_remarks = stored(found.val, template, cfg, limit)
-        counts = Counter(counts) + Counter(val_counts)
-        remarks = dict.fromkeys(remarks + val_remarks)
-    rows = make_rows(*split(train, val), cfg, block_size, seed, found=found, counts=counts,
-                     about="; ".join([f"tokenizer {tokenizer.described}, {template.name}", *remarks]))
+    val, val_counts, val_remarks = stored(found.val, template, cfg, limit) if found.val else (None, {}, [])
+    counts = {what: n + val_counts.get(what, 0) for what, n in counts.items()}
+    about = "; ".join([f"tokenizer {tokenizer.described}, {template.name}", *dict.fromkeys(remarks + val_remarks)])
+    rows = make_rows(*split(train, val), cfg, block_size, seed, found=found, counts=counts, about=about)
     return *rows, tokenizer

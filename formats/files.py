@@ -33,6 +33,8 @@ SPLITS = {"held out": {"validation", "valid", "val", "dev", "test", "testing", "
 VAL_EVERY = 20  # every 20th document is for validation where data.val names none
 PIECE = 2**20  # characters or bytes read at once
 LONGEST_LIST = 2**30  # bytes of a JSON list
+TYPE_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string",
+              list: "a list", dict: "an object"}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -265,9 +267,7 @@ def rows(files, bar=None):
 
 def type_of(value):
     """What a JSON value is called in messages."""
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string",
-             list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+    return TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def json_values(path, file):

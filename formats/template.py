@@ -68,24 +68,23 @@ def environment():
 
 
 class Template:
-    """A chat template of a tokenizer. source: Jinja, or "" for the tokenizer's own. name: for messages.
+    """A chat template of a tokenizer. source: Jinja, or None for the tokenizer's own. name: for messages.
 
     Raises UserError where there is none, it is no valid Jinja, or the tokenizer is not that of a model folder.
     """
 
-    def __init__(self, tokenizer, source="", name=""):
+    def __init__(self, tokenizer, source=None, name=""):
         self.tokenizer, self.name = tokenizer, name or f"the chat template of {tokenizer.name}"
-        own = tokenizer.chat_template or []
-        own = [{"name": "default", "template": own}] if isinstance(own, str) else own
-        own = {} if source else {entry["name"]: entry["template"] for entry in own}
-        source = source or own.get("default")
-        if not source:
-            raise UserError(f"tokenizer {tokenizer.name} has no chat template: name a file with a Jinja template, "
-                            "data.chat_template=FILE, or put one there as chat_template.jinja")
+        found = tokenizer.chat_template or "" if source is None else source
+        found = {"default": found} if isinstance(found, str) else {part["name"]: part["template"] for part in found}
+        source = found.get("default", "")
+        if not source.strip():
+            raise UserError(f"{self.name} is missing or empty: name a file with a Jinja template, "
+                            "data.chat_template=FILE, or put one beside the tokenizer as chat_template.jinja")
         if tokenizer.full is None:
             raise UserError(f"tokenizer {tokenizer.name} is not that of a model folder, which a chat template needs: "
                             "name one, data.tokenizer=FOLDER")
-        self.sources, self.variables, env = (source, own.get("tool_use", source)), tokenizer.named_tokens, environment()
+        self.sources, env = (source, found.get("tool_use", source)), environment()
         try:
             self.main, self.tool_use = map(env.from_string, self.sources)
             self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(env.parse(self.sources[1]))
@@ -102,16 +101,12 @@ class Template:
 
     def with_marked_specials(self, full):
         """(a copy of a tokenizers.Tokenizer that finds special tokens behind SPECIAL only, the real id of each id)."""
-        from tokenizers import AddedToken
-
-        copy, marked = type(full).from_str(full.to_str()), []
+        copy = type(full).from_str(full.to_str())
         copy.encode_special_tokens = True  # as text, where they are not marked
-        flags = {token.content: token for token in full.get_added_tokens_decoder().values()}
-        for text in self.specials:
-            token = flags[text]
-            marked.append(AddedToken(SPECIAL + text, lstrip=token.lstrip, rstrip=token.rstrip,
-                                     single_word=token.single_word, normalized=token.normalized))
-        copy.add_tokens(marked)
+        tokens = [token for token in full.get_added_tokens_decoder().values() if token.content in self.specials]
+        for token in tokens:
+            token.content, token.special = SPECIAL + token.content, False
+        copy.add_tokens(tokens)
         real_ids = np.arange(max(copy.get_vocab().values()) + 1)
         for text in self.specials:
             real_ids[copy.token_to_id(SPECIAL + text)] = self.tokenizer.specials[text]
@@ -147,7 +142,7 @@ class Template:
         template = self.tool_use if tools else self.main
         try:
             text = template.render(messages=messages, tools=tools or None, documents=None,
-                                   add_generation_prompt=prompt, **self.variables)
+                                   add_generation_prompt=prompt, **self.tokenizer.named_tokens)
         except (jinja2.TemplateError, UserError) as error:  # UserError: its own raise_exception
             raise UserError(f"{self.name} refuses it: {error}") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -161,8 +161,7 @@ def build(folder, train, val, cfg, tokenizer):
 
     total = sum(path.stat().st_size for path in (*train, *val))
     every = 0.1 if sys.stderr.isatty() else 60  # seconds: in a log file a line a minute
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every)
-    with bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every) as bar:
         stream = pieces(train, val, cfg, tokenizer, counts, bar)
         deque(itertools.islice(stream, n_done), maxlen=0)  # skip what an earlier run has done
         for batch in in_order(encode, batches(stream), cfg.workers or os.cpu_count()):

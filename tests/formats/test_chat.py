@@ -387,7 +387,7 @@ def test_what_is_ignored_in_messages_is_on_the_screen(folder, tmp_path):
 def test_an_empty_file_is_no_chat_template(folder, tmp_path):
     (tmp_path / "empty.jinja").write_text("\n")
     path = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40)
-    with pytest.raises(ValueError, match="empty.jinja is empty: name a Jinja file"):
+    with pytest.raises(ValueError, match="empty.jinja is missing or empty: name a file"):
         data.prepare(config(folder, path, chat_template=str(tmp_path / "empty.jinja")), 256, 1)
 
 
@@ -412,7 +412,7 @@ def test_a_template_that_cannot_be_followed_is_named(source, message, tokenizer)
 def test_without_a_template_or_a_model_folders_tokenizer_there_is_no_chat(folder, tmp_path, tokenizer):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
-    with pytest.raises(ValueError, match="no chat template.*data.chat_template=FILE"):
+    with pytest.raises(ValueError, match="the chat template of .* is missing or empty.*data.chat_template=FILE"):
         Template(get_tokenizer(str(tmp_path)))
     with pytest.raises(ValueError, match="tokenizer bytes is not that of a model folder"):
         Template(get_tokenizer("bytes"), TEMPLATES["no generation prompt"])
