@@ -229,17 +229,13 @@ class Loader:
                             f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size or "
                             "model.block_size")
 
-    def sample(self, k):
-        """Row k, counted from the start of training."""
-        return self.rows.row(self.order[k])
-
     def batch(self, step):
         """This rank's part of a step's global batch: (x, y, positions), (accumulation, micro_batch_size, block_size).
 
         positions: int64, 0 at the first token of each document; None where attention is to run over whole rows.
         """
         first, per_pass = step * self.global_batch_size, self.micro_batch_size * self.world_size
-        rows = [self.sample(first + a * per_pass + self.rank * self.micro_batch_size + i)
+        rows = [self.rows.row(self.order[first + a * per_pass + self.rank * self.micro_batch_size + i])
                 for a in range(self.global_batch_size // per_pass) for i in range(self.micro_batch_size)]
         return stack(rows, -1, self.micro_batch_size)
 

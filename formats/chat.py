@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from formats import files
+from formats.files import check
 from formats.packing import make_rows, sample_limit, split
 from formats.template import Template
 from formats.text import in_order
@@ -33,14 +34,6 @@ KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "ipython", "f
 
 # ----------------------------------------------------------------------------------------------------------------
 # conversations
-
-
-def check(value, name, *kinds):
-    """`value`, which must be of one of these types. UserError names the field."""
-    if isinstance(value, kinds):
-        return value
-    raise UserError(f"`{name}` is {files.type_of(value)}, expected "
-                    + " or ".join(files.TYPE_NAMES[kind] for kind in kinds))
 
 
 def read_messages(value, name):

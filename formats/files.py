@@ -130,11 +130,9 @@ def walk(path, visited):
 
 def of_split(paths, held_out):
     """The files without those of the other split, where names tell both (train-0.parquet, test/0.arrow, val.bin)."""
-    splits = [split_of(path) for path in paths]
-    if not {"train", "held out"} <= set(splits):
+    if not {"train", "held out"} <= set(map(split_of, paths)):
         return paths
-    other = "train" if held_out else "held out"
-    return [path for path, split in zip(paths, splits, strict=True) if split != other]
+    return [path for path in paths if split_of(path) != ("train" if held_out else "held out")]
 
 
 def split_of(path):
@@ -270,6 +268,14 @@ def type_of(value):
     return TYPE_NAMES.get(type(value), type(value).__name__)
 
 
+def check(value, name, *kinds, place=""):
+    """`value` of the field `name`, which must be of one of these types, else UserError. place: for its message."""
+    if isinstance(value, kinds):
+        return value
+    expected = " or ".join(TYPE_NAMES[kind] for kind in kinds)
+    raise UserError(f"{place}`{name}` is {type_of(value)}, expected {expected}")
+
+
 def json_values(path, file):
     """Yield (place, value) of a file of JSON lines, or of a JSON list, whatever its suffix says."""
     if not file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -330,9 +336,7 @@ def documents(files, text_key, bar=None):
             if text_key not in row:
                 raise UserError(f"{place} has no {text_key!r} (data.text_key): it has {', '.join(row) or 'no fields'} "
                                 "(conversations and instructions need data.format=chat)")
-            if not isinstance(row[text_key], str):
-                raise UserError(f"{place}: `{text_key}` is {type_of(row[text_key])}, expected a string")
-            yield [row[text_key]]
+            yield [check(row[text_key], text_key, str, place=f"{place}: ")]
 
 
 def text_pieces(path, bar):

@@ -53,16 +53,15 @@ def read(paths):
     """The questions of files of rows in the published format: dicts of ind, query, endings, label."""
     items = []
     for number, (place, raw) in enumerate(files.rows(paths)):
+        place += ": no HellaSwag question: "
         for name in ("activity_label", "ctx_a", "ctx_b"):
-            if not isinstance(raw.get(name), str):
-                raise UserError(f"{place}: no HellaSwag question: `{name}` is {files.type_of(raw.get(name))}, expected "
-                                "text")
-        endings = raw.get("endings")
-        if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
-            raise UserError(f"{place}: no HellaSwag question: `endings` must be a list of texts")
+            files.check(raw.get(name), name, str, place=place)
+        endings = files.check(raw.get("endings"), "endings", list, place=place)
+        for i, ending in enumerate(endings):
+            files.check(ending, f"endings[{i}]", str, place=place)
         label, indices = str(raw.get("label")), [str(i) for i in range(len(endings))]  # published as either type
         if label not in indices:
-            raise UserError(f"{place}: no HellaSwag question: `label` is {raw.get('label')!r}, expected the index of "
+            raise UserError(f"{place}`label` is {raw.get('label')!r}, expected the index of "
                             f"the right ending, one of {', '.join(indices)}")
         query = clean(f"{raw['activity_label']}: {raw['ctx_a']} {raw['ctx_b'].capitalize()}")
         items.append({"ind": raw.get("ind", number), "query": query, "endings": list(map(clean, endings)),

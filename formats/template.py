@@ -12,6 +12,7 @@ shows what is around a turn: it begins after the text that add_generation_prompt
 that follow the words whether or not the conversation goes on.
 """
 
+import functools
 import json
 import os.path
 import re
@@ -53,15 +54,12 @@ class Generation(jinja2.ext.Extension):
 def environment():
     """Jinja as `transformers` sets it up for chat templates (utils/chat_template_utils.py)."""
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
     def raise_exception(message):
         raise UserError(message)
 
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                        extensions=[Generation, jinja2.ext.loopcontrols])
-    env.filters["tojson"] = tojson
+    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     env.globals |= {"raise_exception": raise_exception,
                     "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
     return env

@@ -31,7 +31,7 @@ from formats.tokens import open_splits, open_tokens, survey
 from plumbing.disk import replace_text
 from plumbing.errors import UserError
 
-VERSION = 4  # of what is kept in data.cache_dir
+VERSION = 5  # of what is kept in data.cache_dir
 SHARD_TOKENS = 20_000_000  # a shard with as many is complete
 
 
@@ -89,26 +89,23 @@ def encode_behind(tokenizer, context, text):
     return tokenizer.encode(context + text)[len(tokenizer.encode(context)) if context else 0 :]
 
 
-def pieces(train, val, cfg, tokenizer, counts, bar):
-    """Yield (split, Piece) of all documents; without files for validation every VAL_EVERY-th document is for that."""
+def batches(train, val, cfg, tokenizer, counts, bar):
+    """Yield lists of (split, Piece) of all documents, with PIECE characters together, or a little more.
+
+    Without files for validation every VAL_EVERY-th document is for that.
+    """
+    batch, size = [], 0
     for paths, named in ((train, "train"), (val, "val")):
         for i, chunks in enumerate(files.documents(paths, cfg.text_key, bar), 1):
             split, n_pieces = "val" if not val and i % files.VAL_EVERY == 0 else named, 0
             for n_pieces, piece in enumerate(cut(chunks, tokenizer, counts), 1):  # noqa: B007
-                yield split, piece
+                batch.append((split, piece))
+                size += len(piece.text)
+                if size >= PIECE:
+                    yield batch
+                    batch, size = [], 0
             what = "documents" if split == "train" else "documents for validation"
             counts[what if n_pieces else "empty documents dropped"] += 1
-
-
-def batches(stream):
-    """Lists of (split, Piece) with PIECE characters together, or a little more."""
-    batch, size = [], 0
-    for split, piece in stream:
-        batch.append((split, piece))
-        size += len(piece.text)
-        if size >= PIECE:
-            yield batch
-            batch, size = [], 0
     if batch:
         yield batch
 
@@ -144,8 +141,8 @@ def build(folder, train, val, cfg, tokenizer):
 
     folder.mkdir(exist_ok=True)
     index, counts, waiting, sizes = folder / "index.json", Counter(), {"train": [], "val": []}, Counter()
-    earlier = json.loads(index.read_text()) if index.is_file() else {"pieces": 0, "shards": {}}
-    n_done, shards = earlier["pieces"], earlier["shards"]  # {name: hash}
+    earlier = json.loads(index.read_text()) if index.is_file() else {"batches": 0, "shards": {}}
+    n_done, shards = earlier["batches"], earlier["shards"]  # {name: hash}
 
     def write_shards():
         for split, arrays in waiting.items():
@@ -157,18 +154,18 @@ def build(folder, train, val, cfg, tokenizer):
                 shards[name] = hashlib.blake2b(ids, digest_size=16).hexdigest()
                 arrays.clear()
         sizes.clear()
-        replace_text(index, json.dumps({"pieces": n_done, "shards": shards, "counts": counts}))
+        replace_text(index, json.dumps({"batches": n_done, "shards": shards, "counts": counts}))
 
     total = sum(path.stat().st_size for path in (*train, *val))
     every = 0.1 if sys.stderr.isatty() else 60  # seconds: in a log file a line a minute
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=every, delay=every) as bar:
-        stream = pieces(train, val, cfg, tokenizer, counts, bar)
+        stream = batches(train, val, cfg, tokenizer, counts, bar)
         deque(itertools.islice(stream, n_done), maxlen=0)  # skip what an earlier run has done
-        for batch in in_order(encode, batches(stream), cfg.workers or os.cpu_count()):
+        for batch in in_order(encode, stream, cfg.workers or os.cpu_count()):
             for split, ids in batch:
                 waiting[split].append(ids)
                 sizes[split] += len(ids)
-            n_done += len(batch)
+            n_done += 1
             if max(sizes.values()) >= SHARD_TOKENS:
                 write_shards()
     write_shards()

@@ -252,8 +252,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
     counts = dict.fromkeys(("documents", "empty documents dropped", "forced cuts"), 0)
     monkeypatch.setattr(text_files, "documents", lambda paths, *args: [chunks()] if paths else [])
     written = 0
-    stream = text_format.pieces(["a"], [], DataConfig(), BYTES, counts, None)
-    for batch in text_format.in_order(list, text_format.batches(stream), 1):
+    for batch in text_format.in_order(list, text_format.batches(["a"], [], DataConfig(), BYTES, counts, None), 1):
         written += sum(len(piece.text) for _, piece in batch)
         assert read[0] - written < 8 * 2000  # characters that are held
     assert written == 500 * 1000 and counts["documents"] == 1
