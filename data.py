@@ -147,9 +147,9 @@ class Mixture:
             max(getattr(part, name) for part in parts) for name in ("longest", "most_documents", "largest"))
         self.padding = float(np.average([part.padding for part in parts], weights=self.weights))
         self.document = None
-        if any(part.document for part in parts):
+        if parts[0].document:  # then attention stays within documents in all of them
             n_tokens = [weight * (1 - part.padding) for weight, part in zip(self.weights, parts, strict=True)]
-            self.document = float(np.average([part.document or part.block_size for part in parts], weights=n_tokens))
+            self.document = float(np.average([part.document for part in parts], weights=n_tokens))
         self.counts = sum((Counter(part.counts) for part in parts), Counter())
         whole = repr(([part.digest for part in parts], self.weights))
         self.digest = hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()

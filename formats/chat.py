@@ -32,10 +32,6 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "ipython", "function"}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# conversations
-
-
 def read_messages(value, name):
     """The messages of a list in either spelling (role, content; from, value), checked."""
     messages = []
@@ -87,10 +83,6 @@ def read_conversation(row):
         except json.JSONDecodeError as error:
             raise UserError(f"`tools` is a string but not JSON: {error.msg}") from error
     return messages, check(tools or [], "tools", list) or None, used
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# samples
 
 
 def tokenize(paths, template, train_on, limit):

@@ -52,7 +52,6 @@ def resolve(cfg, kinds):
     """The Files of these kinds that data.train and data.val of a DataConfig name.
 
     data.val may lie in a folder of data.train: such a file is not trained on, unless nothing else is left.
-    Raises UserError for an entry that names no usable file.
     """
     train, unused = find_files(cfg.train, kinds, skip=cfg.cache_dir)
     val, unused_val = find_files(cfg.val, kinds, held_out=True, skip=cfg.cache_dir)
@@ -324,10 +323,7 @@ def table_rows(path, file):
 
 
 def documents(files, text_key, bar=None):
-    """Yield each document, as an iterable of pieces of text: a file of text, or the field `text_key` of a row.
-
-    Raises UserError that names what cannot be read.
-    """
+    """Yield each document, as an iterable of pieces of text: a file of text, or the field `text_key` of a row."""
     for path in files:
         if kind_of(path) not in ROWS:
             yield text_pieces(path, bar)

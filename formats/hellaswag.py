@@ -23,10 +23,6 @@ from plumbing.errors import UserError
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# questions
-
-
 def download(name, folder):
     """The path folder/name of hellaswag_train.jsonl or hellaswag_val.jsonl, downloaded if it is missing."""
     path = Path(folder, name)
@@ -82,10 +78,6 @@ def questions(cfg):
         train = [download("hellaswag_train.jsonl", cfg.cache_dir)]
         val = val or [download("hellaswag_val.jsonl", cfg.cache_dir)]
     return *split(read(train), read(val) if val else None), found
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# samples
 
 
 def encode(encoding, query, ending, limit):

@@ -147,9 +147,6 @@ class Template:
             raise UserError(f"{self.name} fails on it: {type(error).__name__}: {error}") from error
         return self.special.sub(rf"{SPECIAL}\g<0>", text)
 
-    # ------------------------------------------------------------------------------------------------------------
-    # targets
-
     def targets(self, messages, tools):
         """(text, [(begin, end) of what is trained on], number of messages that the template leaves out)."""
         plain, marks = take_out_marks(self.render(messages, tools))
@@ -199,9 +196,6 @@ class Template:
             return text.index(self.ending) + len(self.ending)
         special = self.marked_special.search(text)  # such as <|eom_id|>
         return special.end() if special else 0
-
-    # ------------------------------------------------------------------------------------------------------------
-    # ids
 
     def encode(self, messages, tools=None, train_on="assistant", prompt=False):
         """(ids, loss, messages that the template leaves out) of a conversation: int64 (n,), bool (n,), int.

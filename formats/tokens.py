@@ -96,10 +96,6 @@ class Tokens:
         return ids, np.arange(len(ids)) > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# token files
-
-
 def open_tokens(path):
     """(memory map of the ids, whether EOS begins a document) of a .bin or .npy file."""
     if path.suffix.lower() == ".npy":
@@ -139,22 +135,24 @@ def remembered(cache_dir, identity, compute):
 
 
 def survey(path, ids, cache_dir):
-    """(largest id, smallest id, hash) of the ids of a file, read once for each version of the file."""
+    """(largest id, hash) of the ids of a file, read once for each version of the file."""
     def read_all():
-        h, largest, smallest = hashlib.blake2b(digest_size=16), 0, 0
+        h, largest = hashlib.blake2b(digest_size=16), 0
         for start in range(0, len(ids), PIECE):
             part = np.ascontiguousarray(ids[start : start + PIECE])
             h.update(part)
-            largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
-        return largest, smallest, h.hexdigest()
+            largest = max(largest, int(part.max()))
+            if part.min() < 0:
+                raise UserError(f"{path} holds negative numbers, which are no token ids")
+        return largest, h.hexdigest()
 
-    return remembered(cache_dir, files.identity(path), read_all)
+    return remembered(cache_dir, ("largest id, hash", files.identity(path)), read_all)
 
 
 def open_splits(train, val, cfg, block_size, found):
-    """(training Tokens, validation Tokens) of files; without files for validation the end of the others is for that.
+    """(training Tokens, validation Tokens) of files, which were made from the files.Files `found`, or are these.
 
-    found: the files.Files that they are, or were made from.
+    Without files for validation the end of the others is for that.
     """
     cut = None
     if not val:
@@ -175,10 +173,8 @@ def open_splits(train, val, cfg, block_size, found):
 def open_split(paths, cfg, block_size, split, **part):
     """The Tokens of files, or a part of them (start, stop)."""
     arrays, firsts = zip(*map(open_tokens, paths), strict=True)
-    largest, smallest, hashes = zip(*(survey(path, ids, cfg.cache_dir)
-                                      for path, ids in zip(paths, arrays, strict=True)), strict=True)
-    if min(smallest) < 0:
-        raise UserError(f"{paths[np.argmin(smallest)]} holds negative numbers, which are no token ids")
+    surveys = [survey(path, ids, cfg.cache_dir) for path, ids in zip(paths, arrays, strict=True)]
+    largest, hashes = zip(*surveys, strict=True)
     if len(set(firsts)) > 1 and cfg.eos_id is not None:
         raise UserError(f"data.{split} mixes files of llm.c, where EOS begins a document, with others, where it ends "
                         "one: train on one kind, or set data.eos_id=None")
