@@ -8,9 +8,8 @@ else comes from the config (default: config/llama_fp8.py). Writes out_dir/bench.
 has each variant's metrics and log. ms_per_step is a median; slowest_ms is the longest of all steps after the second, so
 that a stall cannot hide. Exit status 1 if a variant failed.
 
---gemms times every kind of linear layer alone, in bf16 and with the recipes of --variants, casts included. With the
-time of a bf16 step it predicts the step with each recipe, and with the fastest for each layer. In a model casts fuse
-and cost less.
+--gemms times every kind of linear layer alone, in bf16 and with the recipes of --variants, casts included (in a model
+they fuse and cost less), and predicts the time of a step with each recipe and with the fastest for each layer.
 """
 
 import datetime
@@ -129,9 +128,9 @@ def flags(variant):
 
 
 def train(args, log, program=TRAIN):
-    """Train in new processes, as many as torchrun started of this one; raises RunStopped with the reason of a failure.
+    """Train in new processes, as many as torchrun started of this one, with their output in the file `log`.
 
-    log: the file for their output. program: a script and its first arguments. Call it on rank 0 only.
+    program: a script and its first arguments. Raises RunStopped with the reason of a failure.
     """
     command = [*program, *args]
     if ranks := os.environ.get("LOCAL_WORLD_SIZE"):  # a torchrun per variant, which ends all its ranks

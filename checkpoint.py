@@ -87,8 +87,7 @@ def open_run(out_dir):
         raise UserError(f"{out_dir} holds no checkpoint of train.py and no config.json: give the out_dir of a run "
                          "that has saved one, or a Hugging Face model folder")
     if file := damaged_file(newest):
-        raise UserError(f"{newest} is damaged, {file} is not as it was saved: delete that folder to use the checkpoint "
-                        "before it")
+        raise UserError(f"{newest} is damaged, {file} is not as it was saved: delete that folder to use the one before")
     return newest, configurator.read_file(Path(out_dir, "config.py"))
 
 
@@ -216,8 +215,7 @@ def read_run(folder, config=None, **expected):
 def load(folder, model, optimizer=None):
     """Fill the model, and the optimizer if given, from a checkpoint folder, in place. Every rank must call it.
 
-    Dtypes are converted, and masters that the checkpoint lacks are copied from its weights. Raises UserError if it is
-    of another model.
+    Dtypes are converted; masters that it lacks are copied from its weights. Raises UserError if it is of another model.
     """
     state = tensors(model, optimizer)
     saved = {name: t.size for name, t in Reader(folder).read_metadata().state_dict_metadata.items()}

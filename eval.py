@@ -39,11 +39,9 @@ class HellaSwag:
 
     def __init__(self, questions, encoding, block_size, ranks):
         self.questions, self.block_size, self.ranks = questions, block_size, ranks
-        self.sequences = []  # of every ending of every question, in order: ids, index of the ending's first id
-        for question in questions:
-            for ending in question["endings"]:
-                ids, start, _ = hellaswag.encode(encoding, question["query"], ending, block_size)
-                self.sequences.append((ids, start))
+        # of every ending of every question, in order: ids, index of the ending's first id
+        self.sequences = [hellaswag.encode(encoding, question["query"], ending, block_size)[:2]
+                          for question in questions for ending in question["endings"]]
         self.largest = max(ids.max() for ids, _ in self.sequences)
 
     def batches(self):
@@ -140,10 +138,6 @@ class Evaluation:
             row |= {"hellaswag_acc": logs.number(acc), "hellaswag_acc_norm": logs.number(acc_norm)}
             line += f" | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
         return row, line
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# the command
 
 
 def main():

@@ -17,8 +17,7 @@ runs part by chance while the loss falls steeply, and stay apart. --branch_at=N 
 first N steps (weights, moments, schedule), at the price that FP8 is not tested there.
 
 Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Finished runs are kept and an
-interrupted one continues, so the work can be split over calls, and over machines by --seed=N --seeds=1: a last call
-with all seeds puts them together.
+interrupted one continues: machines can share the work by --seed=N --seeds=1, a last call puts their runs together.
 """
 
 import functools
@@ -95,12 +94,11 @@ def plan(own, config, base):
 def read(folder):
     """The evaluations of a run so far, as lists: step, val_loss, and time_s, seconds of training."""
     rows = logs.read_metrics(folder)
-    train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
-    steps = [row["step"] for row in val]
-    # an evaluation has no time of its own: it is interpolated between training rows
-    times = np.interp(steps, [0, *(row["step"] for row in train)], [0.0, *(row["time_s"] for row in train)])
-    losses = [math.nan if row["val_loss"] is None else row["val_loss"] for row in val]
-    return {"step": steps, "val_loss": losses, "time_s": times.tolist()}
+    times = {0: 0.0} | {row["step"]: row["time_s"] for row in rows if "loss" in row}
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    return {"step": [*losses], "val_loss": [math.nan if loss is None else loss for loss in losses.values()],
+            # an evaluation has no time of its own: it is interpolated between training rows
+            "time_s": np.interp([*losses], [*times], [*times.values()]).tolist()}
 
 
 def branch(folder, trunk, step):
@@ -232,10 +230,6 @@ def sentence(result, tolerance):
         return f"{found} {tolerance}%"
     seeds = f"about {needed}" if needed else f"more than {MOST_SEEDS}"
     return f"{found} at {tolerance}%; it would take {seeds} seeds, or quieter runs: more steps, larger batches"
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# the picture and the command
 
 
 def plot(report, path):

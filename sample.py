@@ -7,9 +7,8 @@
 it reads one message per line from stdin and keeps the conversation.
 
 Runs in the dtype that the weights were trained in, without FP8: the checkpoint holds plain tensors. The keys and values
-of the context are cached, so a new token costs one pass over one token: one read of the weights. The cache holds prompt
-and answer, up to model.block_size tokens. Beyond that, every new token reads the last block_size tokens anew, as
-training has shown the model nothing longer.
+of the context are cached, so a new token costs one pass over one token: one read of the weights. Beyond
+model.block_size tokens every new one reads the last block_size anew, as training has shown the model nothing longer.
 """
 
 import codecs
@@ -115,10 +114,9 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
 
 
 def load_model(folder, device, tokenizer=None):
-    """(model, tokenizer, config) of an out_dir's newest checkpoint, or of a Hugging Face model folder.
+    """(model, tokenizer, config) of an out_dir's newest checkpoint, or of a Hugging Face model folder, else UserError.
 
-    tokenizer: a value for data.tokenizer in place of the run's or the folder's. Raises UserError if the folder is
-    neither.
+    tokenizer: a value for data.tokenizer in place of the run's or the folder's.
     """
     is_model_folder = Path(folder, "config.json").is_file()
     if is_model_folder:
@@ -203,11 +201,8 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling (1337)")
     parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder without one")
     args = parser.parse_args()
-    errors = []
-    for name in ("max_new_tokens", "temperature", "top_k"):
-        value = getattr(args, name)
-        if not 0 <= value < math.inf:
-            errors.append(f"--{name}={value} must be a number that is not negative")
+    errors = [f"--{name}={getattr(args, name)} must be a number that is not negative"
+              for name in ("max_new_tokens", "temperature", "top_k") if not 0 <= getattr(args, name) < math.inf]
     if not -(2**63) <= args.seed < 2**63:
         errors.append(f"--seed={args.seed} must fit in 64 bits")
     if errors:

@@ -27,17 +27,16 @@ def bf16_peak(hardware):
 def matmul_flops_per_token(model, document=None):
     """Forward and backward matmul FLOPs per token of a Transformer: (linear layers, attention scores).
 
-    2 per multiply-add, x3 for forward and both gradients. Attention counts the causal half only (what a fused kernel
-    computes), within the sliding window; MFU that counts the full square (PaLM, torchtitan) is higher. document: the
-    length that attention sees, by default block_size; for packed documents the mean over tokens, sum(length^2) /
-    sum(length).
+    Attention counts the causal half only (what a fused kernel computes), within the sliding window; MFU that counts the
+    full square (PaLM, torchtitan) is higher. document: the length that attention sees, by default block_size; for
+    packed documents the mean over tokens, sum(length^2) / sum(length).
     """
     cfg, length = model.cfg, document or model.cfg.block_size
     window = min(cfg.sliding_window or length, length)
     weights = sum(linear.weight.numel() for linear in fp8.linear_layers(model).values())
     seen = window - window**2 / (2 * length)  # keys per query, on average
     scores = 2 * cfg.n_layer * cfg.n_head * cfg.head_dim * seen
-    return 6 * weights, 6 * scores
+    return 6 * weights, 6 * scores  # 2 per multiply-add, times 3 for forward and both gradients
 
 
 def memory(config, shards, accumulation):
@@ -144,16 +143,14 @@ def host_capacity():
 def check_memory(config, shards, accumulation, device):
     """The estimated GiB per rank: (on the GPU, in host memory, None or why there is no room to save from a copy).
 
-    UserError if `device` is a GPU with less memory, with the keys that lower it, or if the host has less than its ranks
-    need.
+    UserError if a GPU, or the host for all its ranks, has less memory than that, with the keys that lower it.
     """
     gib, no_room = memory(config, shards, accumulation), None
     host_gib, copy_gib = host_memory(config, shards)
     on_node, host_has = from_launcher("LOCAL_WORLD_SIZE", 1), host_capacity()
     if on_node * host_gib > host_has and config.check_memory:
         raise UserError(f"optim.offload={config.optim.offload} needs {on_node * host_gib:.1f} GiB of host memory, "
-                        f"there are {host_has:.1f}: lower it, or set optim.fp8_moments=True or "
-                        "optim.weights=stochastic_rounding")
+                        f"there are {host_has:.1f}: lower it, or set fp8_moments or weights=stochastic_rounding too")
     if on_node * (host_gib + copy_gib) > 0.9 * host_has and copy_gib and config.check_memory:
         no_room = (f"async_checkpoint: {host_has:.1f} GiB of host memory have no room for the "
                    f"{on_node * copy_gib:.1f} GiB that checkpoints are written from: training waits for each")
@@ -190,7 +187,7 @@ NETWORK_RATE, HOP_S = 40e9, 5e-6
 
 
 def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_node=8):
-    """Milliseconds of a step with FSDP2 over `shards` GPUs, times `replicas` (HSDP), by part: {part: ms}.
+    """{part: milliseconds} of a step with FSDP2 over `shards` GPUs, times `replicas` (HSDP).
 
     one_gpu_ms: measured on one GPU without FSDP2, with the same optimizer and the same micro-batches per GPU. Parts:
     "compute" (on one GPU, less what other ranks' optimizers do), "copies" in and out of FSDP2's buffers, "slowed"
@@ -198,9 +195,8 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
     block before it computes, its gradients reduced while the next one's backward runs; embedding, last norm and lm_head
     are one group, which nothing hides. Within 5% of what was measured on 2 and 4 GPUs in bf16 and FP8 (tests).
     """
-    n_layer, dtype, reshards = config.model.n_layer, getattr(torch, config.dtype), config.reshard_after_forward
-    size, reduced_size = dtype.itemsize, getattr(torch, config.reduce_dtype).itemsize
-    model = models.on_meta(config.model)
+    model, n_layer, reshards = models.on_meta(config.model), config.model.n_layer, config.reshard_after_forward
+    size, reduced_size = (getattr(torch, dtype).itemsize for dtype in (config.dtype, config.reduce_dtype))
     n_all, n_blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.layers))
     n_root = n_all - n_blocks
     in_fp8 = sum(layer.weight.numel() for fqn, layer in fp8.linear_layers(model).items()
@@ -216,7 +212,7 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
     def all_reduce_s(n_bytes):
         return 2 * n_bytes * (replicas - 1) / replicas / NETWORK_RATE + 2 * (replicas - 1) * HOP_S
 
-    state = sum(optim.state_bytes(config.optim, name, p.shape, dtype) for name, p in model.named_parameters())
+    state = sum(optimizer_bytes(config, model, shards=1))
     update_s = (2 * state + 3 * size * n_all) / COPY_RATE  # AdamW reads and writes state and weights, reads gradients
     compute_s = one_gpu_ms / 1000 - part * update_s
 

@@ -13,12 +13,11 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 import fp8
 import model as models
-from plumbing.ranks import gather
+from plumbing.ranks import gather, process_rank
 
 
 def time_linears(config, device, passes, recipes):
@@ -94,15 +93,15 @@ def choose(config, device, passes):
     the same kind pays with one recipe and not with another.
     """
     chosen = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if process_rank() == 0:
         linears = fp8.linear_layers(models.on_meta(config.model))
         recipes = {fqn: name for fqn in linears if (name := fp8.recipe_of(fqn, config.fp8))}
         rows = time_linears(config, device, passes, list(dict.fromkeys(recipes.values())))
         pays = {(row["layer"], name): gain(row, name) > 0 for row in rows for name in row["ms"]}
-        slow = [fqn for fqn, name in recipes.items() if not pays[models.layer_kind(fqn), name]]
-        mixed = {models.layer_kind(fqn) for fqn in recipes if fqn not in slow}
-        kinds = {fqn: models.layer_kind(fqn) for fqn in slow}
-        chosen = list(dict.fromkeys(fqn if kind in mixed else kind for fqn, kind in kinds.items()))
+        kinds = {fqn: models.layer_kind(fqn) for fqn in recipes}
+        slow = [fqn for fqn, name in recipes.items() if not pays[kinds[fqn], name]]
+        mixed = {kinds[fqn] for fqn in recipes if fqn not in slow}
+        chosen = list(dict.fromkeys(fqn if kinds[fqn] in mixed else kinds[fqn] for fqn in slow))
     return gather(chosen)[0]
 
 

@@ -1,7 +1,7 @@
 """Steps whose loss or gradient norm is inf or nan: kept away from the weights, and reported with evidence.
 
-The check runs on the device, where it disables the optimizer's update, so that no step waits for the GPU. train.py asks
-for its result when it logs, evaluates or saves.
+The check disables the optimizer's update on the device, so that no step waits for the GPU. train.py asks for its result
+when it logs, evaluates or saves.
 """
 
 import copy
@@ -71,5 +71,4 @@ def save_evidence(config, bad, loader, model, rerun):
         where = f"fp8 operands with inf or nan, in order: {', '.join(broken[:3])}"
     return folder, (f"step {bad.step}: loss {bad.loss:.4g}, gradient norm {bad.grad_norm:.4g}; {bad.skipped} updates "
                     f"skipped, {bad.in_a_row} in a row, so the weights are clean ({where}). Lower optim.lr, or look at "
-                    "the data of that step: its batch and the fp8 health of every layer are in "
-                    f"{folder / 'replay.pt'} (torch.load).")
+                    f"the batch of that step, in {folder / 'replay.pt'} with every layer's fp8 health (torch.load).")

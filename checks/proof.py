@@ -126,7 +126,7 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
     The first call compiles. The second is counted: by the profiler, or for emulated FP8 by a dispatch mode in eager,
     since a compiled emulated matmul looks like any other. Matmuls are counted by shape and scaling, so that recomputed
     ones do not stand in for others. tokens: of the pass, on this rank. Returns the number of FP8 matmuls. RunStopped if
-    one that the converted layers need did not run, or if a weight was gathered in another dtype than configured.
+    the converted layers need one that did not run, or if a weight was gathered in another dtype than configured.
     """
     run()
     seen, triton = Counter(), 0
@@ -155,17 +155,14 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
         raise RunStopped(f"{len(converted)} fp8 layers need {needed.total()} fp8 matmuls in a forward and backward "
                          f"pass, {missing} of them did not run: part of the model is not training in fp8")
     if shards:
-        dtypes, wrong = {}, []
+        dtypes = {}  # {parameter: dtype in which it was gathered}
         for module in model.modules():
             # private, the same in torch 2.11 to 2.13; no public API shows what a collective carried
             if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
                 for p in group.fsdp_params:
-                    dtypes[p._param_fqn] = p.all_gather_outputs[0].dtype if p.all_gather_outputs else None
-        names = {id(p): name for name, p in model.named_parameters()}
-        for fqn, m in converted.items():
-            dtype = dtypes[names[id(m.weight)]]  # tied weights have one name
-            if (dtype == torch.float8_e4m3fn) != fp8.gathers(m.recipe, cfg, shards):
-                wrong.append(f"{fqn}: {dtype}")
+                    dtypes[p.sharded_param] = p.all_gather_outputs[0].dtype if p.all_gather_outputs else None
+        wrong = [f"{fqn}: {dtypes[m.weight]}" for fqn, m in converted.items()
+                 if (dtypes[m.weight] == torch.float8_e4m3fn) != fp8.gathers(m.recipe, cfg, shards)]
         if wrong:
             state = "on" if cfg.enable_fsdp_float8_all_gather else "off"
             raise RunStopped(f"fp8 all-gather is {state}, but these weights were gathered as {', '.join(wrong)}")
@@ -223,8 +220,7 @@ def self_check(config, micro_batch, device):
     torch.cuda.empty_cache()  # the run's own model is still to be built, and may need all memory
     if not agrees:
         raise RunStopped(f"fp8 computes wrong results here: {'; '.join(comparisons)}. Rounding explains "
-                         f"{SELF_CHECK_LOSS} of the loss and {SELF_CHECK_DB} dB. Try another version of torch, or "
-                         "fp8.enabled=False")
+                         f"{SELF_CHECK_LOSS} of the loss, {SELF_CHECK_DB} dB. Try another torch, or fp8.enabled=False")
     return "fp8 self-check: " + "; ".join(comparisons)
 
 
