@@ -35,24 +35,25 @@ KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "ipython", "f
 def read_messages(value, name):
     """The messages of a list in either spelling (role, content; from, value), checked."""
     messages = []
-    for i, raw in enumerate(check(value, name, list)):
-        message, at = dict(check(raw, f"{name}[{i}]", dict)), f"{name}[{i}]"
+    for i, raw in enumerate(check(value, f"`{name}`", list)):
+        at = f"{name}[{i}]"
+        message = dict(check(raw, f"`{at}`", dict))
         if "role" not in message and "from" in message:
-            speaker = check(message.pop("from"), f"{at}.from", str)
+            speaker = check(message.pop("from"), f"`{at}.from`", str)
             message = {"role": ROLES.get(speaker, speaker), "content": message.pop("value", None), **message}
-        check(message.get("role"), f"{at}.role", str)
-        calls = check(message.get("tool_calls") or [], f"{at}.tool_calls", list)
+        check(message.get("role"), f"`{at}.role`", str)
+        calls = check(message.get("tool_calls") or [], f"`{at}.tool_calls`", list)
         for k, call in enumerate(calls):
-            function = check(call, f"{at}.tool_calls[{k}]", dict).get("function", call)
-            check(function, f"{at}.tool_calls[{k}].function", dict)
-            check(function.get("name"), f"{at}.tool_calls[{k}].name", str)
+            function = check(call, f"`{at}.tool_calls[{k}]`", dict).get("function", call)
+            check(function, f"`{at}.tool_calls[{k}].function`", dict)
+            check(function.get("name"), f"`{at}.tool_calls[{k}].name`", str)
         content = message.get("content")
         if content is not None or not calls:
-            check(content, f"{at}.content", str, list)
+            check(content, f"`{at}.content`", str, list)
         for k, part in enumerate(content if isinstance(content, list) else []):
-            if check(part, f"{at}.content[{k}]", dict).get("type") != "text":
+            if check(part, f"`{at}.content[{k}]`", dict).get("type") != "text":
                 raise UserError(f"`{at}.content[{k}]` is of type {part.get('type')!r}: only text is trained on")
-            check(part.get("text"), f"{at}.content[{k}].text", str)
+            check(part.get("text"), f"`{at}.content[{k}].text`", str)
         messages.append(message)
     if not messages:
         raise UserError(f"`{name}` is empty")
@@ -71,10 +72,10 @@ def read_conversation(row):
         is_text = len(form) == 2 and isinstance(row[name], str)
         messages += [{"role": role, "content": row[name]}] if is_text else read_messages(row[name], name)
     if row.get("input") and form == ("instruction", "output"):
-        messages[0]["content"] += "\n\n" + check(row["input"], "input", str)
+        messages[0]["content"] += "\n\n" + check(row["input"], "`input`", str)
         used.add("input")
     if row.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": check(row["system"], "system", str)})
+        messages.insert(0, {"role": "system", "content": check(row["system"], "`system`", str)})
         used.add("system")
     tools = row.get("tools")
     if isinstance(tools, str):
@@ -82,7 +83,7 @@ def read_conversation(row):
             tools = json.loads(tools or "null")
         except json.JSONDecodeError as error:
             raise UserError(f"`tools` is a string but not JSON: {error.msg}") from error
-    return messages, check(tools or [], "tools", list) or None, used
+    return messages, check(tools or [], "`tools`", list) or None, used
 
 
 def tokenize(paths, template, train_on, limit):

@@ -257,22 +257,15 @@ def rows(files, bar=None):
             raise UserError(f"{path} has no rows, expected {suffixes(ROWS)}")
         with open_binary(path, bar) as file, damage_named(path):
             for place, row in json_values(path, file) if kind == "json" else table_rows(path, file):
-                if not isinstance(row, dict):
-                    raise UserError(f"{place} is {type_of(row)}, expected an object with named fields")
-                yield place, row
+                yield place, check(row, place, dict)
 
 
-def type_of(value):
-    """What a JSON value is called in messages."""
-    return TYPE_NAMES.get(type(value), type(value).__name__)
-
-
-def check(value, name, *kinds, place=""):
-    """`value` of the field `name`, which must be of one of these types, else UserError. place: for its message."""
+def check(value, what, *kinds):
+    """`value`, which must be of one of these types. Raises UserError that says `what` is not."""
     if isinstance(value, kinds):
         return value
-    expected = " or ".join(TYPE_NAMES[kind] for kind in kinds)
-    raise UserError(f"{place}`{name}` is {type_of(value)}, expected {expected}")
+    found, expected = TYPE_NAMES.get(type(value), type(value).__name__), " or ".join(TYPE_NAMES[kind] for kind in kinds)
+    raise UserError(f"{what} is {found}, expected {expected}")
 
 
 def json_values(path, file):
@@ -332,7 +325,7 @@ def documents(files, text_key, bar=None):
             if text_key not in row:
                 raise UserError(f"{place} has no {text_key!r} (data.text_key): it has {', '.join(row) or 'no fields'} "
                                 "(conversations and instructions need data.format=chat)")
-            yield [check(row[text_key], text_key, str, place=f"{place}: ")]
+            yield [check(row[text_key], f"{place}: `{text_key}`", str)]
 
 
 def text_pieces(path, bar):

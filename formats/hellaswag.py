@@ -51,10 +51,10 @@ def read(paths):
     for number, (place, raw) in enumerate(files.rows(paths)):
         place += ": no HellaSwag question: "
         for name in ("activity_label", "ctx_a", "ctx_b"):
-            files.check(raw.get(name), name, str, place=place)
-        endings = files.check(raw.get("endings"), "endings", list, place=place)
+            files.check(raw.get(name), f"{place}`{name}`", str)
+        endings = files.check(raw.get("endings"), f"{place}`endings`", list)
         for i, ending in enumerate(endings):
-            files.check(ending, f"endings[{i}]", str, place=place)
+            files.check(ending, f"{place}`endings[{i}]`", str)
         label, indices = str(raw.get("label")), [str(i) for i in range(len(endings))]  # published as either type
         if label not in indices:
             raise UserError(f"{place}`label` is {raw.get('label')!r}, expected the index of "

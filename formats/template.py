@@ -179,10 +179,7 @@ class Template:
         return plain, spans, n_marked - len(words)
 
     def begin_of_turn(self, text, is_name):
-        """Where an assistant's turn begins in the text between the words before it and its first mark.
-
-        is_name: that mark is at the end of a name, and not where words begin.
-        """
+        """Where an assistant's turn begins in the text before its first mark: the end of a name, or the first words."""
         for header in self.headers:
             if header in text:
                 return text.rindex(header) + len(header)

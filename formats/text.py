@@ -34,10 +34,6 @@ from plumbing.errors import UserError
 VERSION = 5  # of what is kept in data.cache_dir
 SHARD_TOKENS = 20_000_000  # a shard with as many is complete
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# pieces of documents
-
 # Where a document may be cut: before a single blank or newline between two letters, or between a newline behind
 # anything but white space and a letter. All published ways to split text have a border there, and no token crosses it.
 # `cut` tries every place with the tokenizer itself before it uses it.
@@ -120,10 +116,6 @@ def in_order(function, items, n_threads):
                 yield running.popleft().result()
         for future in running:
             yield future.result()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# shards
 
 
 def build(folder, train, val, cfg, tokenizer):
