@@ -109,8 +109,7 @@ def tensors(model, optimizer=None):
 def save(out_dir, step, state, run, *, keep, group=None):
     """Write checkpoint `step`, then remove all but the newest `keep` (0: none). Every rank must call it.
 
-    state: of tensors(). run: a description of the run, a dict that JSON can hold; read_run returns it. group: the
-    process group to do it in, by default that of all ranks.
+    state: of tensors(). run: a dict for run.json, which read_run returns. group: a process group of all ranks.
     """
     folder = Path(out_dir, "checkpoints", f"step_{step:08d}")
     dcp.save(state, storage_writer=Writer(folder, {"step": step, **run}), process_group=group,

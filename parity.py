@@ -197,11 +197,9 @@ def judge(rows, own):
     for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "bf16"):
         of_variant = [row for row in rows if row["variant"] == variant]
         gaps = [row["gap_percent"] for row in of_variant if "gap" in row]
-        result = {"variant": variant, "seeds": len(gaps)}
-        if any("error" in row for row in of_variant):
-            intervals.append({**result, "verdict": "worse"})
-        else:
-            intervals.append({**result, **interval(gaps, own.tolerance)})
+        failed = any("error" in row for row in of_variant)
+        result = {"verdict": "worse"} if failed else interval(gaps, own.tolerance)
+        intervals.append({"variant": variant, "seeds": len(gaps), **result})
     found = {result["verdict"] for result in intervals}
     return {"rows": rows, "intervals": intervals, "tolerance": own.tolerance, "last_evals": own.last_evals,
             "noise": statistics.stdev(twins.values()) if len(twins) > 1 else None,

@@ -145,8 +145,7 @@ NOT_FOLLOWED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_t
 def stop_ids(tokenizer, *folders):
     """The ids that end a text: the tokenizer's EOS, and eos_token_id of model folders.
 
-    Of generation_config.json if a folder has one, else of config.json, as in transformers. Prints what else
-    generation_config.json asks for and sample.py does not do.
+    Of generation_config.json if a folder has one, else of config.json, as in transformers. Prints what is not followed.
     """
     found = {tokenizer.eos}
     for folder in dict.fromkeys(map(str, folders)):

@@ -43,8 +43,7 @@ def memory(config, shards, accumulation):
     """Peak GiB per rank of a training step of a configurator.Config, within 5% of what bench.py measured (tests).
 
     shards: ranks that each weight is sharded over, 0: FSDP2 is off. accumulation: passes per step. The peak is where
-    backward begins, with all activations, or where it ends, with all gradients. Sizes are those of the modules of
-    model.Transformer, so a block of one's own is counted as it is.
+    backward begins, with all activations, or ends, with all gradients. Blocks of one's own count as their modules are.
     """
     m, dtype, model = config.model, getattr(torch, config.dtype), models.on_meta(config.model)
     size, tokens = dtype.itemsize, config.micro_batch_size * m.block_size

@@ -89,8 +89,7 @@ def best(row):
 def choose(config, device, passes):
     """fp8.auto_filter: the modules to leave out since their recipes make them no faster, the same on every rank.
 
-    Timed by rank 0. A kind of layer, such as mlp.down, stands for all of them; names of single layers are listed where
-    the same kind pays with one recipe and not with another.
+    Timed by rank 0. A kind, such as mlp.down, stands for all of its layers, unless some of them pay with their recipes.
     """
     chosen = None
     if process_rank() == 0:

@@ -91,8 +91,7 @@ class MergeRepeatedOps(CustomGraphPass):
     """Forward and backward, while they are one graph, compute the same value once.
 
     Older versions do so before they split the graph. torch 2.14 merges no op that only forward needs with one that
-    backward needs (partitioners.py, partition_key), and so backward would compute the amax of every input and weight
-    again, and cast again what keep_casts saves.
+    backward needs (partitioners.py, partition_key): backward would compute every amax and every kept cast again.
     """
 
     def __call__(self, graph):
@@ -105,8 +104,7 @@ class MergeRepeatedOps(CustomGraphPass):
 def recompute(forward, policy=None, eager=True):
     """`forward` with its intermediates recomputed in backward, except for the ops that `policy` saves.
 
-    eager: whether to recompute without torch.compile too. With FSDP2 an eager policy that saves views of gathered
-    weights would keep what FSDP2 frees.
+    eager: whether to recompute without torch.compile too; saved views of gathered weights then keep what FSDP2 frees.
     """
     context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
 

@@ -34,8 +34,7 @@ class GraphedPass:
     """A function `run_pass(x, y, (), divisor)` that computes a loss and calls backward, captured at its first call.
 
     x, y: (B, T) int64, divisor: a 0-d tensor; only their values may change. Returns the loss, which the next call
-    overwrites, and adds to p.grad. The memory of a pass stays reserved; with `accumulates` (gradients of several passes
-    add up) so does one more set of gradients.
+    overwrites, and adds to p.grad. Reserves the memory of a pass, with `accumulates` of one more set of gradients.
     """
 
     def __init__(self, run_pass, model, accumulates):

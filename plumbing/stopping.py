@@ -20,8 +20,7 @@ STARTUP = 30 * 60  # seconds that ranks may wait for each other, beside the time
 class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1, on any rank, end the run after the step that it is in, on all ranks.
 
-    A second signal ends the process at once. torchrun and SLURM may both deliver the first one, so within two seconds
-    they count as one.
+    A second one ends the process at once, if two seconds have passed: torchrun and SLURM may both deliver the first.
     """
 
     def __init__(self):
@@ -37,10 +36,10 @@ class StopSignals:
         while number := int.from_bytes(os.read(reader, 1)):
             if number not in SIGNALS:  # a library may have handlers of others
                 continue
-            if self.received and time.monotonic() > self.at + 2:
-                os._exit(128 + number)
             if not self.received:
                 self.received, self.at = number, time.monotonic()
+            elif time.monotonic() > self.at + 2:
+                os._exit(128 + number)
         os.close(reader)
 
     def share(self):
