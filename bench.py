@@ -93,7 +93,7 @@ def prepare(own, default):
         raise UserError("this script works on one machine: start torchrun without --nnodes")
     if process_rank() > 0:
         sys.exit(0)
-    files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))  # report a wrong path once
+    files.find_files([*config.data.train, *config.data.val])  # report a wrong path once
     config.fp8.emulate |= on_cpu(config)
     base = Path(config.out_dir, "base_config.py")
     replace_text(base, configurator.to_python(config))

@@ -61,16 +61,13 @@ class DataConfig:
             yield (f"data.packed_sequence_size packs samples, and data.format={self.format} has no padding to save: "
                    "set data.format=chat or hellaswag, or model.block_size for the length of rows")
         if self.format in ("chat", "tokens") and not self.train:
-            what = ".bin or .npy files" if self.format == "tokens" else "files or folders with rows of conversations"
-            yield f"data.format={self.format} needs data.train: name {what}"
+            yield f"data.format={self.format} needs data.train: name files or folders"
         if self.eos_id is not None and self.format != "tokens":
             yield f"data.eos_id is for data.format=tokens, not {self.format}: leave it"
-        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
+        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0
+                             or 0 in share_of_block(self.weights)):
             yield (f"data.weights={self.weights} must be positive numbers, one for each of the {len(self.train)} "
-                   "entries of data.train")
-        elif self.weights and 0 in share_of_block(self.weights):
-            yield (f"data.weights={self.weights}: the smallest rounds to none of {BLOCK:,} rows: leave that entry "
-                   "out")
+                   f"entries of data.train, and each large enough for one row of {BLOCK:,}")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -109,8 +106,7 @@ def prepare(cfg, block_size, seed):
     """
     if not cfg.weights:
         return FORMATS[cfg.format](cfg, block_size, seed)
-    kinds = set(files.KINDS.values())
-    named = Counter(path.resolve() for entry in cfg.train for path in files.find_files([entry], kinds)[0])
+    named = Counter(path.resolve() for entry in cfg.train for path in files.find_files([entry])[0])
     (path, n), *_ = named.most_common(1)
     if n > 1:
         raise UserError(f"data.weights: {path} is in several entries of data.train: name each file in one entry")
@@ -313,7 +309,7 @@ def main():
     config = configurator.load(sys.argv[1:], look)
     config.data.resolve_tokenizer(config.init_from)
     if look.out:
-        named, _ = files.find_files([*config.data.train, *config.data.val], set(files.KINDS.values()))
+        named, _ = files.find_files([*config.data.train, *config.data.val])
         if Path(look.out).resolve() in [path.resolve() for path in named]:
             raise UserError(f"--out={look.out} is a file of the data: name another")
     rows, val_rows, tokenizer = prepare(config.data, config.model.block_size, config.seed)
@@ -321,7 +317,7 @@ def main():
         check_ids(config.model, max(rows.largest, val_rows.largest))
     print(f"data: {rows.description}")
     for i in range(min(look.show, rows.n_samples)):
-        ids, loss = map(np.asarray, rows.sample(i))
+        ids, loss = rows.sample(i)
         note = f", the first {LONGEST_SHOWN:,} of them" if len(ids) > LONGEST_SHOWN else ""
         print(f"\n---- sample {i + 1:,} of {rows.n_samples:,}: {len(ids):,} tokens, {int(loss.sum()):,} targets{note}")
         print(marked(ids[:LONGEST_SHOWN], loss[:LONGEST_SHOWN], tokenizer, sys.stdout.isatty()))
@@ -335,8 +331,7 @@ def main():
     if look.out:
         with open(look.out, "w") as file:
             for ids, loss in map(rows.sample, range(rows.n_samples)):
-                row = {"ids": np.asarray(ids).tolist(), "loss": np.asarray(loss).astype(int).tolist()}
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({"ids": ids.tolist(), "loss": loss.astype(int).tolist()}) + "\n")
         print(f"written: {look.out}")
 
 

@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--out", default="tokenization.json", help="the results (tokenization.json)")
     args = parser.parse_args()
     tokenizer = text.get_tokenizer(args.tokenizer)
-    paths = files.find_files(args.data)[0] or files.embedded_files()
+    paths = files.find_files(args.data, files.TEXT)[0] or files.embedded_files()
     documents = ["".join(pieces) for pieces in files.documents(paths, "text")]
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
     best = {"encode_ordinary_batch": float("inf"), "shards": float("inf")}

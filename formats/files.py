@@ -25,6 +25,7 @@ KINDS |= {".parquet": "parquet", ".arrow": "arrow"}  # rows, read by pyarrow
 KINDS |= {".bin": "tokens", ".npy": "tokens"}  # for data.format=tokens only
 ROWS = {"json", "parquet", "arrow"}
 TEXT = {"text", *ROWS}
+EVERY_KIND = {"tokens", *TEXT}
 
 ABOUT = {"readme", "license", "licence", "notice",  # files about the others, whatever their suffix; of `datasets`:
          "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -86,7 +87,7 @@ def identity(path):
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
-def find_files(patterns, kinds=frozenset(TEXT), *, held_out=False, skip=""):
+def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
     """(files, unused): the files of these kinds that paths, folders and globs name, sorted within each, each once.
 
     unused: what else lies in the folders. Folders are searched recursively, links are followed, hidden files and
@@ -105,7 +106,10 @@ def find_files(patterns, kinds=frozenset(TEXT), *, held_out=False, skip=""):
             check_named_file(p, kinds)
         visited = {Path(skip).resolve() if skip else None}
         around = [p for match in matches if match not in named for p in walk(match, visited)]
-        found = named + of_split([p for p in around if is_data(p, kinds)], held_out)
+        found = [p for p in around if is_data(p, kinds)]
+        if {"train", "held out"} <= set(map(split_of, found)):
+            found = [p for p in found if split_of(p) != ("train" if held_out else "held out")]
+        found = named + found
         others = sorted(set(around).difference(found))
         if not found:
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"
@@ -125,13 +129,6 @@ def walk(path, visited):
         visited.add(path.resolve())
         for inner in sorted(path.glob("[!.]*")):
             yield from walk(inner, visited)
-
-
-def of_split(paths, held_out):
-    """The files without those of the other split, where names tell both (train-0.parquet, test/0.arrow, val.bin)."""
-    if not {"train", "held out"} <= set(map(split_of, paths)):
-        return paths
-    return [path for path in paths if split_of(path) != ("train" if held_out else "held out")]
 
 
 def split_of(path):

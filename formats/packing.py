@@ -108,11 +108,9 @@ class Samples:
 
     @property
     def padding(self):
-        """The share of the rows that is padding."""
         return 1 - self.n_inputs / (self.n_rows * self.block_size)
 
     def sample(self, i):
-        """(ids, loss) of sample i, in the order of the files."""
         return self.samples[i]
 
     def row(self, i):

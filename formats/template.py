@@ -30,7 +30,7 @@ SPECIAL, BREAK, OPEN, CLOSE = "\U0010f000", "\U0010f001", "\U0010f002", "\U0010f
 WORDS = 0x10F010  # + 2 i: where the words of message i begin, + 2 i + 1: where they end
 MOST_MESSAGES = 2000
 QUESTION = {"role": "user", "content": "?"}
-MARK = re.compile("([\U0010f001-\U0010fffd])")
+MARK = re.compile("([\U0010f002-\U0010fffd])")
 RESERVED = re.compile("[\U0010f000-\U0010fffd]")
 HALVES = re.compile("[\ud800-\udfff]")  # of characters: they count as U+FFFD, as in Tokenizer.encode
 OPENS_REASONING = re.compile(rf"{SPECIAL}?[<\[\u25c1][^<\[\u25c1]*(think|thought|reasoning)", re.IGNORECASE)
@@ -162,9 +162,8 @@ class Template:
             raise UserError(f"{self.name} does not show where the assistant's words are: {ADVICE}")
         words = {}  # of each message, in the order of the text: (place, whether words end there) of its marks
         for char, place in marks:
-            if char != BREAK:
-                i, is_end = divmod(ord(char) - WORDS, 2)
-                words.setdefault(i, []).append((place, is_end))
+            i, is_end = divmod(ord(char) - WORDS, 2)
+            words.setdefault(i, []).append((place, is_end))
         starts = [places[0][0] for places in words.values()] + [len(plain)]
         spans, low = [], 0
         for (i, places), high in zip(words.items(), starts[1:], strict=True):
@@ -271,7 +270,7 @@ def mark(message, i, how):
 
 
 def take_out_marks(text):
-    """(text without marks, [(mark, its place in that text)])."""
-    parts = MARK.split(text)
+    """(text without marks, [(mark, its place in that text)]), without BREAKs in both."""
+    parts = MARK.split(text.replace(BREAK, ""))
     places = np.cumsum([len(part) for part in parts[::2]]).tolist()
     return "".join(parts[::2]), list(zip(parts[1::2], places, strict=False))

@@ -440,7 +440,8 @@ def test_folders_that_a_glob_matches_count_as_folders_and_what_two_patterns_name
         (tmp_path / name).touch()
 
     def found(*patterns):
-        return [str(p.relative_to(tmp_path)) for p in text_files.find_files([str(tmp_path / p) for p in patterns])[0]]
+        used, _ = text_files.find_files([str(tmp_path / p) for p in patterns], text_files.TEXT)
+        return [str(p.relative_to(tmp_path)) for p in used]
 
     assert found("*") == ["5.txt", "a/1.txt", "a/deep/2.TXT", "b/4.jsonl"]
     (tmp_path / "a" / ".git").mkdir()

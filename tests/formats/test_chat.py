@@ -562,7 +562,7 @@ def test_the_date_that_a_template_inserts_is_shown_and_stays(folder, tmp_path, m
 
 def test_chat_needs_files():
     assert list(DataConfig(format="chat").problems()) == [
-        "data.format=chat needs data.train: name files or folders with rows of conversations"]
+        "data.format=chat needs data.train: name files or folders"]
 
 
 @pytest.fixture(scope="module")
