@@ -30,10 +30,6 @@ from sample import load_model
 TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: enough to keep the device busy, and their logits fit in memory
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# HellaSwag
-
-
 class HellaSwag:
     """The questions of hellaswag.read, tokenized once, to score models on. `largest` is the largest token id."""
 
@@ -96,10 +92,6 @@ def accuracies(rows):
     if not all(math.isfinite(value) for row in rows for value in row["loglikelihood"]):
         return math.nan, math.nan
     return tuple(float(np.mean([row[key] == row["label"] for row in rows])) for key in ("pred", "pred_norm"))
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# evaluation during training
 
 
 class Evaluation:

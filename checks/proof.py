@@ -169,10 +169,6 @@ def verify_step(model, cfg, run, *, shards, tokens, loss_chunks):
     return seen.total() + triton
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# self-check
-
-
 # A gradient passes up to seven FP8 matmuls in a one-layer model, each with the noise of its two operands (e5m2 26 dB,
 # e4m3 32), which leaves 19 dB and more (tests/checks/test_numerics.py). A wrong scale, layout or order leaves 3 dB or
 # less. 12 dB is an error of a quarter of the gradient.
