@@ -254,21 +254,29 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     for key, ability in (("enable_fsdp_float8_all_gather", "gather_rows"), ("keep_casts", "keep_casts")):
         if recipes and getattr(cfg, key) and not any(getattr(recipe, ability) for recipe in recipes.values()):
             able = " or ".join(name for name, recipe in RECIPES.items() if getattr(recipe, ability))
+            off = f"fp8.{key}=False"
+            if key == "enable_fsdp_float8_all_gather" and cfg.precompute_float8_dynamic_scale_for_fsdp:
+                off += " and fp8.precompute_float8_dynamic_scale_for_fsdp=False"
             errors.append(f"fp8.{key} works with the {able} recipe only, and the layers here have {', '.join(used)}: "
-                          "turn it off, or change fp8.recipe_name or fp8.recipes")
+                          f"set {off}, or change fp8.recipe_name or fp8.recipes")
 
     def refuse(reason, layers):
+        """layers: {name: what is said of it}."""
         if layers:
-            kinds = dict.fromkeys(map(models.layer_kind, layers))  # each kind of layer once
-            key = "fp8.recipes, as None" if cfg.recipes else "fp8.filter_fqns"
-            errors.append(f"{reason}, or add these to {key}: {', '.join(kinds)}")
+            kinds = {models.layer_kind(fqn): said for fqn, said in layers.items()}  # each kind of layer once
+            left_out = (f"fp8.recipes={cfg.recipes | dict.fromkeys(kinds)}" if cfg.recipes else
+                        f"fp8.filter_fqns={[*cfg.filter_fqns, *kinds]}")
+            found = ", ".join(f"{kind} {said}".rstrip() for kind, said in kinds.items())
+            errors.append(f"{reason}: {found}. Change that, or leave these layers out: {left_out}")
 
-    refuse("fp8 would replace the forward of subclasses of nn.Linear: use nn.Linear itself",
-           [fqn for fqn in recipes if type(linears[fqn]) is not nn.Linear])
+    refuse("fp8 replaces the forward of a layer, so it takes nn.Linear itself, no subclass",
+           {fqn: f"({type(linears[fqn]).__name__})" for fqn in recipes if type(linears[fqn]) is not nn.Linear})
     for multiple in sorted({recipe.multiple for recipe in recipes.values()}):
-        layers = {fqn: linears[fqn].weight.shape for fqn, recipe in recipes.items() if recipe.multiple == multiple}
-        refuse(f"fp8 matmuls need sizes divisible by {multiple}",
-               [f"{fqn} {tuple(shape)}" for fqn, shape in layers.items() if any(n % multiple for n in shape)])
+        layers = {fqn: tuple(linears[fqn].weight.shape) for fqn, recipe in recipes.items()
+                  if recipe.multiple == multiple}
+        which = " or ".join(name for name in used if RECIPES[name].multiple == multiple)
+        refuse(f"fp8 matmuls ({which}) need sizes divisible by {multiple}",
+               {fqn: shape for fqn, shape in layers.items() if any(n % multiple for n in shape)})
         if tokens is not None:
             pieces = {tokens // models.calls_per_pass(fqn, loss_chunks) for fqn in layers}
             errors += [f"fp8 matmuls need the tokens per forward pass and loss chunk to be divisible by {multiple}, "
@@ -277,13 +285,13 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     if cfg.enable_fsdp_float8_all_gather and shards:
         gathered = {fqn: recipe.gather_rows for fqn, recipe in recipes.items() if recipe.gather_rows}
         others = {id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False)}
-        refuse("fp8 all-gather would untie weights that are shared with another module: turn it off",
-               [fqn for fqn in gathered if id(linears[fqn].weight) in others])
+        refuse("fp8 all-gather would untie weights that are shared with another module",
+               {fqn: "" for fqn in gathered if id(linears[fqn].weight) in others})
         for rows in sorted(set(gathered.values())):  # https://github.com/pytorch/ao/issues/3982
             multiple = f"{shards} shards" if rows == 1 else f"{shards} shards of a multiple of {rows} rows"
             refuse(f"fp8 all-gather needs rows that divide evenly over {multiple}",
-                   [f"{fqn} ({linears[fqn].out_features} rows)" for fqn in gathered
-                    if gathered[fqn] == rows and linears[fqn].out_features % (shards * rows)])
+                   {fqn: f"({linears[fqn].out_features} rows)" for fqn in gathered
+                    if gathered[fqn] == rows and linears[fqn].out_features % (shards * rows)})
     if errors:
         raise UserError("\n".join(errors))
 

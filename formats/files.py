@@ -34,7 +34,7 @@ SPLITS = {"held out": {"validation", "valid", "val", "dev", "test", "testing", "
 VAL_EVERY = 20  # every 20th document is for validation where data.val names none
 PIECE = 2**20  # characters or bytes read at once
 LONGEST_LIST = 2**30  # bytes of a JSON list
-TYPE_NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string",
+TYPE_NAMES = {type(None): "null or missing", bool: "true or false", int: "a number", float: "a number", str: "a string",
               list: "a list", dict: "an object"}
 
 
@@ -111,6 +111,8 @@ def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
             found = [p for p in found if split_of(p) != ("train" if held_out else "held out")]
         found = named + found
         others = sorted(set(around).difference(found))
+        if not matches:
+            raise UserError(f"data: {pattern!r} matches no file and no folder")
         if not found:
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"
                             + describe_unused(others))

@@ -73,15 +73,15 @@ class Template:
 
     def __init__(self, tokenizer, source=None, name=""):
         self.tokenizer, self.name = tokenizer, name or f"the chat template of {tokenizer.name}"
+        if tokenizer.full is None:
+            raise UserError(f"tokenizer {tokenizer.name} is not that of a model folder, which a chat template needs: "
+                            "name one, data.tokenizer=FOLDER")
         found = tokenizer.chat_template or "" if source is None else source
         found = {"default": found} if isinstance(found, str) else {part["name"]: part["template"] for part in found}
         source = found.get("default", "")
         if not source.strip():
             raise UserError(f"{self.name} is missing or empty: name a file with a Jinja template, "
                             "data.chat_template=FILE, or put one beside the tokenizer as chat_template.jinja")
-        if tokenizer.full is None:
-            raise UserError(f"tokenizer {tokenizer.name} is not that of a model folder, which a chat template needs: "
-                            "name one, data.tokenizer=FOLDER")
         self.sources, env = (source, found.get("tool_use", source)), environment()
         try:
             self.main, self.tool_use = map(env.from_string, self.sources)

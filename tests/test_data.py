@@ -525,7 +525,7 @@ def test_two_runs_that_tokenize_the_same_do_not_meet(tmp_path, corpus, monkeypat
     ("{broken", "line 2 is not JSON: Expecting property name"),
     ('{"id": 1, "body": "x"}', r"line 2 has no 'text' \(data.text_key\): it has id, body"),
     ('{"text": 5}', "line 2: `text` is a number, expected a string"),
-    ('{"text": null}', "line 2: `text` is null, expected a string"),
+    ('{"text": null}', "line 2: `text` is null or missing, expected a string"),
     ('{"text": [{"role": "user"}]}', "line 2: `text` is a list, expected a string"),
     ("[1]", "line 2 is a list, expected an object")])
 def test_a_broken_jsonl_line_is_named(tmp_path, line, told):

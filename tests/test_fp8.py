@@ -76,7 +76,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_an_error():
         for layer in model.layers:
             layer.mlp.down = Half(128, 64, bias=False)
     told = dict(device=torch.device("cpu"), compiled=True, shards=0, tokens=64)
-    with pytest.raises(ValueError, match="subclasses of nn.Linear.* add these to fp8.filter_fqns: mlp.down$"):
+    with pytest.raises(ValueError, match=r"nn.Linear itself.*: mlp.down \(Half\)\. .*fqns=\['mlp.down'\]$"):
         fp8.check(emulated(), model, **told)
     fp8.check(emulated(filter_fqns=["mlp.down"]), model, **told)
 
@@ -137,12 +137,13 @@ def test_nothing_left_to_convert_is_an_error():
 
 
 def test_dimensions_that_fp8_cannot_take_are_named():
-    with pytest.raises(ValueError, match=r"add these to fp8.filter_fqns: lm_head \(257, 192\)$"):
+    named = r"\(tensorwise\) need sizes divisible by 16: lm_head \(257, 192\)\. .* out: fp8.filter_fqns=\['lm_head'\]$"
+    with pytest.raises(ValueError, match=named):
         check(emulated(), vocab_size=257)
     check(emulated(filter_fqns=["lm_head"]), vocab_size=257)
-    with pytest.raises(ValueError, match=r"add these to fp8.recipes, as None: lm_head \(257, 192\)$"):
+    with pytest.raises(ValueError, match="by 16: lm_head .* out: fp8.recipes={'lm_head': None}$"):
         check(emulated(filter_fqns=["lm_head"], recipes={"lm_head": "rowwise"}), vocab_size=257)
-    with pytest.raises(ValueError, match=r"fqns: attn.qkv \(576, 200\), attn.out .*, lm_head \(256, 200\)$"):
+    with pytest.raises(ValueError, match=r"by 16: attn.qkv \(576, 200\), attn.out .*, lm_head \(256, 200\)\. "):
         check(emulated(), n_embd=200, vocab_size=256)  # each kind of layer once
 
 
@@ -157,8 +158,11 @@ def test_number_of_tokens_that_fp8_cannot_take_is_an_error():
 
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
 def test_all_gather_with_a_rowwise_recipe_is_an_error(recipe):
-    with pytest.raises(ValueError, match=f"or blockwise recipe only, .* here have {recipe}: turn it off"):
+    with pytest.raises(ValueError, match=f"or blockwise recipe only, .* {recipe}: set .*all_gather=False, or"):
         check(emulated(recipe_name=recipe, enable_fsdp_float8_all_gather=True))
+    with pytest.raises(ValueError, match="all_gather=False and fp8.precompute_float8_dynamic_scale_for_fsdp=False, or"):
+        check(emulated(recipe_name=recipe, enable_fsdp_float8_all_gather=True,
+                       precompute_float8_dynamic_scale_for_fsdp=True))
     with pytest.raises(ValueError, match="keep_casts works with the tensorwise or .* or blockwise recipe only"):
         check(emulated(recipes={"layers": recipe, "lm_head": None}, keep_casts=True))  # tensorwise by name alone
     check(emulated(recipe_name=recipe, recipes={"mlp": "tensorwise"}, enable_fsdp_float8_all_gather=True,
