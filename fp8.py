@@ -127,7 +127,7 @@ class FP8Config:
 
     enabled: bool = False  # convert linear layers to FP8
     recipe_name: Literal[tuple(RECIPES)] | None = None  # scaling; None is tensorwise
-    enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (tensorwise, blockwise)
+    enable_fsdp_float8_all_gather: bool = False  # weights cross GPUs in FP8 (not with row-wise recipes)
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
     keep_casts: bool = False  # backward reads the casts of forward; weights are cast once a step, not once a pass

@@ -1,7 +1,7 @@
 """Fine-tune a model folder on conversations or instructions in FP8: two keys to set, 1 to 8 GPUs.
 
-    python data.py config/chat_fp8.py --init_from=FOLDER '--data.train=["chat.jsonl"]' --show=3
-    torchrun --nproc-per-node=8 train.py config/chat_fp8.py --init_from=FOLDER '--data.train=["chat.jsonl"]'
+    python data.py config/chat_fp8.py --init_from=FOLDER '--data.train=["chats.jsonl"]' --show=3
+    torchrun --nproc-per-node=8 train.py config/chat_fp8.py --init_from=FOLDER '--data.train=["chats.jsonl"]'
     python checkpoint.py export out/chat_fp8 FOLDER-chat
 
 FOLDER is a Hugging Face model folder whose tokenizer has a chat template (else: --data.chat_template=FILE). Rows have
@@ -26,7 +26,7 @@ config = Config(
     init_from="MODEL_FOLDER",  # sets the model's sizes, its tokenizer and its chat template
     # 4096: as long as most conversations; longer ones lose their end. A model with fewer positions needs both lower
     model=ModelConfig(block_size=4096),
-    data=DataConfig(format="chat", train=["chat.jsonl"], packed_sequence_size=4096),  # 1 of 20 rows is for validation
+    data=DataConfig(format="chat", train=["chats.jsonl"], packed_sequence_size=4096),  # 1 of 20 rows is for validation
     fp8=FP8Config(enabled=True, recipe_name="tensorwise", enable_fsdp_float8_all_gather=True,
                   precompute_float8_dynamic_scale_for_fsdp=True, filter_fqns=["lm_head"], emulate=not gpu),
     compile=CompileConfig(enabled=True),
