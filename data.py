@@ -222,8 +222,8 @@ class Loader:
         self.order = Order(rows, seed) if isinstance(rows, Mixture) else Shuffled(rows.n_rows, seed)
         if rows.n_rows < global_batch_size:
             raise UserError(f"the training data fills {rows.n_rows} rows of {rows.block_size} tokens, one step needs "
-                            f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size or "
-                            "model.block_size")
+                            f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size, "
+                            "model.block_size or data.packed_sequence_size")
 
     def batch(self, step):
         """This rank's part of a step's global batch: (x, y, positions), (accumulation, micro_batch_size, block_size).
@@ -322,17 +322,17 @@ def main():
         print(f"\n---- sample {i + 1:,} of {rows.n_samples:,}: {len(ids):,} tokens, {int(loss.sum()):,} targets{note}")
         print(marked(ids[:LONGEST_SHOWN], loss[:LONGEST_SHOWN], tokenizer, sys.stdout.isatty()))
     print()
-    loader = Loader(rows, global_batch_size=config.global_batch_size, micro_batch_size=1, seed=config.seed)
     for what, number in rows.counts.items():
         print(f"{what:<28} {number:>16,}")
     print(f"{'rows':<28} {rows.n_rows:>16,} of {rows.block_size:,} tokens, {rows.padding:.1%} padding")
     print(f"{'validation rows':<28} {val_rows.n_rows:>16,}")
-    print(f"{config.max_steps:,} steps of {config.global_batch_size:,} rows see {loader.epochs(config.max_steps)}")
     if look.out:
         with open(look.out, "w") as file:
             for ids, loss in map(rows.sample, range(rows.n_samples)):
                 file.write(json.dumps({"ids": ids.tolist(), "loss": loss.astype(int).tolist()}) + "\n")
         print(f"written: {look.out}")
+    loader = Loader(rows, global_batch_size=config.global_batch_size, micro_batch_size=1, seed=config.seed)
+    print(f"{config.max_steps:,} steps of {config.global_batch_size:,} rows see {loader.epochs(config.max_steps)}")
 
 
 if __name__ == "__main__":

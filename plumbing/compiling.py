@@ -1,5 +1,6 @@
 """torch.compile and recompute (activation checkpointing) of each transformer block."""
 
+import logging
 import os
 import shutil
 import sysconfig
@@ -15,6 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from plumbing import blockwise
 from plumbing.errors import UserError
+
+# it warns where a CUDA toolkit is installed without a GPU
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 @dataclass(kw_only=True)
