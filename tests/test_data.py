@@ -715,7 +715,7 @@ def test_too_little_data_is_told_after_what_is_there(tmp_path):
     args = [f'--data.train=["{tmp_path / "a.txt"}"]', f"--data.cache_dir={tmp_path}", "--model.block_size=64"]
     status, out, err = main_here(data.main, *args, "--global_batch_size=32", "--show=1")
     assert status == 2 and "one step needs global_batch_size=32" in err
-    assert "---- sample 1 of" in out and " 3 of 64 tokens" in out
+    assert "---- sample 1 of" in out and " 4 of 64 tokens" in out
 
 
 def test_a_look_at_text_shows_samples_counts_and_writes_every_window(tmp_path):
