@@ -68,26 +68,35 @@ class Tokens:
         positions: 0 at the first id of each document in the row; None where attention sees the whole row.
         """
         part = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
-        n = len(part) - 1
         x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
-        x[:n], y[:n] = part[:-1], part[1:]
+        x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
         if self.eos is None:
             return x, y, None
-        begins = np.zeros(self.block_size + 1, bool)
-        first = 0 if self.eos_first else 1  # where EOS ends a document, the id behind it begins one
-        begins[first : first + n] = part[:-1] == self.eos
         index = np.arange(self.block_size)
-        return x, y, index - np.maximum.accumulate(index * begins[:-1])
+        begins = self.begins(np.where(index < len(part) - 1, x, self.eos + 1)[None])[0]
+        return x, y, index - np.maximum.accumulate(np.where(begins, index, 0))
+
+    def begins(self, ids):
+        """Where documents begin in rows of ids (R, T), bool. The first id of a row begins one."""
+        begins = ids == self.eos
+        if not self.eos_first:
+            begins = np.roll(begins, 1, axis=1)
+        begins[:, 0] = True
+        return begins
 
     def measure_documents(self):
         """(whether EOS is among the ids; mean length over ids, longest, most in a row of the documents that attention
         sees). Reads all ids."""
-        found, squares, longest, most = False, 0, 0, 0
-        for _, y, positions in map(self.row, range(self.n_rows)):
-            lengths = np.diff(np.append(np.flatnonzero(positions == 0), self.block_size))
-            found |= bool((y == self.eos).any())
+        found = bool(self.slice(len(self) - 1, len(self))[0] == self.eos)  # the last id is in no row of inputs
+        squares, longest, most, step = 0, 0, 0, max(1, PIECE // self.block_size)
+        for first in range(0, self.n_rows, step):
+            ids = self.slice(first * self.block_size, min((first + step) * self.block_size, len(self) - 1))
+            ids = np.append(ids, np.full(-len(ids) % self.block_size, self.eos + 1)).reshape(-1, self.block_size)
+            begins = self.begins(ids)
+            found |= bool((ids == self.eos).any())
+            lengths = np.diff(np.append(np.flatnonzero(begins), begins.size))
             squares += int((lengths**2).sum())
-            longest, most = max(longest, int(lengths.max())), max(most, len(lengths))
+            longest, most = max(longest, int(lengths.max())), max(most, int(begins.sum(1).max()))
         return found, squares / (self.n_rows * self.block_size), longest, most
 
     def sample(self, i):
@@ -188,7 +197,10 @@ def open_split(paths, cfg, block_size, split, **part):
 
 
 def prepare(cfg, block_size, seed):
-    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. Raises UserError for files without token ids."""
+    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. With several ranks call it on rank 0 first.
+
+    Raises UserError for files that are not token files, or that hold negative ids.
+    """
     tokenizer = get_tokenizer(cfg.tokenizer)
     found = files.resolve(cfg, {"tokens"})
     train, val = open_splits(found.train, found.val, cfg, block_size, found)

@@ -138,6 +138,15 @@ def test_a_tokenizer_that_lacks_the_ids_is_named(tmp_path):
     assert "tokenizer bytes has no ids above 256" in prepare(tmp_path, "a.bin")[0].description
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_an_eos_around_a_single_document_is_found(tmp_path, first):
+    ids = np.roll(np.append(np.arange(1, 40), 99), first)
+    (tmp_path / "a.bin").write_bytes(llm_c(ids) if first else ids.astype("<u2").tobytes())
+    (tmp_path / "val.bin").write_bytes((tmp_path / "a.bin").read_bytes())
+    train, _, _ = prepare(tmp_path, "a.bin", val=[str(tmp_path / "val.bin")], eos_id=99)
+    assert np.array_equal(everything(train), ids) and train.longest == 16
+
+
 def test_an_eos_that_is_nowhere_is_an_error(tmp_path):
     (tmp_path / "a.bin").write_bytes(IDS.astype("<u2").tobytes())
     with pytest.raises(UserError, match="data.eos_id=60000 is nowhere in data.train"):
