@@ -1,6 +1,10 @@
-"""estimate.py: FLOPs against torch's own counter, memory against what an H100 was measured to need."""
+"""estimate.py: FLOPs against torch's own counter, memory against what an H100 was measured to need.
+
+And bench/scaling.py: step times on several GPUs against what bench.py measured.
+"""
 
 import json
+import runpy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ import model as models
 from checks import estimate
 from configurator import CompileConfig, Config, FP8Config, OptimConfig
 
+SCALING = SimpleNamespace(**runpy.run_path(str(REPO / "bench/scaling.py")))
 
 def test_flops_per_token_agree_with_torchs_own_counter():
     from torch.utils.flop_counter import FlopCounterMode
@@ -254,7 +259,7 @@ def test_step_times_of_several_gpus_are_within_5_percent_of_what_bench_measured(
         config = with_fast_keys(config, reduce_dtype="bfloat16", reshard_after_forward=False)
     config = as_variant(config, several, tmp_path)
     measured = times(f"bench_{gpus}_gpus_llama_8b_fast" if fast else "bench_2_gpus")[several]
-    parts = estimate.step_ms(config, times(one_gpu)[variant], gpus)
+    parts = SCALING.step_ms(config, times(one_gpu)[variant], gpus)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.05)
     assert all(ms > 0 for ms in parts.values())
 
@@ -263,22 +268,22 @@ def test_only_layers_that_are_gathered_in_fp8_have_less_to_copy():
     tensorwise, rowwise, bf16 = gathering(), gathering(), gathering()
     rowwise.fp8.recipes = {"layers": "rowwise"}
     bf16.fp8.enabled = False
-    copies = [estimate.step_ms(config, 600, 8)["copies"] for config in (tensorwise, rowwise, bf16)]
+    copies = [SCALING.step_ms(config, 600, 8)["copies"] for config in (tensorwise, rowwise, bf16)]
     assert copies[0] < copies[1] == copies[2]
 
 
 def test_what_is_exposed_on_many_gpus():
     """A ring over more GPUs has more hops; beyond the time of a block's compute they are exposed. HSDP's are short."""
     config = gathering()
-    exposed = [estimate.step_ms(config, 600, shards, replicas)["exposed"]
+    exposed = [SCALING.step_ms(config, 600, shards, replicas)["exposed"]
                for shards, replicas in ((8, 1), (64, 1), (1024, 1), (8, 128))]
     assert exposed[0] < exposed[1] < exposed[2] / 3 and exposed[3] < exposed[2] / 2
     # by hand, 8 shards: the root's weights once, in bf16, and its gradients once, in float32
     root = 2 * M.vocab_size * M.n_embd + M.n_embd
-    by_hand = root * (2 + 4) * 7 / 8 / estimate.LINK_RATE + 2 * 7 * estimate.HOP_S
+    by_hand = root * (2 + 4) * 7 / 8 / SCALING.LINK_RATE + 2 * 7 * SCALING.HOP_S
     assert exposed[0] == pytest.approx(1000 * by_hand)
     # a slow network between nodes, one card each
-    alone = estimate.step_ms(config, 600, 64, gpus_per_node=1)
+    alone = SCALING.step_ms(config, 600, 64, gpus_per_node=1)
     assert alone["exposed"] > 2 * exposed[1]
 
 
