@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -675,6 +676,16 @@ def test_entries_of_data_train_become_parts_with_validation_of_their_own(tmp_pat
     assert samples == [rows.sample(i)[0].tolist() for rows, _, _ in alone for i in range(rows.n_samples)]
 
 
+@pytest.mark.parametrize("name", ["largest", "longest", "most_documents"])
+def test_the_bounds_of_a_mixture_hold_for_each_of_its_parts(name):
+    parts = mixture(3, 4).parts
+    for part in parts:
+        setattr(part, name, 1000)
+        rows = data.Mixture(parts, DataConfig(train=["a", "b"], weights=[1.0, 1.0]))
+        assert getattr(rows, name) == 1000
+        setattr(part, name, 5)
+
+
 def test_a_file_in_two_entries_of_a_mixture_is_an_error(tmp_path, corpus):
     with pytest.raises(UserError, match="00.py is in several entries of data.train"):
         prepare(config(tmp_path, corpus, corpus / "00.py", weights=[1.0, 1.0]))
@@ -757,6 +768,43 @@ def test_a_look_at_tokens_shows_ids_that_the_tokenizer_lacks(tmp_path):
                             "--model.vocab_size=320", "--data.eos_id=300")
     assert status == 0, err
     assert "\nh{+i<300>!hi<300>!h+}\n" in out and "sample 2" not in out
+
+
+def test_every_number_of_a_look_is_that_of_the_rows_that_it_writes(tmp_path):
+    questions = [{"activity_label": "A", "ctx_a": "b" * (i % 7 + 1), "ctx_b": "", "endings": ["c" * (i % 5 + 1), "d"],
+                  "label": 0} for i in range(43)]
+    for name, part in (("t", questions[3:]), ("v", questions[:3])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in part))
+    status, out, err = look(tmp_path, f'--data.train=["{tmp_path / "t.jsonl"}"]', f"--out={tmp_path / 'rows.json'}",
+                            f'--data.val=["{tmp_path / "v.jsonl"}"]', "--data.format=hellaswag", "--max_steps=12",
+                            "--model.block_size=32", "--data.packed_sequence_size=32", "--global_batch_size=3")
+    assert status == 0, err
+    written = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    sizes, n_targets = [len(row["ids"]) for row in written], [sum(row["loss"]) for row in written]
+    assert len(sizes) == 40 and sizes == [len(f"A: {q['ctx_a']} {q['endings'][0]}") for q in questions[3:]]
+    for i in range(3):
+        assert f"---- sample {i + 1} of 40: {sizes[i]} tokens, {n_targets[i]} targets\n" in out
+    shown = dict(re.findall(r"^([a-z ]+?) {2,}([\d,]+)", out, re.MULTILINE))
+    assert shown | {"rows": None} == {
+        "documents": "40", "tokens": str(sum(sizes)), "targets": str(sum(n_targets)), "files not used": "0",
+        "samples cut at the beginning": "0", "rows": None, "validation rows": "1"}
+    n_rows, inputs = int(shown["rows"]), sum(sizes) - 40  # the last id of each is no input
+    assert inputs / 32 <= n_rows < inputs / 32 * 1.2
+    padding, share = 1 - inputs / (32 * n_rows), sum(n_targets) / sum(sizes)
+    assert f"{n_rows} of 32 tokens, {padding:.1%} padding\n" in out
+    assert f"\n12 steps of 3 rows see {36 / n_rows:.2f} epochs\n" in out
+    assert (f"hellaswag, 40 training samples in {n_rows} rows of 32 tokens, {padding:.1%} of them padding, {share:.0%} "
+            "of the text is trained on, 3 validation samples in 1 rows, tokenizer bytes\n") in out
+
+
+def test_ids_of_validation_data_that_the_model_lacks_are_reported(tmp_path):
+    for name, largest in (("train", 200), ("val", 300)):
+        np.array([1, 2, 3, largest] * 30, "<u2").tofile(tmp_path / f"{name}.bin")
+    keys = [f'--data.train=["{tmp_path / "train.bin"}"]', f'--data.val=["{tmp_path / "val.bin"}"]',
+            "--data.format=tokens"]
+    status, _, err = look(tmp_path, *keys)
+    assert status == 2 and "token id 300, beyond model.vocab_size=272" in err
+    assert look(tmp_path, *keys, "--model.vocab_size=320")[0] == 0
 
 
 def test_targets_are_green_on_a_terminal():

@@ -1,6 +1,7 @@
 """train.py, run as a user runs it: the same training on any number of ranks, exact resume, and what a run leaves."""
 
 import ast
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from model import IGNORE
 from optim import AdamW
 from plumbing import cudagraph, fp8_weights, logs
 from plumbing.errors import UserError
+from plumbing.ranks import Ranks
 
 FP8 = ["--fp8.enabled=True", "--fp8.emulate=True", '--fp8.filter_fqns=["lm_head"]']
 GATHER = ["--fp8.enable_fsdp_float8_all_gather=True"]
@@ -665,6 +667,37 @@ def test_the_first_row_is_that_of_a_loop_written_with_torch(tiny_run, tmp_path, 
                  f"{row['peak_gib']:.2f} GiB | 0.0 min left", f"validation loss {metrics(tmp_path / 'run').val[1]:.4f}",
                  "done: 1 steps, 512 tokens in"):
         assert part in screen, part
+
+
+def test_time_epochs_and_memory_on_the_screen_are_those_of_the_whole_run(tiny_run, tmp_path, capsys, monkeypatch):
+    seconds = itertools.count(1000, 50)  # each look at the clock takes 50 s
+    monkeypatch.setattr(Ranks, "now", lambda self: next(seconds))
+    monkeypatch.setattr(estimate, "memory", lambda *_: 12.34)
+    monkeypatch.setattr(estimate, "host_memory", lambda *_: (3.21, 0.5))
+    args = [*tiny_run, f"--out_dir={tmp_path}", FLAT]
+    train_here(*args, "--max_steps=3")
+    saved = json.loads((tmp_path / "checkpoints" / "step_00000003" / "run.json").read_text())["time_s"]
+    assert saved >= metrics(tmp_path).train[3]["time_s"] >= 150
+    capsys.readouterr()
+    train_here(*args, "--max_steps=6")
+    rows, screen = metrics(tmp_path).train, capsys.readouterr().out
+    assert rows[4]["time_s"] >= saved + 50 and rows[6]["time_s"] > rows[5]["time_s"] + 49
+    config = configurator.read_file(tmp_path / "config.py")
+    n_rows = data.prepare(config.data, 64, config.seed)[0].n_rows
+    for part in (f"; 6 steps see {6 * 8 / n_rows:.2f} epochs\n", "parameters, 12.3 GiB estimated per rank with",
+                 "activations, and 3.7 GiB of host memory\n",
+                 f"done: 6 steps, {6 * 512:,} tokens in {rows[6]['time_s'] / 60:.1f} min, validation loss"):
+        assert part in screen, part
+
+
+def test_what_fp8_covers_is_the_same_on_the_screen_and_in_the_record(tiny_run, tmp_path, capsys):
+    train_here(*tiny_run, *FP8, "--max_steps=1", f"--out_dir={tmp_path}")
+    record, screen = json.loads((tmp_path / "run.json").read_text()), capsys.readouterr().out
+    blocks, head = 2 * ((4 + 2 * 2) * 16 * 64 + 64 * 64 + 3 * 64 * 128), 272 * 64
+    share = 6 * blocks / (6 * (blocks + head) + 3 * 2 * 2 * 2 * 64 * 64 / 2)  # q k^T and p v of 2 layers, causal
+    assert record["fp8_flops"] == pytest.approx(share)
+    n_params = blocks + 2 * head + 5 * 64  # embedding and lm_head, norms
+    assert f"covers {blocks / n_params:.1%} of parameters, {share:.1%} of matmul FLOPs" in screen
 
 
 def test_the_learning_rate_in_the_metrics_is_the_one_that_is_used_from_step_1(tiny_run, tmp_path, monkeypatch):
