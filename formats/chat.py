@@ -106,10 +106,10 @@ def tokenize(paths, template, train_on, limit):
 
     counts, samples, unused, roles = Counter(), [], {}, {}
     rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
-    for (ids, loss, n_left_out), ignored, speakers in in_order(encode, rows, os.cpu_count()):
+    for (ids, loss, n_changed), ignored, speakers in in_order(encode, rows, os.cpu_count()):
         unused |= dict.fromkeys(ignored)
         roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)
-        counts["messages the template drops"] += n_left_out
+        counts["messages the template shortens or drops"] += n_changed
         counts["conversations cut at the end"] += len(ids) > limit + 1
         ids, loss = ids[: limit + 1].astype(np.int32), loss[: limit + 1]
         loss[:1] = False  # nothing comes before it

@@ -1,15 +1,13 @@
 """Chat templates: from messages to the ids of `transformers`' apply_chat_template, and which of them are targets.
 
-    messages with marks -> Jinja, in its sandbox -> text with marks -> text, and where the marks were -> ids, targets
+    messages -> Jinja, in its sandbox -> text, with marks -> text, and what is said in it -> ids, targets
 
 Marks are private-use characters. They keep apart who wrote a special token: one of the template gets SPECIAL in front
 and becomes its id; one in a message gets a BREAK after each character and stays text. (`transformers` makes it the
 special token unless sanitize_control_tokens is set.)
 
 Targets are what the assistant says and the token that ends its turn. A template with {% generation %} says itself where
-that is. For the others, marks around the words of each message show where they end up, and one question with its reply
-shows what is around a turn: it begins after the text that add_generation_prompt adds, and ends with the special tokens
-that follow the words whether or not the conversation goes on.
+that is. For the others, one question with its reply shows what begins and ends a turn, and turns are found by that.
 """
 
 import functools
@@ -26,19 +24,17 @@ import numpy as np
 
 from plumbing.errors import UserError
 
-SPECIAL, BREAK, OPEN, CLOSE = "\U0010f000", "\U0010f001", "\U0010f002", "\U0010f003"  # the last two: {% generation %}
-WORDS = 0x10F010  # + 2 i: where the words of message i begin, + 2 i + 1: where they end
+SPECIAL, BREAK, EDGE, REPLY = "\U0010f000", "\U0010f001", "\U0010f002", "\U0010f003"  # EDGE: of what is said
+RESERVED = re.compile(f"[{SPECIAL}-{REPLY}]")
 MOST_MESSAGES = 2000
 QUESTION = {"role": "user", "content": "?"}
-MARK = re.compile("([\U0010f002-\U0010fffd])")
-RESERVED = re.compile("[\U0010f000-\U0010fffd]")
+REASONING = ["reasoning_content", "thinking", "reasoning"]  # names of one field, the first one counts
 HALVES = re.compile("[\ud800-\udfff]")  # of characters: they count as U+FFFD, as in Tokenizer.encode
 OPENS_REASONING = re.compile(rf"{SPECIAL}?[<\[\u25c1][^<\[\u25c1]*(think|thought|reasoning)", re.IGNORECASE)
-ADVICE = "put {% generation %} around the assistant's words in it (data.chat_template=FILE), or set data.train_on=all"
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %}: puts OPEN and CLOSE around what is inside."""
+    """{% generation %}: puts EDGE around what is inside."""
 
     tags = {"generation"}
 
@@ -48,7 +44,7 @@ class Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
     def mark(self, caller):
-        return OPEN + caller() + CLOSE
+        return EDGE + caller() + EDGE
 
 
 def environment():
@@ -95,7 +91,10 @@ class Template:
         self.special = re.compile(f"(?:{pattern})(?!{BREAK})")
         self.marked_special = re.compile(f"({SPECIAL}(?:{pattern}))")
         self.full, self.real_ids = self.with_marked_specials(tokenizer.full)
-        self.headers, self.ending = self.find_turn()
+        self.turn, self.header, self.ending = None, "", ""
+        self.find_turn()
+        theirs = [self.header.replace(SPECIAL, "").strip(), *self.specials]  # not for messages
+        self.own = re.compile("|".join(map(re.escape, filter(None, theirs))) or "(?!)")
 
     def with_marked_specials(self, full):
         """(a copy of a tokenizers.Tokenizer that finds special tokens behind SPECIAL only, the real id of each id)."""
@@ -111,29 +110,47 @@ class Template:
         return copy, real_ids
 
     def find_turn(self):
-        """(texts that may begin a reply, text that ends one), of a conversation of one question.
+        """Set turn, a pattern of an assistant's turn or None, and texts that begin and end one: header, ending.
 
-        A reply begins with what asks for it, or with that up to the reasoning that it opens. It ends with the special
-        tokens that follow it whether or not the conversation goes on, else with the first one that follows it.
+        A turn begins with what asks for it, without the reasoning that this may open; where nothing asks for it, with
+        what is between question and reply. It ends with the special tokens that follow the reply whether or not the
+        conversation goes on, else with the first one that follows it. The pattern's groups: the beginning; the rest.
         """
-        reply = {"role": "assistant", "content": CLOSE}
+        reply = {"role": "assistant", "content": REPLY}
+        conversations = [QUESTION], [QUESTION, reply], [QUESTION, reply, QUESTION]
         try:
-            unasked, asked = (self.render([QUESTION], None, prompt) for prompt in (False, True))
-            alone, inside = (self.render([QUESTION, reply, *more], None).partition(CLOSE)[2]
-                             for more in ([], [QUESTION]))
+            unasked, alone, inside = (self.render(messages, None).replace(EDGE, "") for messages in conversations)
+            asked = self.render([QUESTION], None, prompt=True)
         except UserError:  # encode() will show the reason
-            return [], ""
-        header = asked[len(os.path.commonprefix([unasked, asked])) :]
+            return
+        before, _, after = alone.partition(REPLY)
+        follows = after, inside.partition(REPLY)[2]
+        always = os.path.commonprefix(follows)
+        ends = list(self.marked_special.finditer(always))[-1:] or filter(None, map(self.marked_special.search, follows))
+        endings = [special.string[: special.end()] for special in ends]
+        if not endings:
+            return
+        parts = [self.marked_special.split(text) for text in (unasked, asked)]
+        header = "".join(parts[1][len(os.path.commonprefix(parts)) :])
+        if not header:
+            header = before.rpartition(QUESTION["content"])[2]
+            for ending in endings:
+                header = header.rpartition(ending)[2]
+        header = header.lstrip().rstrip(" ")  # a space before a word is in its token
         opening = OPENS_REASONING.search(header, 1)
-        headers = [header, header[: opening.start()]] if opening else [header]
-        always = os.path.commonprefix([alone, inside])
-        ends = [special.end() for special in self.marked_special.finditer(always)]
-        ends = ends or [special.end() for special in self.marked_special.finditer(alone)][:1]
-        return list(filter(None, headers)), alone[: ends[-1]] if ends else ""
+        self.header, self.ending = header[: opening.start()] if opening else header, endings[0]
+        first = self.marked_special.match(self.header)
+        other = first[0] if first else self.header  # begins other turns
+        begin, reasoning, other = map(re.escape, (self.header, header[len(self.header) :], other))
+        ends = "|".join(map(re.escape, endings))
+        turn = re.compile(f"({begin}(?:{reasoning})?)((?:(?!{other}).)*?(?:{ends}))", re.DOTALL)
+        if len(turn.findall(inside)) == 1:  # else questions look like replies
+            self.turn = turn
 
     def reads(self, key):
         """Whether the template reads this key of a message."""
-        return any(key in source for source in self.sources)
+        keys = {key, *REASONING[:2]} if key in REASONING else {key}
+        return any(key in source for key in keys for source in self.sources)
 
     def render(self, messages, tools, prompt=False):
         """The text of messages, with marks."""
@@ -147,54 +164,18 @@ class Template:
             raise UserError(f"{self.name} fails on it: {type(error).__name__}: {error}") from error
         return self.special.sub(rf"{SPECIAL}\g<0>", text)
 
-    def targets(self, messages, tools):
-        """(text, [(begin, end) of what is trained on], number of messages that the template leaves out)."""
-        plain, marks = take_out_marks(self.render(messages, tools))
-        opened, closed = ([place for char, place in marks if char == which] for which in (OPEN, CLOSE))
-        if opened:
-            return plain, list(zip(opened, closed, strict=True)), 0
-        for roles, how in (("all", "around"), ("all", "within"), ("assistant", "within"), ("assistant", "end")):
-            marked = [mark(m, i, how) if roles in ("all", m["role"]) else m for i, m in enumerate(messages)]
-            text, marks = take_out_marks(self.render(marked, tools))
-            if text == plain:  # else the template strips or compares what a mark changes
-                break
-        else:
-            raise UserError(f"{self.name} does not show where the assistant's words are: {ADVICE}")
-        words = {}  # of each message, in the order of the text: (place, whether words end there) of its marks
-        for char, place in marks:
-            i, is_end = divmod(ord(char) - WORDS, 2)
-            words.setdefault(i, []).append((place, is_end))
-        starts = [places[0][0] for places in words.values()] + [len(plain)]
-        spans, low = [], 0
-        for (i, places), high in zip(words.items(), starts[1:], strict=True):
-            (first, is_name), (last, is_end) = places[0], places[-1]
-            if not is_end:
-                raise UserError(f"{self.name} changes the order of the words of a message: {ADVICE}")
-            if messages[i]["role"] == "assistant":
-                begin = low + self.begin_of_turn(plain[low:first], is_name)
-                spans.append((begin, last + self.end_of_turn(plain[last:high])))
-            low = max(low, last)
-        n_marked = sum(message != original for message, original in zip(marked, messages, strict=True))
-        return plain, spans, n_marked - len(words)
-
-    def begin_of_turn(self, text, is_name):
-        """Where an assistant's turn begins in the text before its first mark: the end of a name, or the first words."""
-        for header in self.headers:
-            if header in text:
-                return text.rindex(header) + len(header)
-        if is_name:
-            raise UserError(f"{self.name} does not show where the assistant's turn begins: {ADVICE}")
-        return len(text.rstrip(" "))  # a space before a word is in its token
-
-    def end_of_turn(self, text):
-        """Where an assistant's turn ends in the text between its last mark and the next words."""
-        if self.ending in text:
-            return text.index(self.ending) + len(self.ending)
-        special = self.marked_special.search(text)  # such as <|eom_id|>
-        return special.end() if special else 0
+    def targets(self, text, n_replies):
+        """A rendered text with an EDGE at both ends of what is trained on."""
+        if EDGE in text:
+            return text
+        text, n_turns = self.turn.subn(rf"\1{EDGE}\2{EDGE}", text) if self.turn else (text, 0)
+        if n_turns < n_replies:
+            raise UserError(f"{self.name} does not show where the assistant's words are: put {{% generation %}} around "
+                            "them in it (data.chat_template=FILE), or set data.train_on=all")
+        return text
 
     def encode(self, messages, tools=None, train_on="assistant", prompt=False):
-        """(ids, loss, messages that the template leaves out) of a conversation: int64 (n,), bool (n,), int.
+        """(ids, loss, messages that the template shortens or leaves out) of a conversation: int64 (n,), bool (n,), int.
 
         messages: dicts with `role` and `content`, and what else the template takes. loss: whether an id is a target,
         which it is if any of its characters is to be trained on. prompt: end with what asks for a reply (only with
@@ -202,20 +183,23 @@ class Template:
         """
         if len(messages) > MOST_MESSAGES:
             raise UserError(f"it has {len(messages):,} messages, {MOST_MESSAGES:,} are the most")
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        messages, tools = self.protect(messages), self.protect(tools)
+        messages, tools = self.protect(list(map(filled, messages))), self.protect(tools)
+        text = self.render(messages, tools, prompt)
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+        n_changed = sum(content.strip() not in text for content in contents)
         if train_on == "all":
-            text, n_left_out = take_out_marks(self.render(messages, tools, prompt))[0], 0
-            spans = [(0, len(text))]
+            text = EDGE + text.replace(EDGE, "") + EDGE
         else:
-            text, spans, n_left_out = self.targets(messages, tools)
+            text = self.targets(text, sum(message["role"] == "assistant" for message in messages))
+        parts = text.replace(BREAK, "").split(EDGE)  # every second one is a target
+        borders = np.cumsum([len(part) for part in parts]).tolist()
         # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
-        encoding = self.full.encode_batch([text], add_special_tokens=False)[0]
+        encoding = self.full.encode_batch(["".join(parts)], add_special_tokens=False)[0]
         begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         loss = np.zeros(len(begins), bool)
-        for begin, end in spans:
+        for begin, end in zip(borders[::2], borders[1::2], strict=False):
             loss |= (ends > begin) & (begins < end)
-        return self.real_ids[encoding.ids], loss, n_left_out
+        return self.real_ids[encoding.ids], loss, n_changed
 
     def end_of_reply(self):
         """The id of the special token that follows the assistant's words, or None."""
@@ -233,44 +217,14 @@ class Template:
         if found := RESERVED.search(value):
             raise UserError(f"it has {found[0]!r}, a private-use character that is needed here")
         value = HALVES.sub("\ufffd", value)
-        value = self.special.sub(lambda text: "".join(char + BREAK for char in text[0]), value)
+        value = self.own.sub(lambda text: "".join(char + BREAK for char in text[0]), value)
         # a template may join two texts, and the next one may complete the special token that this one begins
         begins_special = any(value.endswith(text[:n]) for text in self.specials for n in range(1, len(text)))
         return value + BREAK if begins_special else value
 
 
-def mark(message, i, how):
-    """A copy of message i with a mark at the beginning and at the end of each text in it.
-
-    how: "around" the whole text, "within" white space that the text begins or ends with, or only at such an "end".
-    """
-    begin, end = "" if how == "end" else chr(WORDS + 2 * i), chr(WORDS + 2 * i + 1)
-
-    def around(text):
-        words = text if how == "around" else text.strip()
-        return text.replace(words, begin + words + end, 1)
-
-    def end_of_name(call):  # a turn does not begin where a name does
-        if "function" in call:
-            return {**call, "function": end_of_name(call["function"])}
-        return {**call, "name": call["name"] + end}
-
-    marked = dict(message)
-    for key in ("content", "reasoning_content", "thinking", "reasoning"):
-        text = message.get(key)
-        if isinstance(text, list):
-            marked[key] = [{**part, "text": around(part["text"])} if part.get("text") else part for part in text]
-        elif isinstance(text, str) and (text.strip() or how == "around" and message["role"] == "assistant"):
-            marked[key] = around(text)
-    if calls := message.get("tool_calls"):
-        marked["tool_calls"] = [end_of_name(call) for call in calls]
-    if marked == message and message["role"] == "assistant":  # an empty reply: only its turn ends
-        marked["content"] = around(message["content"])
-    return marked
-
-
-def take_out_marks(text):
-    """(text without marks, [(mark, its place in that text)]), without BREAKs in both."""
-    parts = MARK.split(text.replace(BREAK, ""))
-    places = np.cumsum([len(part) for part in parts[::2]]).tolist()
-    return "".join(parts[::2]), list(zip(parts[1::2], places, strict=False))
+def filled(message):
+    """A message as a template gets it: no key without a value, and reasoning under the names that templates read."""
+    message = {key: value for key, value in message.items() if value is not None}
+    named = [message[key] for key in REASONING if key in message]
+    return {"thinking": named[0], **message, "reasoning_content": named[0]} if named else message

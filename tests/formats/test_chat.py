@@ -218,6 +218,9 @@ CONVERSATIONS = {
                               assistant("<think>\nhm c\n</think>\n\nc")],
     "reasoning in a field": [user("a"), assistant("b", reasoning_content="hm"), user("b"),
                              assistant("c", reasoning_content="\nhm\n")],
+    "reasoning under other names": [user("a"), assistant("b", thinking="hm"), user("b"),
+                                    assistant("c", reasoning="so")],
+    "reasoning under two names": [user("a"), assistant("b", reasoning="no", thinking="hm", reasoning_content=None)],
     "tool calls": [user("hot?"), assistant("", tool_calls=CALL), {"role": "tool", "content": "22"}, assistant("22."),
                    user("thanks"), assistant("welcome")],
     "several calls after text": [user("hot?"), assistant("Let me see", tool_calls=CALL + CALL),
@@ -299,6 +302,37 @@ def test_a_reply_is_what_is_said_and_the_token_that_ends_it(tokenizer):
         "<|im_start|>system\n Be brief. <|im_end|>\n"
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
         "<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n")
+
+
+@pytest.mark.parametrize("source, messages, expected", [
+    # nothing asks for a reply, and its header has two special tokens, the last of which every message has
+    ("{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>' + m.content + eos_token }}{% endfor %}",
+     [user("a"), user("b"), assistant("c")],
+     "<|head|>user<|/head|>a</s><|head|>user<|/head|>b</s><|head|>assistant<|/head|>«c</s>»"),
+    # what ends a question begins a reply, but not to a question that is followed by another
+    ("{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}"
+     "{% endfor %}", [user("a"), user("b"), assistant("c")], "[INST]a[/INST][INST]b[/INST]«c</s>»"),
+    # words that begin a reply are no special token: in messages they begin nothing
+    ("{% for m in messages %}{{ m.role + ':\n' + m.content | trim + '\n' }}{{ eos_token if m.role == 'assistant' }}"
+     "{% endfor %}", [user("assistant:"), assistant("\nassistant:\n "), user("a assistant:\nb"), assistant("c")],
+     "user:\nassistant:\nassistant:\n«assistant:\n</s>»user:\na assistant:\nb\nassistant:\n«c\n</s>»"),
+    # a reply in two turns
+    ("{% for m in messages %}{% if m.thinking %}{{ '<|head|>assistant thinks' + m.thinking + '<|end|>' }}{% endif %}"
+     "{{ '<|head|>' + m.role + ':' + m.content + '<|end|>' }}{% endfor %}"
+     "{% if add_generation_prompt %}{{ '<|head|>assistant' }}{% endif %}",
+     [user("a"), assistant("b", reasoning=" hm")],
+     "<|head|>user:a<|end|><|head|>assistant« thinks hm<|end|>»<|head|>assistant«:b<|end|>»")])
+def test_turns_are_found_by_what_is_around_a_reply(source, messages, expected, tokenizer):
+    ids, loss, n_changed = Template(tokenizer, source).encode(messages)
+    assert (written(ids, loss, tokenizer), n_changed) == (expected, 0)
+
+
+def test_what_follows_a_reply_that_ends_in_another_way_is_no_target(tokenizer):
+    """As Llama 3's <|eom_id|>, behind which a tool answers."""
+    template = Template(tokenizer, """{%- for m in messages %}{{ '<|head|>' + m.role + '<|/head|>' + m.content }}
+        {{- '<|eot|>' if m.content != 'call' else '<|end|>' }}{% endfor %}""", "two ends")
+    with pytest.raises(ValueError, match="two ends does not show where the assistant's words are"):
+        template.encode([user("a"), assistant("call"), {"role": "tool", "content": "b"}, assistant("c")])
 
 
 @pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}], ids=["plain", "rstrip", "lstrip"])
@@ -397,8 +431,13 @@ def test_words_that_are_no_special_tokens_are_found_in_replies(tokenizer):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "changes the order of the words of a message"),
+    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "does not show where the assistant's words are"),
     ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "does not show where the assistant's words are"),
+    ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "does not show where"),  # whose words it is
+    ("{% for m in messages %}{{ '<|head|>' + m.content + eos_token }}{% endfor %}", "does not show where"),
+    ("{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}", "does not show where"),  # their end
+    ("{% for m in messages if m.content != 'b' %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}",
+     "does not show where"),
     ("{% for m in messages %}{% if m.content == 'b' %}yes{% endif %}{% endfor %}", "does not show where"),
     ("{% for m in messages %}{{ m.content[9] }}{{ 1 + m.role }}{% endfor %}", "fails on it: TypeError"),
     ("{{ raise_exception('No.') }}", "odd refuses it: No."),
@@ -507,13 +546,15 @@ def test_what_is_cut_dropped_and_not_used_is_counted(folder, tmp_path):
 
 def test_messages_that_the_template_leaves_out_are_counted(folder, tmp_path, tokenizer):
     template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}")
+    template.write_text("{% for m in messages if m.role != 'system' %}"
+                        "{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}")
     path = write(tmp_path / "rows.jsonl", *[{"messages": [SYSTEM, *PAIR]}] * 20)
     train, _, _ = data.prepare(config(folder, path, chat_template=str(template)), 128, 1)
-    assert f"{template}; 20 messages the template drops" in train.description
-    assert written(*train.sample(0), tokenizer) == "add: 1 2</s>«3</s>»"
+    assert f"{template}; 20 messages the template shortens or drops" in train.description
+    assert written(*train.sample(0), tokenizer) == "<|user|>add: 1 2</s><|assistant|>«3</s>»"
     everything, _, _ = data.prepare(config(folder, path, chat_template=str(template), train_on="all"), 128, 1)
-    assert written(*everything.sample(0), tokenizer) == "a«dd: 1 2</s>3</s>»"  # nothing comes before the first token
+    # nothing comes before the first token
+    assert written(*everything.sample(0), tokenizer) == "<|user|>«add: 1 2</s><|assistant|>3</s>»"
     with pytest.raises(ValueError, match="data.chat_template=nowhere.jinja: "):
         data.prepare(config(folder, path, chat_template="nowhere.jinja"), 128, 1)
 
@@ -543,7 +584,7 @@ def test_conversations_are_tokenized_once_and_again_when_anything_changes(folder
 def test_the_date_that_a_template_inserts_is_shown_and_stays(folder, tmp_path, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40)
     (tmp_path / "template.jinja").write_text(
-        "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+        "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}")
     cfg = config(folder, path, chat_template=str(tmp_path / "template.jinja"))
     first = data.prepare(cfg, 128, 1)[0]
     assert f"the template's date is {date.today():%d %b %Y}" in first.description
