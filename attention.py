@@ -12,7 +12,7 @@ A new kernel: a function with the arguments of `attend`, which `select_kernel` g
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from plumbing import flash4
+from plumbing.schema import PositiveFloat
 
 SAVED_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -133,14 +134,16 @@ def attend_one(q, k, v, position, mask, window):
 # ----------------------------------------------------------------------------------------------------------------
 # rotary positions
 
+OriginalLength = Annotated[int, "int >= 2", lambda tokens: tokens >= 2]  # the logarithm of 1, 0, would divide
+
 
 @dataclass(kw_only=True)
 class RopeScaling:
     """How rotary frequencies change for a context longer than the one a model was first trained on."""
 
     kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"  # the formula
-    factor: float = 8.0  # how many times longer the context gets
-    original_max_position: int = 8192  # context length of the first training (linear ignores it)
+    factor: PositiveFloat = 8.0  # how many times longer the context gets
+    original_max_position: OriginalLength = 8192  # context length of the first training (linear ignores it)
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low_freq_factor are stretched in full
     high_freq_factor: float = 4.0  # llama3: wavelengths below original / high_freq_factor stay
     beta_fast: float = 32.0  # yarn: frequencies with more turns than this in the original context stay
@@ -154,9 +157,6 @@ class RopeScaling:
         lengths = {len(self.short_factors), len(self.long_factors)}
         if self.kind == "longrope" and lengths != {pairs}:
             return f"model.rope_scaling of kind longrope needs {pairs} short_factors and as many long_factors"
-        if self.factor <= 0 or self.original_max_position < 2:
-            return (f"model.rope_scaling.factor={self.factor} must be above 0 and "
-                    f"model.rope_scaling.original_max_position={self.original_max_position} at least 2")
         return None
 
 

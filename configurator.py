@@ -2,7 +2,8 @@
 
 A config file is ordinary Python that binds `config` to a `Config`. Each section is a dataclass in its concern's file.
 Command-line keys are the same dotted names, parsed by the field's type. All errors in a call are reported together,
-before any slow step. A new knob is one line in a dataclass, whose comment is its help text: nothing here has to change.
+before any slow step. A new knob is one line in a dataclass: its type, with the range of a number, is the check of its
+values, its comment is its help text, and nothing here has to change.
 """
 
 import copy
@@ -17,19 +18,22 @@ import traceback
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import fp8
 from data import DataConfig
 from fp8 import FP8Config
 from model import ModelConfig
 from optim import OptimConfig
+from plumbing import schema
 from plumbing.compiling import CompileConfig
 from plumbing.errors import UserError
 from plumbing.ranks import process_rank
-from plumbing.schema import closest, comments, fits, flat, parse, sections, suggest, to_python, type_name
+from plumbing.schema import Natural, PositiveFloat, PositiveInt, to_python
 
 REPO = Path(__file__).resolve().parent
+# times a million it has to fit into 64 bits
+Seed = Annotated[int, "0 <= int < 2**40", lambda seed: 0 <= seed < 2**40]
 
 
 @dataclass(kw_only=True)
@@ -44,59 +48,48 @@ class Config:
 
     # the run
     out_dir: str = "out/run"  # checkpoints, metrics, plots
-    max_steps: int = 1000  # optimizer steps
+    max_steps: PositiveInt = 1000  # optimizer steps
     init_from: str = "scratch"  # "scratch", or a Hugging Face folder: weights, and all of model except block_size
     resume: Literal["auto", "never", "must"] = "auto"  # from the checkpoint in out_dir: if there is one, never, always
-    seed: int = 1337  # initial weights, data order, stochastic rounding
+    seed: Seed = 1337  # initial weights, data order, stochastic rounding
     # the batch
-    global_batch_size: int = 8  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = 1  # sequences per rank and forward pass; gradient accumulation does the rest
+    global_batch_size: PositiveInt = 8  # sequences per optimizer step, over all ranks
+    micro_batch_size: PositiveInt = 1  # sequences per rank and forward pass; gradient accumulation does the rest
     # logs, evaluations, checkpoints
-    log_interval: int = 10  # steps between log lines
-    eval_interval: int = 100  # evaluate every N steps and at the end; 0: never
-    eval_sequences: int = 64  # validation sequences per evaluation, over all ranks; 0: all
-    eval_hellaswag_items: int = 0  # also score this many HellaSwag questions at each evaluation; 0: none
-    checkpoint_interval: int = 200  # save a checkpoint every N steps and at the end; 0: never
+    log_interval: PositiveInt = 10  # steps between log lines
+    eval_interval: Natural = 100  # evaluate every N steps and at the end; 0: never
+    eval_sequences: Natural = 64  # validation sequences per evaluation, over all ranks; 0: all
+    eval_hellaswag_items: Natural = 0  # also score this many HellaSwag questions at each evaluation; 0: none
+    checkpoint_interval: Natural = 200  # save a checkpoint every N steps and at the end; 0: never
     async_checkpoint: bool = True  # write checkpoints while training goes on, from a copy in host memory
-    keep: int = 2  # newest checkpoints to keep; 0: all
+    keep: Natural = 2  # newest checkpoints to keep; 0: all
     tensorboard: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     wandb_project: str | None = None  # also log to this Weights & Biases project (pip install wandb)
     # speed and memory
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, activations and gradients
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recompute in backward: cheap ops, or all
-    loss_chunks: int = 1  # compute the loss in this many pieces, so that all logits never exist at once
+    loss_chunks: PositiveInt = 1  # compute the loss in this many pieces, so that all logits never exist at once
     flash4: bool | None = None  # attention by FlashAttention 4: True: or fail, False: never, None: where installed
     cuda_graph: bool = False  # record a pass as one CUDA graph: small models, one GPU; its memory stays reserved
     check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU
     # several GPUs
-    replicas: int = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node
+    replicas: Natural = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradient reduction over ranks; bfloat16: half the bytes
     shard_one_rank: bool = False  # run FSDP2 on a single rank too, which takes 7 to 17% of the step
-    timeout_minutes: float = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
+    timeout_minutes: PositiveFloat = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
     # when something is wrong
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
     deterministic: bool = False  # bitwise repeatable kernels only (torch.use_deterministic_algorithms)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # if loss or gradient norm is inf or nan: end the run, skip the step
-    profile_step: int = 0  # write a torch.profiler trace of this step to out_dir; 0: of none
-    memory_step: int = 0  # write a snapshot of this step's CUDA memory to out_dir; 0: of none
+    profile_step: Natural = 0  # write a torch.profiler trace of this step to out_dir; 0: of none
+    memory_step: Natural = 0  # write a snapshot of this step's CUDA memory to out_dir; 0: of none
 
     def problems(self):
         """Yield a message for each contradiction between these values, with the keys involved."""
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "loss_chunks"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1"
-        for name in ("seed", "eval_interval", "eval_sequences", "eval_hellaswag_items", "checkpoint_interval", "keep",
-                     "replicas"):
-            if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)} must not be negative"
         for name in ("profile_step", "memory_step"):
-            if not 0 <= getattr(self, name) <= self.max_steps:
+            if getattr(self, name) > self.max_steps:
                 yield f"{name}={getattr(self, name)} must be a step: 1 to max_steps={self.max_steps}, 0: none"
-        if self.timeout_minutes <= 0:
-            yield f"timeout_minutes={self.timeout_minutes} must be positive"
-        if self.seed >= 2**40:  # times a million it has to fit into 64 bits
-            yield f"seed={self.seed} must be below 2**40"
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path = Path(folder).resolve()
             existing = next(p for p in (path, *path.parents) if p.exists())
@@ -108,7 +101,7 @@ class Config:
                 yield f"{key}={folder}: {existing} is a file, name a folder"
             elif key == "out_dir" and not os.access(existing, os.W_OK):
                 yield f"{key}={folder}: {existing} cannot be written to, name another folder"
-        if self.micro_batch_size > 0 and self.global_batch_size % self.micro_batch_size:
+        if self.global_batch_size % self.micro_batch_size:
             yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
                    f"micro_batch_size={self.micro_batch_size}")
         if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
@@ -152,20 +145,14 @@ def load(argv, own=None):
         except UserError as error:
             errors = [str(error)]
     file_is_read = not errors
-    parts += sections(config)
+    parts += schema.sections(config)
     if "--help" in argv and file_is_read:
         print_and_exit(help_text(parts))
 
-    flag_errors, broken = set_flags(parts, flags, switches)
-    errors += flag_errors
+    errors += set_flags(parts, flags, switches)
     config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
     if file_is_read:
-        # A message that names a broken key may be its consequence, and would mislead. A broken fp8.enabled, or a
-        # section that was given a value, has consequences for all keys of the section.
-        causes = tuple(f"{name.removesuffix('.enabled')}." for name in broken)
-        messages = [message for _, section in parts if hasattr(section, "problems") for message in section.problems()]
-        errors += [message for message in messages
-                   if not any(f"{word}.".startswith(causes) for word in re.findall(r"[\w.]*\w", message))]
+        errors += [message for _, section in parts if hasattr(section, "problems") for message in section.problems()]
     if errors:
         raise UserError("\n".join(errors))
     if "--print_config" in argv:
@@ -174,15 +161,10 @@ def load(argv, own=None):
 
 
 def set_flags(parts, flags, switches):
-    """Set every flag on its section; (errors, keys that did not get the value that was meant).
-
-    parts: (prefix, section) pairs. An unknown key counts for the key that it resembles.
-    """
-    aliases = {f"fp8.{alias}": f"fp8.{name}" for alias, name in fp8.ALIASES.items()}
+    """Set every flag on its section, and return the errors. parts: (prefix, section) pairs."""
     keys = {prefix + f.name: (section, f) for prefix, section in parts for f in fields(section)}
-    keys |= {alias: keys[name] for alias, name in aliases.items()}
-    known = [*keys, "help", "print_config"]
-    errors, broken = [], set()
+    keys |= {f"fp8.{alias}": keys[f"fp8.{name}"] for alias, name in fp8.ALIASES.items()}
+    errors = []
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
         if flag in switches:
@@ -190,18 +172,17 @@ def set_flags(parts, flags, switches):
         if name == "config":
             error = f"name the file without a key: {text}"
         elif name not in keys:
-            name = name.lstrip("-")
-            error = f"unknown key{suggest(name, known, '--{}') or '.'} See --help"
-            name = closest(name, known) or name
+            near = schema.suggest(name.lstrip("-"), [*keys, "help", "print_config"], "--{}")
+            error = f"unknown key{near or '.'} See --help"
         else:
             section, key = keys[name]
-            value = parse(text, key.type)
+            value = schema.parse(text, key.type)
             if is_dataclass(key.type):
                 error = "a section, set its keys: " + ", ".join(f"{name}.{f.name}" for f in fields(key.type))
             elif not equals:
                 error = f"write {flag}=VALUE"
-            elif not fits(value, key.type):
-                error = f"expected {type_name(key.type)}"
+            elif not schema.fits(value, key.type):
+                error = f"expected {schema.type_name(key.type)}"
                 if typing.get_origin(key.type) in (list, tuple, dict):
                     brackets = "{...}" if typing.get_origin(key.type) is dict else "[...]"
                     error += f" as a Python literal, in shell quotes: '--{name}={brackets}'"
@@ -209,8 +190,7 @@ def set_flags(parts, flags, switches):
                 setattr(section, key.name, value)
                 continue
         errors.append(f"{flag}: {error}")
-        broken.add(aliases.get(name, name))
-    return errors, broken
+    return errors
 
 
 def print_and_exit(text):
@@ -221,14 +201,14 @@ def print_and_exit(text):
 
 
 def read_file(path):
-    """A copy of the `config` that a Python file binds. Types are checked, values are not.
+    """A copy of the `config` that a Python file binds. Each value is checked, whether they go together is not.
 
     Raises one UserError with all errors of the file, one per line, with the line number where it is known.
     """
     path = str(path)
     if not Path(path).is_file():
         folder = os.path.relpath(REPO / "config")
-        near = suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")], f"{folder}/{{}}.py")
+        near = schema.suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")], f"{folder}/{{}}.py")
         if "=" in path:
             near = f": write --{path}"
         raise UserError(f"{path}: no such config file{near or f', see {folder}'}")
@@ -242,13 +222,13 @@ def read_file(path):
         raise UserError(f"{path} must bind `config` to a configurator.Config, as in `from configurator import Config` "
                         f"and `config = Config(max_steps=100)`; it binds {type(config).__name__}")
     errors = []
-    for prefix, section in sections(config):
+    for prefix, section in schema.sections(config):
         types = {f.name: f.type for f in fields(section)}
         for name, value in vars(section).items():
             if name not in types:  # config.max_stepz = 5
-                errors.append(f"{path}: {prefix}{name} is no field{suggest(name, types, prefix + '{}')}")
-            elif not fits(value, types[name]):
-                errors.append(f"{path}: {prefix}{name}={value!r}: expected {type_name(types[name])}")
+                errors.append(f"{path}: {prefix}{name} is no field{schema.suggest(name, types, prefix + '{}')}")
+            elif not schema.fits(value, types[name]):
+                errors.append(f"{path}: {prefix}{name}={value!r}: expected {schema.type_name(types[name])}")
     if errors:
         raise UserError("\n".join(errors))
     return copy.deepcopy(config)  # the object may belong to a module that others import too
@@ -267,9 +247,9 @@ def explain(error, path):
     misspelt = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if misspelt:
         kind_name, name = misspelt.groups()
-        modules = [sys.modules[type(section).__module__] for _, section in sections(Config())]
+        modules = [sys.modules[type(section).__module__] for _, section in schema.sections(Config())]
         kind = next((getattr(module, kind_name) for module in modules if hasattr(module, kind_name)), Config)
-        message = f"{kind_name} has no field {name!r}{suggest(name, [f.name for f in fields(kind)], '{!r}')}"
+        message = f"{kind_name} has no field {name!r}{schema.suggest(name, [f.name for f in fields(kind)], '{!r}')}"
     return f"{place}: {message}"
 
 
@@ -278,10 +258,10 @@ def changed(path, config):
     if not path.exists():
         return ""
     try:
-        previous = flat(read_file(path))
+        previous = schema.flat(read_file(path))
     except UserError as error:  # it only informs: a run can continue without it
         return f" (cannot compare with the earlier config: {error})"
-    differences = [f"{key}={value!r} instead of {previous.get(key)!r}" for key, value in flat(config).items()
+    differences = [f"{key}={value!r} instead of {previous.get(key)!r}" for key, value in schema.flat(config).items()
                    if key != "resume" and value != previous.get(key)]
     return f", now with {', '.join(differences)}" if differences else ""
 
@@ -294,7 +274,7 @@ def help_text(parts):
     lines = ["\n\n".join(p if p.startswith(" ") else textwrap.fill(p, columns) for p in paragraphs)]
     lines += ["", "Keys with type, default and meaning, set by --key=value:"]
     for prefix, section in parts:
-        notes, headings = comments(type(section))
+        notes, headings = schema.comments(type(section))
         purpose = inspect.getdoc(section).splitlines()[0]
         lines += ["", *wrap.wrap(f"{prefix[:-1] or type(section).__name__}: {purpose}")]
         for f in fields(section):
@@ -302,7 +282,7 @@ def help_text(parts):
             if not is_dataclass(default):
                 if f.name in headings:
                     lines += ["", f" {headings[f.name]}"]
-                lines += wrap.wrap(f"  {prefix}{f.name}  {type_name(f.type)}  {default!r}")
+                lines += wrap.wrap(f"  {prefix}{f.name}  {schema.type_name(f.type)}  {default!r}")
                 lines += wrap.wrap(" " * 8 + notes[f.name])
     lines += ["", "Other names for the same keys:"]
     for alias, name in fp8.ALIASES.items():

@@ -26,6 +26,7 @@ from formats import chat, files, hellaswag, text, tokens
 from model import IGNORE, check_ids
 from plumbing import entry
 from plumbing.errors import UserError
+from plumbing.schema import Natural
 
 FORMATS = {"text": text.prepare, "chat": chat.prepare, "hellaswag": hellaswag.prepare, "tokens": tokens.prepare}
 
@@ -38,14 +39,14 @@ class DataConfig:
     train: list[str] = field(default_factory=list)  # files, folders, globs, each file once; []: built in
     val: list[str] = field(default_factory=list)  # the same for validation; []: every 20th document of train
     weights: list[float] = field(default_factory=list)  # how often entries of train are drawn, relative; []: by size
-    packed_sequence_size: int = 0  # chat, hellaswag: tokens of a row that samples are packed into; 0: one sample a row
+    packed_sequence_size: Natural = 0  # chat, hellaswag: tokens of a row that samples are packed into; 0: one each
     train_on: Literal["assistant", "all"] = "assistant"  # chat: replies and the token that ends them, or everything
     chat_template: str = ""  # chat: a file with a Jinja template; "": the tokenizer folder's own
     tokenizer: str = "auto"  # "bytes", a tiktoken name, a tokenizer file or folder; auto: init_from's, else bytes
     text_key: str = "text"  # text: the field of a row that holds the text
     eos_id: int | None = None  # tokens: id between documents, which attention does not cross; None: it sees whole rows
     cache_dir: str = "data_cache"  # tokenized shards are kept here
-    workers: int = 0  # threads that tokenize; 0: one per core
+    workers: Natural = 0  # threads that tokenize; 0: one per core
 
     def resolve_tokenizer(self, init_from):
         """Replace "auto" by the tokenizer of the folder init_from, or by "bytes" for a model from scratch."""
@@ -54,9 +55,6 @@ class DataConfig:
 
     def problems(self):
         """Yield a message for each contradiction between these values, with the keys involved."""
-        for name in ("packed_sequence_size", "workers"):
-            if getattr(self, name) < 0:
-                yield f"data.{name}={getattr(self, name)} must not be negative"
         if self.packed_sequence_size and self.format in ("text", "tokens"):
             yield (f"data.packed_sequence_size packs samples, and data.format={self.format} has no padding to save: "
                    "set data.format=chat or hellaswag, or model.block_size for the length of rows")
@@ -280,12 +278,10 @@ LONGEST_SHOWN = 1000  # tokens of a sample
 class Look:
     """The arguments of data.py beside the config's."""
 
-    show: int = 3  # samples to print, the first of the files
+    show: Natural = 3  # samples to print, the first of the files
     out: str = ""  # JSONL file to write a row for each training sample to: ids, and loss (1: that token is a target)
 
     def problems(self):
-        if self.show < 0:
-            yield f"--show={self.show} must not be negative"
         if self.out and (Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir()):
             yield f"--out={self.out}: name a file in a folder that exists"
 

@@ -55,6 +55,7 @@ from torch.torch_version import TorchVersion
 import model as models
 from plumbing import blockwise
 from plumbing.errors import RunStopped, UserError
+from plumbing.schema import Natural
 
 # NeMo-Automodel's documentation spells two of the keys in two ways. Both set the same field.
 ALIASES = {
@@ -137,7 +138,7 @@ class FP8Config:
     auto_filter: bool = False  # time the layers at start-up and leave those that FP8 does not speed up in bf16
     grad_fast_accum: bool = False  # fast accumulation in backward matmuls, as in forward: 2% faster, row-wise 10%
     emulate: bool = False  # FP8 numerics in high-precision arithmetic: any machine, no speed
-    stats_interval: int = 0  # measure what the FP8 casts of every layer lose every N steps; 0: never
+    stats_interval: Natural = 0  # measure what the FP8 casts of every layer lose every N steps; 0: never
     self_check: bool = False  # at start-up compare compiled FP8 with eager bf16; torch 2.14, blockwise: always
     allow_eager: bool = False  # permit FP8 on a GPU without compile (slower than bf16)
     enable_fsdp_fp8_all_gather: InitVar[bool | None] = None
@@ -155,8 +156,6 @@ class FP8Config:
         """Yield a message for each contradiction between these values, with the keys involved."""
         if not self.enabled:
             return
-        if self.stats_interval < 0:
-            yield f"fp8.stats_interval={self.stats_interval} must not be negative"
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                    "fp8.enable_fsdp_float8_all_gather=True: set both or neither")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from attention import SAVED_OPS, RopeScaling, apply_rope, attend, attention_mask, rope_rows, rope_tables
 from plumbing.errors import UserError
+from plumbing.schema import Natural, NonNegativeFloat, PositiveFloat, PositiveInt
 from plumbing.sharding import plain_local, shard_rows
 
 IGNORE = -100  # targets with this value do not count in the loss
@@ -28,25 +29,25 @@ IGNORE = -100  # targets with this value do not count in the loss
 class ModelConfig:
     """Sizes and switches of one decoder. `llama3_1_8b()` and others below fill it in."""
 
-    vocab_size: int = 272  # rows of the embedding and of lm_head; more than the largest token id
-    block_size: int = 256  # tokens per training sequence, and the longest context that sample.py uses
-    n_layer: int = 4  # transformer blocks
-    n_head: int = 6  # query heads
-    n_kv_head: int = 6  # key/value heads (fewer than n_head: grouped-query attention)
-    n_embd: int = 192  # width of the residual stream
-    head_dim: int = 32  # width of one head (n_head * head_dim need not equal n_embd)
-    ffn_dim: int = 512  # hidden width of the SwiGLU MLP
-    rope_theta: float = 10000.0  # base of the rotary frequencies
+    vocab_size: PositiveInt = 272  # rows of the embedding and of lm_head; more than the largest token id
+    block_size: PositiveInt = 256  # tokens per training sequence, and the longest context that sample.py uses
+    n_layer: PositiveInt = 4  # transformer blocks
+    n_head: PositiveInt = 6  # query heads
+    n_kv_head: PositiveInt = 6  # key/value heads (fewer than n_head: grouped-query attention)
+    n_embd: PositiveInt = 192  # width of the residual stream
+    head_dim: PositiveInt = 32  # width of one head (n_head * head_dim need not equal n_embd)
+    ffn_dim: PositiveInt = 512  # hidden width of the SwiGLU MLP
+    rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # long-context frequencies
     rope_fraction: float = 1.0  # part of each head that rotary positions turn; the rest stays as it is
-    no_rope_interval: int = 0  # every n-th layer has no rotary positions (SmolLM3: 4); 0: every layer has them
-    sliding_window: int | None = None  # tokens that attention sees, the token itself included; None: all before it
+    no_rope_interval: Natural = 0  # every n-th layer has no rotary positions (SmolLM3: 4); 0: every layer has them
+    sliding_window: PositiveInt | None = None  # tokens that attention sees, with the token itself; None: all before it
     qk_norm: Literal["head", "all"] | None = None  # RMSNorm of q and k: each head (Qwen 3), or all at once (OLMo 2)
     qkv_bias: bool = False  # queries, keys and values have a bias
     out_bias: bool = False  # attention's output projection has a bias
     mlp_bias: bool = False  # the MLP's projections have a bias
     norm_after: bool = False  # RMSNorm after attention and MLP instead of before (OLMo 2)
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    norm_eps: NonNegativeFloat = 1e-5  # added to the mean square in RMSNorm
     tie_embeddings: bool = False  # lm_head uses the embedding matrix
     embedding_multiplier: float = 1.0  # Granite's multipliers: of the embedding,
     residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream,
@@ -58,21 +59,12 @@ class ModelConfig:
 
     def problems(self):
         """Yield a message for each contradiction between these values, with the keys involved."""
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim",
-                     "sliding_window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"model.{name}={value} must be at least 1"
-        if self.n_kv_head >= 1 and self.n_head % self.n_kv_head:
+        if self.n_head % self.n_kv_head:
             yield f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}"
         turned = int(self.head_dim * self.rope_fraction)
-        if self.head_dim % 2 or turned % 2 or turned < min(2, self.head_dim) or self.rope_fraction > 1:
-            yield (
-                f"rotary positions turn pairs: model.head_dim={self.head_dim} must be even, and "
-                f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of it")
-        if self.rope_theta <= 0 or self.norm_eps < 0:
-            yield (
-                f"model.rope_theta={self.rope_theta} must be above 0, model.norm_eps={self.norm_eps} not negative")
+        if self.head_dim % 2 or turned % 2 or turned < 2 or self.rope_fraction > 1:
+            yield (f"rotary positions turn pairs: model.head_dim={self.head_dim} must be even, and "
+                   f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of it")
         if self.rope_scaling and (message := self.rope_scaling.problem(turned // 2)):
             yield message
         if self.attention_multiplier is not None and (self.rope_fraction != 1 or self.no_rope_interval):

@@ -26,42 +26,36 @@ memory estimate use nothing else.
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from plumbing.offload import host_zeros, streamed
+from plumbing.schema import Natural, NonNegativeFloat
 from plumbing.sharding import plain_local
+
+DecayRate = Annotated[float, "0 <= float < 1", lambda rate: 0 <= rate < 1]
+# below it a weight without a gradient would be 0 / 0
+Epsilon = Annotated[float, "float >= 1e-30", lambda eps: eps >= 1e-30]
+Part = Annotated[float, "0 <= float <= 1", lambda part: 0 <= part <= 1]
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = 1e-3  # peak learning rate
-    min_lr: float = 1e-4  # learning rate at the last step (cosine decay); at most lr
-    warmup_steps: int = 10  # steps of linear warm-up
-    betas: tuple[float, float] = (0.9, 0.95)  # decay rates of the two moments
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.1  # decoupled; applies to matrices, not to norms
-    grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+    lr: NonNegativeFloat = 1e-3  # peak learning rate
+    min_lr: NonNegativeFloat = 1e-4  # learning rate at the last step (cosine decay); at most lr
+    warmup_steps: Natural = 10  # steps of linear warm-up
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)  # decay rates of the two moments
+    eps: Epsilon = 1e-8  # added to the root of the second moment
+    weight_decay: NonNegativeFloat = 0.1  # decoupled; applies to matrices, not to norms
+    grad_clip: NonNegativeFloat = 1.0  # largest global gradient norm; 0 turns clipping off
     weights: Literal["fp32_master", "stochastic_rounding", "plain"] = "fp32_master"  # how bf16 keeps small updates
     fp8_moments: bool = False  # both moments of matrices in FP8: 2 bytes per parameter instead of 4 or 8
-    offload: float = 0.0  # part of moments and masters kept in host memory and streamed at each step; 1: all of them
-
-    def problems(self):
-        """Yield a message for each contradiction between these values, with the keys involved."""
-        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps"):
-            if getattr(self, name) < 0:
-                yield f"optim.{name}={getattr(self, name)} must not be negative"
-        if self.eps < 1e-30:  # a weight without a gradient would be 0 / 0
-            yield f"optim.eps={self.eps} must be at least 1e-30"
-        if not all(0 <= b < 1 for b in self.betas):
-            yield f"optim.betas={self.betas} must both be at least 0 and below 1"
-        if not 0 <= self.offload <= 1:
-            yield f"optim.offload={self.offload} must be between 0 (nothing) and 1 (everything)"
+    offload: Part = 0.0  # part of moments and masters kept in host memory and streamed at each step; 1: all of them
 
 
 def get_lr(cfg, step, max_steps):

@@ -37,6 +37,7 @@ import configurator
 from plumbing import entry, logs
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
+from plumbing.schema import Natural, PositiveFloat, PositiveInt
 
 COLUMNS = {"variant": "", "seed": "d", "final_val_loss": ".4f", "gap": "+.4f", "gap_percent": "+.3f", "time_s": ".1f",
            "time_to_bf16_loss_s": ".1f"}
@@ -50,10 +51,10 @@ class ParityConfig:
     """Keys of parity.py."""
 
     variants: str = "bf16,tensorwise,tensorwise:fp8.filter_fqns=[],rowwise,rowwise_with_gw_hp"  # bf16 first
-    seeds: int = 3  # runs of each variant, with seeds from config.seed on
-    tolerance: float = 0.25  # a gap of this many percent of the loss counts as none
-    last_evals: int = 5  # a run's final loss is the mean of this many last evaluations
-    branch_at: int = 0  # variants start from bf16's checkpoint of this step, for less noise; 0: from initial weights
+    seeds: PositiveInt = 3  # runs of each variant, with seeds from config.seed on
+    tolerance: PositiveFloat = 0.25  # a gap of this many percent of the loss counts as none
+    last_evals: PositiveInt = 5  # a run's final loss is the mean of this many last evaluations
+    branch_at: Natural = 0  # variants start from bf16's checkpoint of this step, for less noise; 0: initial weights
 
     def problems(self):
         """Yield a message for each value that cannot be used."""
@@ -61,11 +62,6 @@ class ParityConfig:
         baseline, *others = bench.split(self.variants)
         if baseline != "bf16" or not others or "bf16" in others:
             yield f"--variants={self.variants} must be bf16, then the variants to compare with it"
-        for name, least in (("seeds", 1), ("last_evals", 1), ("branch_at", 0)):
-            if getattr(self, name) < least:
-                yield f"--{name}={getattr(self, name)} must be at least {least}"
-        if self.tolerance <= 0:
-            yield f"--tolerance={self.tolerance} must be above 0, in percent of the loss"
 
 
 # ----------------------------------------------------------------------------------------------------------------

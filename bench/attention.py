@@ -22,6 +22,7 @@ import bench
 from attention import attend, document_bounds, document_mask
 from checks import gemms
 from plumbing import entry, flash4, logs
+from plumbing.schema import PositiveInt
 
 COLUMNS = {"case": "", "kernel": "", "forward_ms": ".3f", "backward_ms": ".3f", "difference": ".1e"}
 
@@ -30,14 +31,8 @@ COLUMNS = {"case": "", "kernel": "", "forward_ms": ".3f", "backward_ms": ".3f", 
 class AttentionBench:
     """Keys of bench/attention.py."""
 
-    documents: int = 1024  # tokens of each document, in the second and third case
-    window: int = 256  # tokens that a query attends to, in the third case
-
-    def problems(self):
-        """Yield a message for each value that cannot be used."""
-        for name in ("documents", "window"):
-            if getattr(self, name) < 1:
-                yield f"--{name}={getattr(self, name)} must be at least 1"
+    documents: PositiveInt = 1024  # tokens of each document, in the second and third case
+    window: PositiveInt = 256  # tokens that a query attends to, in the third case
 
 
 def measure(run, q, k, v, grad, device):

@@ -22,21 +22,16 @@ import optim
 import train
 from plumbing import entry, logs
 from plumbing.ranks import process_rank
+from plumbing.schema import PositiveInt
 
 
 @dataclass(kw_only=True)
 class ProfileConfig:
     """Keys of bench/profile_step.py."""
 
-    steps: int = 3  # profiled steps
-    warmup: int = 7  # steps before those
-    show: int = 30  # lines of the table
-
-    def problems(self):
-        """Yield a message for each value that cannot be used."""
-        for name in ("steps", "warmup", "show"):
-            if getattr(self, name) < 1:
-                yield f"--{name}={getattr(self, name)} must be at least 1"
+    steps: PositiveInt = 3  # profiled steps
+    warmup: PositiveInt = 7  # steps before those
+    show: PositiveInt = 30  # lines of the table
 
 
 def profiled(step, own, profile):

@@ -77,7 +77,7 @@ FIELDS = SIZES | {  # the field of ModelConfig that has the key's value
     "attention_multiplier": "attention_multiplier", "logits_scaling": "logit_divisor"}
 FOLLOWED = {  # types of the keys that decide something else, or more than one field
     "architectures": list[str], "model_type": str, "dtype": str, "torch_dtype": str, "quantization_config": dict,
-    "max_position_embeddings": int, "original_max_position_embeddings": int, "rope_scaling": dict,
+    "max_position_embeddings": schema.PositiveInt, "original_max_position_embeddings": int, "rope_scaling": dict,
     "rope_parameters": dict, "attention_bias": bool, "use_sliding_window": bool, "max_window_layers": int,
     "layer_types": list[str], "no_rope_layers": list[int]}
 CHECKED = {  # another value is an error
@@ -144,7 +144,8 @@ def read_switches(source, architecture):
     values = {"qkv_bias": bias, "out_bias": bias, **family.always}
     for key, field in FIELDS.items():
         if key in source:  # some files have integers for floats
-            values[field] = float(source[key]) if FIELD_TYPES[field] is float else source[key]
+            is_float = schema.without_range(FIELD_TYPES[field]) is float
+            values[field] = float(source[key]) if is_float else source[key]
     values.setdefault("n_kv_head", values["n_head"])
     values.setdefault("head_dim", values["n_embd"] // max(1, values["n_head"]))
     if values["head_dim"] > 0 and values.get("attention_multiplier") == values["head_dim"] ** -0.5:
@@ -204,7 +205,7 @@ def read_rope(rope, source, architecture, problems):
 
     factor, ratio = given.get("factor"), longest / original if longest and original else None
     if kind == "longrope":
-        if factor and ratio not in (None, factor) and original > 1 and "attention_factor" not in given:
+        if factor and ratio not in (None, factor) and "attention_factor" not in given:
             given["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         given["factor"] = ratio or factor
     if kind == "yarn":

@@ -1,6 +1,7 @@
 """Reading a dataclass as a schema: types that values must fit, and comments that are the fields' help texts.
 
-A field that holds another dataclass is a section of its own, with a prefix.
+A field that holds another dataclass is a section of its own, with a prefix. A number that has a range is Annotated with
+it, as --help shows it, and with a test of its values.
 """
 
 import ast
@@ -12,9 +13,13 @@ import tokenize
 import types
 import typing
 from dataclasses import fields, is_dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 UNIONS = typing.Union, types.UnionType  # Optional[int], int | None
+PositiveInt = Annotated[int, "int >= 1", lambda value: value >= 1]
+Natural = Annotated[int, "int >= 0", lambda value: value >= 0]
+PositiveFloat = Annotated[float, "float > 0", lambda value: value > 0]
+NonNegativeFloat = Annotated[float, "float >= 0", lambda value: value >= 0]
 
 
 def sections(config, prefix=""):
@@ -53,8 +58,8 @@ def closest(name, names):
         whole = similarity(name, other)
         return max(whole, similarity(name.split(".")[-1], leaf), 0.9 * is_part), whole
 
-    best = max(names, key=score, default="")
-    return best if best and score(best)[0] > 0.7 else ""
+    best = max(names, key=score)
+    return best if score(best)[0] > 0.7 else ""
 
 
 def suggest(name, names, form="{}"):
@@ -64,8 +69,11 @@ def suggest(name, names, form="{}"):
 
 
 def fits(value, kind):
-    """Whether `value` is of the annotated type. An int fits float, a bool does not fit int, nan and inf fit nothing."""
+    """Whether `value` is of a field's type. An int fits float, a bool does not fit int, nan and inf fit nothing."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        kind, _, in_range = args
+        return fits(value, kind) and in_range(value)
     if origin in UNIONS:
         return any(fits(value, k) for k in args)
     if origin is Literal:
@@ -91,19 +99,28 @@ def parse(text, kind):
         value = tuple(value)
     if isinstance(value, str) or not fits(value, kind):
         return text
-    return float(value) if kind is float else value
+    return float(value) if without_range(kind) is float else value
+
+
+def without_range(kind):
+    """The type of a number, whatever its range."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
 def type_name(kind):
-    """A type as it is written in the dataclass, a Literal as its values: 'auto' | 'never'."""
+    """A type as it is written in the dataclass, a Literal as its values: 'auto' | 'never', a range as int >= 1."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return args[1]
     if origin is Literal:
         return " | ".join(map(repr, args))
     if origin in UNIONS:
         return " | ".join(map(type_name, args))
     if origin is dict:
         return f"dict of {type_name(args[0])} to {type_name(args[1])}"
-    return str(kind) if origin else kind.__name__.replace("NoneType", "None")
+    if origin:
+        return f"{origin.__name__}[{', '.join(map(type_name, args))}]"
+    return kind.__name__.replace("NoneType", "None")
 
 
 def to_python(config):

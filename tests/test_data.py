@@ -813,7 +813,7 @@ def test_targets_are_green_on_a_terminal():
 
 
 @pytest.mark.parametrize("argv, told", [
-    (["--show=-1"], "--show=-1 must not be negative"), (["--out=/nowhere/x"], "name a file in a folder that exists"),
+    (["--show=-1"], "--show=-1: expected int >= 0"), (["--out=/nowhere/x"], "name a file in a folder that exists"),
     (["--data.train=['']"], "is an empty entry"), (["--data.format=tokens"], "needs data.train"),
     (["--data.eos_id=3"], "data.eos_id is for data.format=tokens"), (["--model.vocab_size=64"], "has token id")])
 def test_mistakes_in_a_look_are_one_line(tmp_path, argv, told):

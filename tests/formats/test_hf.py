@@ -416,7 +416,9 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
     ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types with full_attention are not"),
     ("phi_4", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope', but no short_factor"),
     ("phi_4", {"rope_parameters": LONGROPE | {"factor": 3.0}, "original_max_position_embeddings": 1},
-     "model.rope_scaling.original_max_position=1 at least 2"),
+     "original_max_position_embeddings=1 in config.json: expected int >= 2"),
+    ("phi_4", {"rope_parameters": LONGROPE, "max_position_embeddings": -1}, "=-1 in config.json: expected int >= 1"),
+    ("llama_3", {"num_hidden_layers": 0}, "num_hidden_layers=0 in config.json: expected int >= 1"),
     ("phi_4", {"rope_scaling": LLAMA3}, "rope_type='llama3' is not supported for Phi3ForCausalLM"),
 ])
 def test_an_unsupported_feature_is_named(copy, family, change, told):
