@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import textwrap
+import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
@@ -386,11 +387,6 @@ def test_zero_has_a_meaning_and_less_has_none(name):
     assert errors_of(f"--{name}=-1") == [f"--{name}=-1: expected int >= 0"]
 
 
-def test_micro_batches_must_divide_the_global_batch():
-    assert errors_of("--global_batch_size=10", "--micro_batch_size=4") == [
-        "global_batch_size=10 must be a multiple of micro_batch_size=4"]
-
-
 @pytest.mark.parametrize("key, message", [
     ("--optim.eps=0.0", "float >= 1e-30"),
     ("--optim.lr=-1", "float >= 0"),
@@ -427,33 +423,106 @@ def test_ends_of_ranges_are_in_them(file):
         "--model.rope_scaling.factor=0: expected float > 0"]
 
 
-def test_rotary_positions_turn_pairs():
-    assert "model.rope_fraction=0.01 must be" in "\n".join(errors_of("--model.rope_fraction=0.01"))
-
-
-def test_float32_weights_need_no_rounding_to_bf16():
-    (line,) = errors_of("--dtype=float32", "--optim.weights=stochastic_rounding")
-    assert line.startswith("optim.weights=stochastic_rounding rounds to bf16")
-
-
-KEEP = ["--fp8.enabled=True", "--fp8.emulate=True", "--fp8.keep_casts=True"]
-
-
-@pytest.mark.parametrize("keys, message", [
-    ([], "fp8.keep_casts=True needs compile.enabled=True"),
-    (["--compile.enabled=True", "--activation_checkpoint=full"], "what activation_checkpoint=full recomputes"),
-    (["--compile.enabled=True", "--fp8.force_recompute_fp8_weight_in_bwd=True"], "turn one of the two off"),
-])
-def test_casts_that_cannot_be_kept_are_reported(keys, message):
-    assert [message in text for text in errors_of(*KEEP, *keys)] == [True]
-    load([*KEEP, "--compile.enabled=True"])
-    load(["--fp8.keep_casts=True"])  # without fp8.enabled all others are ignored
-
-
 def test_an_out_dir_that_cannot_be_written_to_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert errors_of(f"--out_dir={tmp_path / 'new'}") == [
         f"out_dir={tmp_path / 'new'}: {tmp_path} cannot be written to, name another folder"]
+
+
+FP8_ON = ["--fp8.enabled=True", "--fp8.emulate=True"]
+KEEP = [*FP8_ON, "--fp8.keep_casts=True"]
+COMPILED = [*KEEP, "--compile.enabled=True"]
+RECOMPUTED = [*FP8_ON, "--fp8.force_recompute_fp8_weight_in_bwd=True", "--reshard_after_forward=False"]
+HALF_TURNED, SOME_TURN = "--model.rope_fraction=0.5", "--model.no_rope_interval=4"
+REFUSED = [  # for each condition of each problems(): keys that contradict each other, nearest ones that do not, message
+    *(([f"--{key}=11", "--max_steps=10"], [f"--{key}=10", "--max_steps=10"], f"{key}=11 must be a step: 1 to max_steps")
+      for key in ("profile_step", "memory_step")),
+    (["--out_dir="], ["--out_dir=new"], "out_dir is empty"),
+    (["--data.cache_dir="], ["--data.cache_dir=new"], "data.cache_dir is empty"),
+    ([f"--out_dir={REPO}"], [f"--out_dir={REPO}/new"], "is a folder of the code"),
+    ([f"--data.cache_dir={REPO}/config/new"], [f"--data.cache_dir={REPO}/new"], "is a folder of the code"),
+    ([f"--out_dir={REPO}/fp8.py/new"], [], "fp8.py is a file, name a folder"),
+    (["--global_batch_size=6", "--micro_batch_size=4"], ["--global_batch_size=8", "--micro_batch_size=4"],
+     "global_batch_size=6 must be a multiple of micro_batch_size=4"),
+    (["--dtype=float32", "--optim.weights=stochastic_rounding"], ["--optim.weights=stochastic_rounding"], "to bf16"),
+    (["--model.n_head=6", "--model.n_kv_head=4"], ["--model.n_head=6", "--model.n_kv_head=3"], "must be a multiple"),
+    (["--model.head_dim=31"], ["--model.head_dim=30"], "model.head_dim=31 must be even"),
+    (["--model.rope_fraction=1.5"], ["--model.rope_fraction=1.0"], "model.rope_fraction=1.5 must be above 0"),
+    (["--model.rope_fraction=0.1"], ["--model.rope_fraction=0.0625"], "model.rope_fraction=0.1 must be above 0"),
+    (["--model.rope_fraction=0.0"], [], "model.rope_fraction=0.0 must be above 0"),
+    (["--model.attention_multiplier=0.1", HALF_TURNED], [HALF_TURNED], "model.attention_multiplier needs rotary"),
+    (["--model.attention_multiplier=0.1", SOME_TURN], [SOME_TURN], "model.attention_multiplier needs rotary"),
+    (["--data.packed_sequence_size=64"], ["--data.packed_sequence_size=64", "--data.format=hellaswag"], "no padding"),
+    (["--data.format=chat"], ["--data.format=chat", "--data.train=['a']"], "data.format=chat needs data.train"),
+    (["--data.format=tokens"], ["--data.format=tokens", "--data.train=['a']"], "data.format=tokens needs data.train"),
+    (["--data.eos_id=3"], ["--data.eos_id=3", "--data.format=tokens", "--data.train=['a']"], "data.eos_id is for"),
+    (["--data.weights=[1.0]"], ["--data.weights=[1.0]", "--data.train=['a']"], "one for each of the 0 entries"),
+    (["--data.weights=[0.0]", "--data.train=['a']"], [], "must be positive numbers"),
+    (["--data.weights=[1.0,1e-6]", "--data.train=['a','b']"], [], "each large enough for one row"),
+    ([*FP8_ON, "--fp8.precompute_float8_dynamic_scale_for_fsdp=True"],
+     ["--fp8.precompute_float8_dynamic_scale_for_fsdp=True"], "has nothing to precompute without"),
+    ([*FP8_ON, "--fp8.auto_filter=True"], [FP8_ON[0], "--fp8.auto_filter=True"], "contradicts fp8.emulate=True"),
+    ([*FP8_ON, "--fp8.grad_fast_accum=True"], [FP8_ON[0], "--fp8.grad_fast_accum=True"], "contradicts fp8.emulate="),
+    ([*COMPILED, RECOMPUTED[2]], COMPILED, "contradicts fp8.force_recompute_fp8_weight_in_bwd=True"),
+    ([*RECOMPUTED, "--fp8.enable_fsdp_float8_all_gather=True"], RECOMPUTED, "change one of the three"),
+    (KEEP, ["--fp8.keep_casts=True"], "fp8.keep_casts=True needs compile.enabled=True"),
+    ([*COMPILED, "--activation_checkpoint=full"], [*COMPILED, "--activation_checkpoint=selective"],
+     "keeps what activation_checkpoint=full recomputes"),
+]
+
+
+@pytest.mark.parametrize("wrong, right, message", REFUSED, ids=lambda value: "")
+def test_keys_that_contradict_each_other_are_refused_and_the_nearest_ones_are_not(wrong, right, message):
+    assert [message in line for line in errors_of(*wrong)] == [True]
+    load(right)
+
+
+def test_every_message_about_a_config_has_an_example_among_these():
+    places = {}  # {(code, line): (section, first line of the `yield`)}
+    for kind in {type(section) for _, section in schema.sections(Config()) if hasattr(type(section), "problems")}:
+        code, tree = kind.problems.__code__, ast.parse(inspect.getsource(sys.modules[kind.__module__]))
+        (function,) = (node for node in ast.walk(tree) if getattr(node, "lineno", 0) == code.co_firstlineno
+                       and isinstance(node, ast.FunctionDef))
+        places |= {(code, line): (kind.__name__, node.lineno) for node in ast.walk(function)
+                   if isinstance(node, ast.Yield) for line in range(node.lineno, node.end_lineno + 1)}
+    reached = {None}
+
+    def trace(frame, event, _):
+        reached.add(places.get((frame.f_code, frame.f_lineno)))
+        return trace if frame.f_code.co_name == "problems" else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for wrong, *_ in REFUSED:
+            errors_of(*wrong)
+    finally:
+        sys.settrace(before)
+    elsewhere = {(kind, line) for kind, line in places.values() if (kind, line) not in reached}
+    # an out_dir that cannot be written to, and what RopeScaling.problem says: tests of their own
+    assert sorted(kind for kind, _ in elsewhere) == ["Config", "ModelConfig"], elsewhere
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"kind": "longrope", "short_factors": [1.0]}, "of kind longrope needs 16 short_factors and as many long_factors"),
+    ({"kind": "longrope", "short_factors": [1.0] * 16}, "needs 16 short_factors"),
+    ({"kind": "longrope", "short_factors": [1.0] * 16, "long_factors": [1.0] * 16}, None)])
+def test_factors_that_a_kind_of_rope_scaling_lacks_are_reported(keys, message):
+    problems = list(model.ModelConfig(rope_scaling=model.RopeScaling(**keys)).problems())
+    assert [message in problem for problem in problems] == ([] if message is None else [True])
+
+
+RANGES = {f"{prefix}{f.name}": kind for prefix, section in schema.sections(FULL) for f in fields(section)
+          for kind in (f.type, *typing.get_args(f.type)) if typing.get_origin(kind) is typing.Annotated}
+
+
+def test_a_range_is_what_help_says_of_it():
+    assert {"max_steps", "optim.betas", "model.sliding_window", "model.rope_scaling.factor"} < set(RANGES)
+    for key, kind in RANGES.items():
+        number, said, in_range = typing.get_args(kind)
+        for value in (-1, -1e-9, 0, 1e-31, 1e-30, 0.5, 1 - 1e-9, 1, 1 + 1e-9, 2, 2**40 - 1, 2**40):
+            if isinstance(value, number) or number is float:
+                assert in_range(value) == eval(re.sub(r"\b(int|float)\b", "value", said)), (key, value)
 
 
 def test_what_differs_from_an_earlier_config_is_reported(tmp_path):

@@ -101,6 +101,17 @@ def test_gpu_without_compile_is_an_error_unless_allowed(monkeypatch):
     check(FP8Config(enabled=True, allow_eager=True), device=torch.device("cuda"), compiled=False)
 
 
+@pytest.mark.parametrize("capability, message", [((9, 0), None), ((8, 9), "has 8.x"), ((10, 0), "has 10.x")])
+def test_a_recipe_of_another_gpu_is_an_error(monkeypatch, capability, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    sizes = dict(device=torch.device("cuda"), n_embd=128, head_dim=128, ffn_dim=128, vocab_size=256, tokens=128)
+    if message is None:
+        return check(FP8Config(enabled=True, recipe_name="blockwise"), **sizes)
+    with pytest.raises(ValueError, match=f"recipe blockwise needs a GPU of compute capability 9.x, this one {message}"):
+        check(FP8Config(enabled=True, recipe_name="blockwise"), **sizes)
+    check(emulated(recipe_name="blockwise"), **sizes)
+
+
 def test_filter_that_matches_nothing_is_an_error_and_names_the_layers():
     with pytest.raises(ValueError, match=r"'lm_haed' matches no linear layer.* attn\.qkv, .*, lm_head"):
         check(emulated(filter_fqns=["lm_head", "lm_haed"]))
@@ -289,6 +300,15 @@ def test_the_table_of_recipes_is_what_torchao_does(name):
             assert getattr(ours, field.name) == getattr(config, field.name), field.name
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_backward_accumulates_as_grad_fast_accum_says_and_forward_always_fast(fast):
+    model = build(FP8Config(enabled=True, grad_fast_accum=fast))
+    for layer in fp8.float8_linears(model).values():
+        configs = layer.linear_mm_config
+        assert [getattr(configs, name).use_fast_accum for name in ("output", "grad_input", "grad_weight")] == [
+            True, fast, fast]
+
+
 def test_an_edited_recipe_computes_something_else(monkeypatch):
     x = torch.randint(0, 256, (1, 64))
     grads, recipe = [], fp8.RECIPES["tensorwise"]
@@ -314,6 +334,8 @@ def test_covered_flops_are_those_of_the_fp8_matmuls_that_run(recipe, flops_per_w
 
 def test_both_spellings_set_the_same_field():
     cfg = FP8Config(enable_fsdp_fp8_all_gather=True, precompute_fp8_dynamic_scale_for_fsdp=True)
+    off = FP8Config(enable_fsdp_float8_all_gather=True, enable_fsdp_fp8_all_gather=False)  # the second one counts
+    assert not off.enable_fsdp_float8_all_gather
     assert cfg.enable_fsdp_float8_all_gather and cfg.precompute_float8_dynamic_scale_for_fsdp
     assert cfg == FP8Config(enable_fsdp_float8_all_gather=True, precompute_float8_dynamic_scale_for_fsdp=True)
 

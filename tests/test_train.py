@@ -274,6 +274,31 @@ def test_the_pieces_of_the_loss_must_divide_the_tokens_of_a_pass(tiny_run, tmp_p
         train_here(*tiny_run, "--loss_chunks=3", f"--out_dir={tmp_path}")
 
 
+def test_tokens_of_a_pass_that_fp8_cannot_take_stop_the_run(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="tokens per forward pass and loss chunk to be divisible by 16, not 60: set"):
+        train_here(*tiny_run, *FP8, "--model.block_size=60", "--micro_batch_size=1", f"--out_dir={tmp_path}")
+
+
+def test_rows_of_documents_stop_a_run_that_would_capture_them(tiny_run, tmp_path, monkeypatch):
+    require = cudagraph.require
+    monkeypatch.setattr(cudagraph, "require", lambda config, condition, problem: require(
+        config, condition or "no GPU" in problem, problem))
+    np.array([1, 2, 3, 0] * 2000, "<u2").tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="cuda_graph=True: rows of several documents have new shapes"):
+        train_here(*tiny_run, "--cuda_graph=True", "--data.format=tokens", f'--data.train=["{tmp_path / "a.bin"}"]',
+                   "--data.eos_id=0", f"--out_dir={tmp_path / 'out'}")
+
+
+def test_a_sharded_run_asks_whether_all_ranks_see_its_out_dir(tiny_run, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise UserError(repr(args))
+
+    monkeypatch.setattr(train, "check_shared", refuse)
+    with pytest.raises(UserError) as error:
+        train_here(*tiny_run, *ONE_SHARD, f"--out_dir={tmp_path}")
+    assert str(error.value) == repr(("out_dir", tmp_path))
+
+
 class PretendGraph(cudagraph.GraphedPass):
     """Without a GPU: a replay overwrites the loss and the gradients of the one before, as a CUDA graph's does."""
 
