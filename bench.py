@@ -231,7 +231,7 @@ def plot(rows, title, path):
 def finish(config, *written):
     """Print the last lines: what emulated FP8 does not show, and the files that were written."""
     if on_cpu(config):
-        print("On a CPU FP8 is emulated: the losses are those of FP8, the times are not.")
+        print("On a CPU FP8 is emulated: the numerics are those of FP8, the times are not.")
     print(f"written: {', '.join(map(str, written))}")
 
 

@@ -79,8 +79,8 @@ def main():
         hardware = torch.cuda.get_device_name(device)
     say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
     if replicas > 1:
-        say(f"HSDP: {replicas} replicas on {ranks.n_nodes} nodes, each sharded over {n_shards} ranks; --replicas=1 "
-            "shards one over all")
+        say(f"HSDP: {replicas} replicas, each sharded over {n_shards} of {world_size} ranks; --replicas=1 shards one "
+            "over all")
     logs.check_unused(out_dir)
     resumes = config.resume != "never" or ranks.replace_others()  # torchrun --max-restarts: the run goes on
     resume_from = checkpoint.last_good(out_dir, say) if resumes else None
@@ -196,8 +196,8 @@ def main():
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gib:.1f} GiB estimated per rank with "
         "gradients, optimizer and activations" + (f", and {host_gib:.1f} GiB of host memory" if host_gib else ""))
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
-    say(f"step: {config.micro_batch_size} sequences x {row_length} tokens x {world_size} ranks x {accumulation} "
-        f"accumulation = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))
+    say(f"step: micro-batch {config.micro_batch_size} x length {row_length} x ranks {world_size} x accumulation "
+        f"{accumulation} = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))
 
     # ------------------------------------------------------------------------------------------------------------
     # 5) a first pass, which changes nothing: it compiles, and proves what runs

@@ -50,14 +50,12 @@ def table(model, cfg, flops_share, *, shards):
             precision = f"{dtype}: fp8.recipes"
         rows[fqn if kind == fqn else f"layers.*.{kind}", tuple(m.weight.shape), precision] += 1
     covered = sum(m.weight.numel() for m in converted.values()) / sum(p.numel() for p in model.parameters())
-    gather = "high precision" if shards else "nothing (one rank holds whole weights)"
+    gather = "high precision" if shards else "nothing to do, one rank holds whole weights"
     if gathers_fp8:
         gather = "fp8"
         if cfg.precompute_float8_dynamic_scale_for_fsdp:
             precomputes = any(fp8.RECIPES[m.recipe].gather_rows == 1 for m in converted.values())
             gather += ", scales precomputed" if precomputes else ": blocks have nothing to precompute"
-    elif cfg.enable_fsdp_float8_all_gather:
-        gather += ": fp8 all-gather has nothing to do here"
     return "\n".join([
         f"fp8: {len(converted)} of {sum(rows.values())} linear layers converted",
         *(f"  {name:<22} {str(shape):<16} x{n:<4} {precision}" for (name, shape, precision), n in rows.items()),

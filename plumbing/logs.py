@@ -94,6 +94,7 @@ class StepTimer:
         loss, grad_norm: 0-d tensors. tokens_per_s is per rank. slowest_ms: the longest step since the last row.
         """
         elapsed, n_steps = self.ranks.now() - self.started, step - self.step
+        on_gpu = self.ranks.device.type == "cuda"
         self.seconds += elapsed
         rate = self.tokens * n_steps / elapsed / self.ranks.world_size
         mfu = rate * self.flops / self.peak_flops if self.peak_flops else None
@@ -101,12 +102,12 @@ class StepTimer:
                "tokens": step * self.tokens, "tokens_per_s": rate, "mfu": mfu, "time_s": self.seconds,
                "peak_gib": peak_memory(self.ranks.device)}
         if self.timed:
-            on_gpu = self.ranks.device.type == "cuda"
             row["slowest_ms"] = max(a.elapsed_time(b) if on_gpu else 1000 * (b - a) for a, b in self.timed)
-        minutes_left = (self.max_steps - step) * elapsed / n_steps / 60
         line = (f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f}"
-                f" | {rate:,.0f} tok/s per GPU | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'}"
-                f" | {row['peak_gib']:.2f} GiB | {minutes_left:.1f} min left")
+                f" | {rate:,.0f} tok/s per {'GPU' if on_gpu else 'rank'}"
+                f" | MFU {f'{mfu:.1%} of bf16 peak' if mfu else 'n/a'} | {row['peak_gib']:.2f} GiB")
+        if step >= self.first_timed:
+            line += f" | {(self.max_steps - step) * elapsed / n_steps / 60:.1f} min left"
         self.started, self.step, self.last_mark, self.timed = self.ranks.now(), step, self.mark(), []
         return row, line
 

@@ -353,7 +353,7 @@ def test_table_shows_what_is_covered_and_what_is_not():
     # attention: 12 x layers x width x tokens, half of it causal
     flops = 6 * (converted + 272 * 64) + 12 * 2 * 64 * 64 / 2
     assert f"{converted / total:.1%} of parameters, {6 * converted / flops:.1%} of matmul FLOPs" in table
-    assert "fp8 all-gather has nothing to do here" in table
+    assert "all-gather: nothing to do, one rank holds whole weights" in table
 
 
 def test_table_shows_where_fast_accumulation_has_no_effect():

@@ -186,7 +186,7 @@ def test_a_checkpoint_moves_into_and_out_of_shards_on_one_rank(fleet, tiny_run, 
     train_here(*tiny_run, *FP8, *then, f"--out_dir={tmp_path / 'out'}")
     assert exact(metrics(tmp_path / "out")) == exact(one["fp8"])
     told = capsys.readouterr().out
-    gathered = "fp8, scales precomputed\n" if then[-1:] == ONE_SHARD else "nothing (one rank holds whole weights): fp8"
+    gathered = "fp8, scales precomputed\n" if then[-1:] == ONE_SHARD else "nothing to do, one rank holds"
     assert "3 steps done" in told and "fp8: verified" in told and f"all-gather: {gathered}" in told
 
 
@@ -211,7 +211,7 @@ def test_sharded_over_one_gpu_trains_as_not_sharded(tiny_run, tmp_path):
             "--device=cuda", "--deterministic=False", "--max_steps=4", "--eval_interval=4"]
     told = {name: run("train.py", *args, *keys, f"--out_dir={tmp_path / name}").stdout
             for name, keys in (("whole", []), ("sharded", ONE_SHARD))}
-    assert "all-gather: fp8, scales precomputed\n" in told["sharded"] and "has nothing to do here" in told["whole"]
+    assert "all-gather: fp8, scales precomputed\n" in told["sharded"] and "all-gather: nothing to do" in told["whole"]
     assert all("fp8: verified, " in text and "emulated" not in text for text in told.values())
     whole, sharded = metrics(tmp_path / "whole"), metrics(tmp_path / "sharded")
     assert whole.train[4]["loss"] < whole.train[1]["loss"]
@@ -686,10 +686,10 @@ def test_the_first_row_is_that_of_a_loop_written_with_torch(tiny_run, tmp_path, 
     assert (record["peak_flops"], record["auto_filtered"]) == (1e9, None)
     assert f"first pass: {record['compile_s']:.1f} s" in screen and record["hardware"].startswith("1 x CPU with ")
     n_params = sum(p.numel() for p in model.parameters())
-    for part in (f"model: {n_params:,} parameters", "2 sequences x 64 tokens x 1 ranks x 4 accumulation = 512 tokens",
+    for part in (f"model: {n_params:,} parameters", "micro-batch 2 x length 64 x ranks 1 x accumulation 4 = 512",
                  f"step 1/1 | loss {loss:.4f} | lr {row['lr']:.2e} | grad norm {grad_norm:.3f} | "
-                 f"{row['tokens_per_s']:,.0f} tok/s per GPU | MFU {row['mfu']:.1%} of bf16 peak | "
-                 f"{row['peak_gib']:.2f} GiB | 0.0 min left", f"validation loss {metrics(tmp_path / 'run').val[1]:.4f}",
+                 f"{row['tokens_per_s']:,.0f} tok/s per rank | MFU {row['mfu']:.1%} of bf16 peak | "
+                 f"{row['peak_gib']:.2f} GiB\n", f"validation loss {metrics(tmp_path / 'run').val[1]:.4f}",
                  "done: 1 steps, 512 tokens in"):
         assert part in screen, part
 
@@ -796,7 +796,7 @@ def test_screen_shows_the_run(tiny_run, tmp_path, capsys):
     train_here(*tiny_run, *FP8, f"--out_dir={tmp_path / 'out'}")
     text = capsys.readouterr().out
     for part in ("fp8: 8 of 9 linear layers converted", "lm_head", "float32: fp8.filter_fqns", "of parameters",
-                 "of matmul FLOPs", "GiB estimated", "training and", "4 sequences x 64 tokens",
+                 "of matmul FLOPs", "GiB estimated", "training and", "micro-batch 4 x length 64",
                  "24 emulated fp8 matmuls ran", "step 6/6 | loss", "tok/s", "MFU n/a", "validation loss",
                  f"python sample.py --from={tmp_path / 'out'}"):
         assert part in text, part

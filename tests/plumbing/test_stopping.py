@@ -257,7 +257,7 @@ def test_two_nodes_have_a_replica_and_tokens_each_restart_together_and_messages_
                               "--resume=never", cwd=tmp_path / f"node{i}"))
     outputs = [node.communicate() for node in nodes]
     out, err = map("".join, zip(*outputs, strict=True))
-    assert out.count("HSDP: 2 replicas on 2 nodes, each sharded over 1 ranks") == 2, out + err
+    assert out.count("HSDP: 2 replicas, each sharded over 1 of 2 ranks") == 2, out + err
     assert out.count("step 4/6 |") == 1 and out.count("step_00000003, 3 steps done") == 1  # the other node's restart
     tokens = [sorted(p.relative_to(tmp_path / f"node{i}") for p in (tmp_path / f"node{i}").rglob("*.npy"))
               for i in range(2)]
