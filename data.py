@@ -2,9 +2,6 @@
 
     files -> a format (FORMATS) -> rows of one length -> shuffled by epoch, or drawn from several entries -> batches
 
-The loader is a function of the step number: nothing to save, nothing to fast-forward, and the same global batches on
-any number of ranks.
-
     python data.py [CONFIG.py] [--key=value ...] [--show=N] [--out=ROWS.jsonl]
 
 shows what a run would train on: its samples as text, targets marked, and what was counted. No GPU, no weights.
@@ -208,7 +205,7 @@ def stack(rows, *shape):
 
 
 class Loader:
-    """Training batches as a function of the step: the same global batch for any number of ranks.
+    """Training batches as a function of the step: nothing to save, and the same global batch for any number of ranks.
 
     An epoch is all of the rows in an order shuffled by (seed, epoch); batches run over epoch borders. Of a Mixture,
     each part has its own epochs. Raises UserError if there is less than one global batch.

@@ -160,6 +160,6 @@ def prepare(cfg, block_size, seed):
     train, counts, remarks = stored(found.train, template, cfg, limit)
     val, val_counts, val_remarks = stored(found.val, template, cfg, limit) if found.val else (None, {}, [])
     counts = {what: n + val_counts.get(what, 0) for what, n in counts.items()}
-    about = "; ".join([f"tokenizer {tokenizer.described}, {template.name}", *dict.fromkeys(remarks + val_remarks)])
+    about = "; ".join([f"tokenizer {tokenizer.name}, {template.name}", *dict.fromkeys(remarks + val_remarks)])
     rows = make_rows(*split(train, val), cfg, block_size, seed, found=found, counts=counts, about=about)
     return *rows, tokenizer

@@ -1,7 +1,7 @@
 """The files that a user names, and the rows and documents in them.
 
 A suffix decides how a file is read (KINDS); text and JSON may also be compressed (.gz, .zst). Files are read in pieces,
-so that memory does not grow with their size; a JSON list, which is read whole, has a limit.
+so that memory does not grow with their size, but for a JSON list, which is read whole.
 """
 
 import codecs
@@ -33,7 +33,6 @@ SPLITS = {"held out": {"validation", "valid", "val", "dev", "test", "testing", "
           "train": {"train", "training"}}  # as `datasets` reads them in names (its data_files.py)
 VAL_EVERY = 20  # every 20th document is for validation where data.val names none
 PIECE = 2**20  # characters or bytes read at once
-LONGEST_LIST = 2**30  # bytes of a JSON list
 TYPE_NAMES = {type(None): "null or missing", bool: "true or false", int: "a number", float: "a number", str: "a string",
               list: "a list", dict: "an object"}
 
@@ -274,11 +273,7 @@ def json_values(path, file):
             if line.strip():
                 yield f"{path}, line {number}", parse_json(line, path, number)
         return
-    content = file.read(LONGEST_LIST + 1)
-    if len(content) > LONGEST_LIST:
-        raise UserError(f"{path} is a JSON list of more than {LONGEST_LIST:,} bytes, which is read whole: convert it "
-                        "to JSON lines, as `jq -c .[]` does")
-    for number, value in enumerate(parse_json(content, path, 1), 1):
+    for number, value in enumerate(parse_json(file.read(), path, 1), 1):
         yield f"{path}, row {number}", value
 
 

@@ -104,5 +104,5 @@ def prepare(cfg, block_size, seed):
             part[k] = ids, np.arange(len(ids)) >= start
             n_cut += cut > 0
     rows = make_rows(*parts, cfg, block_size, seed, found=found, counts={"samples cut at the beginning": n_cut},
-                     about=f"tokenizer {tokenizer.described}")
+                     about=f"tokenizer {tokenizer.name}")
     return *rows, tokenizer

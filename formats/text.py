@@ -2,9 +2,7 @@
 
     documents -> pieces -> tokenizer (threads) -> shards (.npy) -> formats/tokens.py
 
-A document is BOS (where the tokenizer's configuration puts one), its text, EOS. Long documents are cut into pieces, at
-places where the pieces' ids are those of the whole (SAFE). Memory holds one shard at a time, however long the text is.
-A run that is killed leaves its complete shards, and the next start goes on from them.
+A document is BOS (where the tokenizer's configuration puts one), its text, EOS. Memory holds one shard at a time.
 """
 
 import contextlib
@@ -215,7 +213,7 @@ def prepare(cfg, block_size, seed):
     shards = [[folder / name for name in index["shards"] if name.startswith(split)] for split in ("train", "val")]
     train, val = open_splits(*shards, cfg, block_size, found)
     train.counts |= index["counts"]
-    train.description += f" in {folder}, tokenizer {tokenizer.described}"
+    train.description += f" in {folder}, tokenizer {tokenizer.name}"
     for what in ("empty documents dropped", "forced cuts"):
         if train.counts.get(what):
             train.description += f", {train.counts[what]:,} {what}"

@@ -1,12 +1,8 @@
 """Tokenizers: files of every kind behind one class, with the ids of the library that a file belongs to.
 
-    rank files, tekken.json, tiktoken's names, "bytes"  -> tiktoken
-    Hugging Face folders, SentencePiece models          -> tokenizers, set up as transformers 5 does it
-
-tiktoken is four times as fast (bench/tokenizer_libraries.py), so it also encodes what it can of a Hugging Face folder.
-It joins the two tokens whose union has the lowest id, where a tokenizer.json lists the pairs (merges) in order:
-`ranks_of` finds out whether that is the same. If not, and for unusual text (with an added word, characters that NFC
-changes, or bytes without a token), `tokenizers` encodes.
+Rank files, tekken.json and tiktoken's names belong to tiktoken; Hugging Face folders and SentencePiece models to
+`tokenizers`, set up as transformers 5 does it. tiktoken encodes what it can of a folder, too: it is four times as fast
+(bench/tokenizer_libraries.py).
 """
 
 import base64
@@ -25,7 +21,6 @@ from formats.sentencepiece_model import read_sentencepiece
 from plumbing.errors import UserError
 
 END = "<|endoftext|>"
-BLANKS = 2**16  # characters: tiktoken's regular expressions overflow their stack at a million blanks in a row
 
 # Split patterns. Sources: GPT-2's encoder.py; llama-models, llama3/tokenizer.py; Qwen's tokenization_qwen.py
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -63,15 +58,14 @@ class Tokenizer:
     """Text to ids and back. `encode` takes ordinary text: special tokens in it stay text.
 
     bos, eos: ids that begin and end a document, or None; largest: the largest id; specials: {text: id} of special and
-    added tokens; fingerprint: changes whenever ids could; blank_cuts: where `encode` cut runs of white space;
-    named_tokens: {"eos_token": text, ...}; chat_template: Jinja, a list of {"name", "template"}, or None.
-    ranks: a tiktoken.Encoding, or None. full: a tokenizers.Tokenizer, or None; with both, `full` encodes text that
-    `ranks` cannot. nfc: `ranks` takes text in NFC.
+    added tokens; fingerprint: changes whenever ids could; named_tokens: {"eos_token": text, ...};
+    chat_template: Jinja, a list of {"name", "template"}, or None. ranks: a tiktoken.Encoding, or None. full: a
+    tokenizers.Tokenizer, or None; with both, `full` encodes text that `ranks` cannot. nfc: `ranks` takes text in NFC.
     """
 
     def __init__(self, name, ranks=None, full=None, *, nfc=False, bos=None, named_tokens=None, chat_template=None):
         self.name, self.ranks, self.full, self.nfc, self.bos = name, ranks, full, nfc, bos
-        self.named_tokens, self.chat_template, self.blank_cuts = named_tokens or {}, chat_template, []
+        self.named_tokens, self.chat_template = named_tokens or {}, chat_template
         if full is None:
             vocab = self.specials = dict(ranks._special_tokens)
             self.largest = ranks.max_token_value
@@ -94,16 +88,10 @@ class Tokenizer:
         # SentencePiece puts a space before the text
         self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"
 
-    @property
-    def described(self):
-        """The name, and how often `encode` cut, for the screen."""
-        cuts = f" ({len(self.blank_cuts):,} cuts inside of long runs of white space)" if self.blank_cuts else ""
-        return self.name + cuts
-
     def encode(self, text):
         """Ids of ordinary text, 1-d uint32: no BOS, no EOS. Half of a character (a lone surrogate) counts as U+FFFD.
 
-        A run of white space around 65,536 or more blank characters is cut in the middle, where its ids may differ.
+        Raises UserError for text that tiktoken cannot encode, such as a million blanks; text.cut makes shorter pieces.
         """
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -113,10 +101,11 @@ class Tokenizer:
             # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
             return np.array(self.full.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        cuts = [i + BLANKS // 2 for i in range(0, len(text) - BLANKS + 1, BLANKS) if text[i : i + BLANKS].isspace()]
-        self.blank_cuts.extend(cuts)  # atomic, unlike +=: several threads encode
-        parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        return np.concatenate([self.ranks.encode_to_numpy(part, disallowed_special=()) for part in parts])
+        try:
+            return self.ranks.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # its regular expressions overflow their stack
+            raise UserError(f"tokenizer {self.name} cannot encode a text of {len(text):,} characters, which may have "
+                            f"too many blanks in a row: {error}") from error
 
     def decode(self, ids):
         """The text of ids, with special tokens visible; bytes that are not UTF-8 become U+FFFD."""
@@ -147,43 +136,33 @@ def get_tokenizer(name):
     SentencePiece tokenizer.model. Raises UserError for what is unknown or cannot be read, and for a missing package.
     """
     path = Path(name).expanduser()
-    if name == "bytes":
-        # no merges, so cutting into long pieces is as right as into words, and quicker
-        return Tokenizer(name, tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", special_tokens={END: 256},
+    if name == "bytes":  # no merges, so cutting into long pieces is as right as into words, and quicker
+        return Tokenizer(name, tiktoken.Encoding(name, pat_str=r"[^\n]*\n|[^\n]+", special_tokens={END: 256},
                                                  mergeable_ranks={bytes([i]): i for i in range(256)}))
+    if not path.exists():
+        if name not in tiktoken.list_encoding_names():
+            raise UserError(f"data.tokenizer={name!r} is neither a file, nor a folder, nor one of bytes, "
+                            + ", ".join(tiktoken.list_encoding_names()))
+        try:
+            return Tokenizer(name, tiktoken.get_encoding(name))
+        except OSError as error:  # requests' errors are OSErrors
+            raise UserError(f"data.tokenizer={name!r}: tiktoken could not download it ({type(error).__name__}). Give a "
+                            "file, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
+    file, name = path, path.name
     if path.is_dir():
         found = [n for n in ("tokenizer.json", "tokenizer.model", "tekken.json") if (path / n).is_file()]
         if not found:
             raise UserError(f"{path} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
                             "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
-        return read_file(path / found[0], path.resolve().name, path)  # tokenizer.json wins, as in transformers
-    if path.exists():
-        return read_file(path, path.name, folder=path)
-    if name not in tiktoken.list_encoding_names():
-        raise UserError(f"data.tokenizer={name!r} is neither a file, nor a folder, nor one of bytes, "
-                        + ", ".join(tiktoken.list_encoding_names()))
-    try:
-        return Tokenizer(name, tiktoken.get_encoding(name))
-    except OSError as error:  # requests' errors are OSErrors
-        raise UserError(f"data.tokenizer={name!r}: tiktoken could not download it ({type(error).__name__}). Give a "
-                        "file, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
-
-
-def read_file(path, name, folder):
-    """The Tokenizer of a file, whatever its kind. folder: of other files that count, or the path itself."""
-    with open_binary(path) as file:
-        start = file.read(1)
-    if start == b"\n":  # the first field of a SentencePiece model's protocol buffer
-        return read_hugging_face(path, name, None, folder)
-    if start != b"{":
-        return read_ranks(path, name)
-    spec = read_json(path)
-    if isinstance(spec.get("model"), dict):
-        return read_hugging_face(path, name, spec, folder)
-    if "vocab" in spec and "config" in spec:
-        return read_tekken(spec, path, name)
-    raise UserError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a tekken.json of "
-                    "Mistral, which has 'vocab' and 'config'")
+        file, name = path / found[0], path.resolve().name  # tokenizer.json wins, as in transformers
+    with open_binary(file) as opened:
+        start = opened.read(1)
+    if start not in (b"{", b"\n"):
+        return read_ranks(file, name)
+    spec = read_json(file) if start == b"{" else None  # else the first field of a SentencePiece model
+    if spec is None or isinstance(spec.get("model"), dict):
+        return read_hugging_face(file, name, spec, path)
+    return read_tekken(file, name, spec)
 
 
 def read_ranks(path, name):
@@ -205,7 +184,7 @@ def read_ranks(path, name):
     return Tokenizer(name, encoding, nfc=pattern == QWEN_SPLIT)
 
 
-def read_tekken(spec, path, name):
+def read_tekken(path, name, spec):
     """The Tokenizer of Mistral's tekken.json: special tokens first, ranks behind them. Source: mistral-common."""
     try:
         n_special, pattern = spec["config"]["default_num_special_tokens"], spec["config"]["pattern"]
@@ -214,7 +193,8 @@ def read_tekken(spec, path, name):
         ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + n_special
                  for token in spec["vocab"] if token["rank"] < n_ranks}
     except KeyError as error:
-        raise UserError(f"{path} is incomplete: it has no {error} where a tekken.json has one") from error
+        raise UserError(f"{path} is neither a tokenizer.json of Hugging Face, which has a 'model', nor a tekken.json "
+                        f"of Mistral: {error} is missing") from error
     special += [f"<SPECIAL_{i}>" for i in range(len(special), n_special)]
     special = {token: i for i, token in enumerate(special)}
     return Tokenizer(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))

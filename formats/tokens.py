@@ -1,12 +1,6 @@
 """Tokens as training rows: a stream of token ids, memory-mapped, cut into windows of block_size.
 
-data.format="tokens" reads the token files of other programs:
-
-    nanoGPT                 .bin    uint16 ids and nothing else; EOS ends each document
-    llm.c, modded-nanogpt   .bin    a header of 256 int32 (magic, version, number of ids), then uint16 or uint32 ids;
-                                    EOS begins each document
-    numpy                   .npy    any integer type, one dimension
-
+data.format="tokens" reads the files of nanoGPT, llm.c, modded-nanogpt and numpy (docs/data.md has their layouts).
 Sources: nanoGPT, data/openwebtext/prepare.py; llm.c, dev/data/data_common.py; modded-nanogpt, train_gpt.py.
 """
 

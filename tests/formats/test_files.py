@@ -73,15 +73,6 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         read(tmp_path / name)
 
 
-def test_a_list_that_is_too_long_to_be_read_whole_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(LIST))
-    monkeypatch.setattr(files, "LONGEST_LIST", len(LIST.decode()))
-    assert read(tmp_path / "a.json.gz") == ROWS
-    monkeypatch.setattr(files, "LONGEST_LIST", len(LIST.decode()) - 1)
-    with pytest.raises(UserError, match="a.json.gz is a JSON list of more than .*: convert it to JSON lines"):
-        read(tmp_path / "a.json.gz")
-
-
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt.zst"])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"some bytes")
