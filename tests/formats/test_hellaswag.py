@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from conftest import build, metrics, run, run_many, train_here
 
 import attention
 import eval as scoring
+from configurator import Config
 from data import DataConfig, Loader
 from formats import hellaswag
 from formats.tokenizer import get_tokenizer
 from model import IGNORE
 from plumbing import entry
+from plumbing.ranks import find_ranks
 
 BYTES = get_tokenizer("bytes")
 WORDS = "the man puts a red hat on his dog then walks it to town and back again in rain".split()
@@ -370,6 +373,34 @@ def test_a_model_that_gives_nan_has_no_accuracy(runs, file, evaluate, capsys, mo
     assert not (tmp_path / "out").exists()
 
 
+class Constant(torch.nn.Module):
+    """A model whose summed loss is the sum of its targets, 0 without any."""
+
+    def forward(self, x, y, loss_chunks):
+        return y[y != IGNORE].sum()
+
+
+def test_a_run_is_told_the_shares_of_right_predictions_of_as_many_questions_as_it_asked_for(monkeypatch):
+    asked = [{"query": "a", "endings": ["b", "c"], "label": 0, "ind": i} for i in range(9)]
+    predictions = [(0, 0), (0, 1), (0, 1), (1, 1)]  # three of four right by the sum, one of four by the length
+    monkeypatch.setattr(hellaswag, "questions", lambda cfg: ([], asked, None))
+    monkeypatch.setattr(scoring.HellaSwag, "score", lambda self, model: [
+        {"label": 0, "loglikelihood": [-1.0, -2.0], "pred": pred, "pred_norm": normed}
+        for (pred, normed), question in zip(predictions, self.questions, strict=True)])
+    y = np.array([[1, 2, 3], [4, IGNORE, IGNORE], [IGNORE] * 3])
+    rows = SimpleNamespace(n_rows=3, largest=3, row=lambda i: (np.zeros(3, np.int64), y[i], None))
+    evaluation = scoring.Evaluation(Config(eval_hellaswag_items=4), rows, BYTES, find_ranks("cpu"))
+    assert evaluation.largest == ord("c")
+    row, line = evaluation(Constant())
+    assert row == {"val_loss": 10 / 4, "hellaswag_acc": 0.75, "hellaswag_acc_norm": 0.25}
+    assert line == "validation loss 2.5000 nats per token | HellaSwag acc 0.7500, acc_norm 0.2500"
+
+
+def test_validation_rows_without_a_target_have_loss_0():
+    rows = SimpleNamespace(n_rows=1, largest=3, row=lambda i: (np.zeros(3, np.int64), np.full(3, IGNORE), None))
+    assert scoring.Evaluation(Config(), rows, BYTES, find_ranks("cpu"))(Constant())[0] == {"val_loss": 0.0}
+
+
 def test_the_same_file_for_training_and_validation_overlaps_only_if_it_is_all_there_is(file, tmp_path):
     def count(train, val):
         cfg = DataConfig(format="hellaswag", train=[str(train)], val=[str(val)])
@@ -398,7 +429,7 @@ def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path
     tok.save(str(tmp_path / "hf" / "tokenizer.json"))
     out = tmp_path / "scores.jsonl"
     evaluate(f"--from={tmp_path / 'hf'}", f"--data={file}", f"--out={out}")
-    right = 0
+    right = right_normed = 0
     for row, q in zip(read(out), hellaswag.read([file]), strict=True):
         expected = []
         for ending in q["endings"]:
@@ -412,7 +443,11 @@ def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path
         assert (row["pred"], row["pred_norm"]) == (np.argmax(expected), np.argmax(normed))
         assert (row["ind"], row["label"]) == (q["ind"], q["label"])
         right += row["pred"] == q["label"]
-    assert f"40 questions: acc {right / 40:.4f}" in capsys.readouterr().out
+        right_normed += row["pred_norm"] == q["label"]
+    p = right_normed / 40
+    assert right != right_normed
+    assert (f"40 questions: acc {right / 40:.4f}, acc_norm {p:.4f} (standard error {(p * (1 - p) / 40) ** 0.5:.4f})\n"
+            in capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("args, told", [(["--data=nowhere.jsonl"], "--data=nowhere.jsonl: no such file"),
