@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import REPO, main_here, metrics, run, train_here
 
-from bench import FIXED, BenchConfig, flags, main, measure, report_ignored, slug, split
+import parity
+from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, report_ignored, slug, split, table
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,23 @@ def test_where_nothing_runs_there_is_one_line_and_no_table(tiny_run, tmp_path):
     assert "error" in json.loads((tmp_path / "bench.json").read_text())["rows"][0] and "speedup is" not in out
 
 
+def test_the_table_has_each_number_in_its_unit():
+    numbers = {"ms_per_step": 123.44, "spread_ms": 1.26, "slowest_ms": 1300.06, "tokens_per_s": 66363.6,
+               "speedup": 1.234, "mfu": 0.4237, "peak_gib": 70.126, "compile_s": 31.04}
+    rows = [{"variant": "rowwise", **numbers}, {"variant": "bf16", **dict.fromkeys(numbers), "speedup": 1.0},
+            {"variant": "tensorwise", "error": "no"}]
+    assert [line.split() for line in table(rows, COLUMNS).splitlines()] == [
+        ["variant", *numbers], ["rowwise", "123.4", "1.3", "1300.1", "66,364", "1.23", "42.4%", "70.13", "31.0"],
+        ["bf16", *["n/a"] * 4, "1.00", *["n/a"] * 3], ["tensorwise", "failed:", "no"]]
+
+
+@pytest.mark.parametrize("script", [main, parity.main])
+def test_on_several_nodes_they_do_not_start(tiny_run, tmp_path, monkeypatch, script):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    status, _, err = main_here(script, *tiny_run, f"--out_dir={tmp_path}")
+    assert status == 2 and "this script works on one machine: start torchrun without --nnodes" in err
+
+
 def test_keys_that_a_script_sets_itself_are_told_not_dropped(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "c.py", "--max_steps=3", "--seed=1", "--resume=must"])
     report_ignored(FIXED)
@@ -96,7 +114,9 @@ def test_keys_that_a_script_sets_itself_are_told_not_dropped(monkeypatch, capsys
 def test_two_ranks(tiny_run, tmp_path):
     done = run("bench.py", *tiny_run, f"--out_dir={tmp_path}", "--compile.enabled=False", "--steps=10", "--warmup=0",
                "--variants=bf16,tensorwise,bf16:replicas=3", ranks=2, check=False)
-    *rows, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    report = json.loads((tmp_path / "bench.json").read_text())
+    *rows, failed = report["rows"]
+    assert report["hardware"].startswith("2 x CPU with ")
     assert [row["tokens_per_s"] * row["ms_per_step"] for row in rows] == pytest.approx([1000 * 4 * 64] * 2)  # per rank
     for row in rows:
         assert row["ms"][1:] == pytest.approx(ms_per_step(tmp_path / row["variant"], (5, 10)))

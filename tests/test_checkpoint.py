@@ -254,6 +254,21 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path):
             checkpoint.load(checkpoint.latest(tmp_path), large, optimizer)
 
 
+@pytest.mark.parametrize("saved_as, filled_by", [("stochastic_rounding", "weights"), ("fp32_master", "masters")])
+def test_masters_are_those_of_the_checkpoint_or_else_its_weights(tmp_path, saved_as, filled_by):
+    saved, other = build(dtype=torch.bfloat16), build(dtype=torch.bfloat16, seed=2)
+    first = AdamW(saved, OptimConfig(weights=saved_as), seed=1, compiled=False)
+    for master in first.masters.values():
+        master.add_(1e-4)  # less than bfloat16 resolves of most
+    checkpoint.save(tmp_path, 7, checkpoint.tensors(saved, first), {}, keep=1)
+    optimizer = AdamW(other, OptimConfig(weights="fp32_master"), seed=1, compiled=False)
+    checkpoint.load(checkpoint.latest(tmp_path), other, optimizer)
+    expected = first.masters if filled_by == "masters" else {name: p.float() for name, p in first.weights.items()}
+    assert optimizer.step_count == 7 and optimizer.masters.keys() == expected.keys()
+    assert all(torch.equal(master, expected[name]) for name, master in optimizer.masters.items())
+    assert all(torch.equal(w, first.weights[name]) for name, w in optimizer.weights.items())
+
+
 DAMAGES = {"cut": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "other": lambda b: bytes(255 - x for x in b),
            "one_bit": lambda b: bytes([b[0] ^ 1]) + b[1:], "text": lambda b: b"I wrote this\n", "gone": None}
 

@@ -648,6 +648,12 @@ def test_speed_per_rank_times_ranks_is_all_tokens_over_the_time(fleet):
             elapsed = row["time_s"] - earlier["time_s"]
             assert row["tokens_per_s"] * elapsed * n_ranks == pytest.approx(8 * 64)
             assert row["tokens"] - earlier["tokens"] == 8 * 64
+        record = json.loads((runs["fp32"].out_dir / "run.json").read_text())
+        hardware = f"{n_ranks} x CPU with 1 threads"
+        assert (record["ranks"], record["hardware"]) == (n_ranks, hardware)
+        text = f"4 sequences x 64 tokens x {n_ranks} ranks x {2 // n_ranks} accumulation = 512 tokens"
+        assert f"nanofp8 on {hardware}, torch {torch.__version__}, float32\n" in runs["fp32"].text
+        assert text in runs["fp32"].text
 
 
 def test_the_first_row_is_that_of_a_loop_written_with_torch(tiny_run, tmp_path, corpus, capsys):

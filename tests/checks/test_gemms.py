@@ -117,12 +117,18 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
 
 
 def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "train", lambda args, log, program: train_here(*args))
+    def train(args, log, program):  # as if on two ranks, each of which makes one pass a step
+        train_here(*args)
+        record = log.with_name("run.json")
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"ranks": 2}))
+
+    monkeypatch.setattr(bench, "train", train)
     _, told, _ = main_here(bench.main, REPO / "config/llama_fp8.py", *tiny_run, f"--out_dir={tmp_path}",
                            "--compile.enabled=False", "--steps=10", "--warmup=5", "--gemms",
                            "--variants=bf16,rowwise,tensorwise,tensorwise:loss_chunks=2")
     report = json.loads((tmp_path / "gemms.json").read_text())
     assert [row["layer"] for row in report["gemms"]] == ["attn.qkv", "attn.out", "mlp.gate_up", "mlp.down", "lm_head"]
+    assert [(row["calls"], row["tokens"]) for row in report["gemms"]] == [(2, 4 * 64)] * 4 + [(1, 4 * 64)]
     assert all(list(row["ms"]) == ["bf16", "rowwise", "tensorwise"] for row in report["gemms"])
     assert all(forward > 0 and backward >= 0 for row in report["gemms"] for forward, backward in row["ms"].values())
     assert report["rows"][0]["variant"] == "bf16" and "bf16 step, measured" in told
