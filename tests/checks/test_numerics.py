@@ -402,6 +402,8 @@ def test_a_run_that_only_skips_stops(tiny_run, tmp_path, poisoned):
     with pytest.raises(RuntimeError, match=r"step 9: .* 4 updates skipped, 10 in a row.*\(fp8 is off\)"):
         train_here(*tiny_run, "--on_nonfinite=skip", "--max_steps=30", "--log_interval=4", "--checkpoint_interval=0",
                    "--eval_interval=0", f"--out_dir={tmp_path / 'all'}")
+    train = metrics(tmp_path / "all").train
+    assert {step: row.get("skipped") for step, row in train.items()} == {1: None, 4: 2, 8: 4}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

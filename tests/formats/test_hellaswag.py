@@ -14,6 +14,7 @@ from conftest import build, metrics, run, run_many, train_here
 
 import attention
 import eval as scoring
+from checks import estimate
 from configurator import Config
 from data import DataConfig, Loader
 from formats import hellaswag
@@ -301,6 +302,15 @@ def test_tokens_count_no_padding(runs, file):
         assert per_step < 0.95 * 4 * rows.block_size  # there is padding
         record = json.loads((folder / name / "run.json").read_text())
         assert (record["block_size"], record["tokens_per_step"]) == (rows.block_size, round(per_step))
+
+
+def test_memory_is_estimated_for_rows_of_the_length_that_the_data_has(file, tiny_run, tmp_path, monkeypatch):
+    memory, lengths = estimate.memory, []
+    monkeypatch.setattr(estimate, "memory", lambda config, *args: lengths.append(config.model.block_size)
+                        or memory(config, *args))
+    train_here(*tiny_run, f'--data.train=["{file}"]', "--data.format=hellaswag", "--model.block_size=512",
+               "--max_steps=1", "--checkpoint_interval=0", f"--out_dir={tmp_path}")
+    assert lengths == [json.loads((tmp_path / "run.json").read_text())["block_size"]] and lengths[0] < 512
 
 
 def test_resumed_fine_tuning_is_bit_for_bit_the_uninterrupted(runs, capsys):
