@@ -8,6 +8,7 @@ from conftest import REPO, main_here, metrics, run, train_here
 
 import parity
 from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, report_ignored, slug, split, table
+from plumbing.errors import RunStopped
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,19 @@ def test_where_nothing_runs_there_is_one_line_and_no_table(tiny_run, tmp_path):
     assert "error" in json.loads((tmp_path / "bench.json").read_text())["rows"][0] and "speedup is" not in out
 
 
+def test_a_baseline_that_failed_gives_no_speedup_and_stops_no_other_variant(tiny_run, tmp_path, monkeypatch):
+    def measure(variant, *_):
+        if variant == "bf16":
+            raise RunStopped("no")
+        return {"ms_per_step": 1.0, "tokens_per_s": 1.0, "peak_gib": 1.0}, {"hardware": "this"}
+
+    monkeypatch.setattr("bench.measure", measure)
+    status, out, _ = main_here(main, *tiny_run, f"--out_dir={tmp_path}", "--variants=bf16,tensorwise")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert status == 1 and rows == [{"variant": "bf16", "error": "no"}, {
+        "variant": "tensorwise", "ms_per_step": 1.0, "tokens_per_s": 1.0, "peak_gib": 1.0}] and "bf16 failed: no" in out
+
+
 def test_the_table_has_each_number_in_its_unit():
     numbers = {"ms_per_step": 123.44, "spread_ms": 1.26, "slowest_ms": 1300.06, "tokens_per_s": 66363.6,
                "speedup": 1.234, "mfu": 0.4237, "peak_gib": 70.126, "compile_s": 31.04}
@@ -98,6 +112,7 @@ def test_the_table_has_each_number_in_its_unit():
 @pytest.mark.parametrize("script", [main, parity.main])
 def test_on_several_nodes_they_do_not_start(tiny_run, tmp_path, monkeypatch, script):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr("bench.train", None)
     status, _, err = main_here(script, *tiny_run, f"--out_dir={tmp_path}")
     assert status == 2 and "this script works on one machine: start torchrun without --nnodes" in err
 

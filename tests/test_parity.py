@@ -1,10 +1,12 @@
 """parity.py: the verdict on planted gaps and curves, and real runs: worse, interrupted, put together, on two ranks."""
 
+import contextlib
 import json
 import shutil
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from conftest import REPO, main_here, metrics, run, train_in_process
 
 import bench
 import configurator
-from parity import ParityConfig, interval, judge, main, plot, sentence, student_t, time_to
+from parity import ParityConfig, interval, judge, main, plot, sentence, student_t, time_to, train_all
+from plumbing.errors import RunStopped
 
 
 def curves(shift=0.0, steps=100, speed=1.0):
@@ -117,6 +120,7 @@ def test_time_is_seconds_until_the_final_loss_of_bf16():
     assert tensorwise["time_to_bf16_loss_s"] == bf16["time_to_bf16_loss_s"] / 2 and tensorwise["time_s"] == 50
     assert rowwise["time_to_bf16_loss_s"] is None
     assert time_to(10.0, curves()) == 10.0  # there before the first evaluation
+    assert time_to(curves()["val_loss"][-1], curves()) == 100.0  # at the last one
 
 
 def test_a_variant_with_a_failed_run_is_worse():
@@ -157,6 +161,32 @@ def compare(*args):
         status = main()
     out = Path(next(arg for arg in args if arg.startswith("--out_dir=")).removeprefix("--out_dir="))
     return status, out, json.loads((out / "parity.json").read_text())
+
+
+@pytest.mark.parametrize("verdict, status", [("worse", 1), ("better", 0), ("equal within", 0), ("cannot tell", 0)])
+def test_only_a_worse_variant_fails_the_command(tiny_run, tmp_path, monkeypatch, verdict, status):
+    interval = {"variant": "r", "seeds": 2, "gap_percent": 0.0, "low": -1.0, "high": 1.0, "seeds_needed": 9}
+    monkeypatch.setattr("parity.plan", lambda *_: [])
+    monkeypatch.setattr("parity.train_all", lambda *_: [{"out_dir": str(tmp_path)}])
+    monkeypatch.setattr("parity.judge", lambda *_: {"rows": [], "intervals": [{**interval, "verdict": verdict}],
+                                                    "verdict": verdict})
+    monkeypatch.setattr("parity.plot", lambda *_: None)
+    (tmp_path / "run.json").write_text("{}")
+    assert main_here(main, *tiny_run, f"--out_dir={tmp_path}", "--last_evals=1")[0] == status
+
+
+@pytest.mark.parametrize("losses, failed", [([2.0, None, 1.0, 1.0], False), ([2.0, 2.0, 1.0, None], True),
+                                            ([2.0, 2.0, None, 1.0], True)])
+def test_a_run_whose_last_losses_are_not_finite_has_failed(tmp_path, capsys, losses, failed):
+    rows = [{"step": step, "loss": 1.0, "time_s": 1.0 * step} for step in (1, 2, 3, 4)]
+    rows += [{"step": step, "val_loss": loss} for step, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ("rowwise", 1, tmp_path, SimpleNamespace(max_steps=4))
+    (row,) = train_all([run], ParityConfig(last_evals=2))
+    assert ("error" in row, "curves" in row) == (failed, not failed)
+    with pytest.raises(RunStopped, match="a bf16 run failed.*: its validation loss ends as inf or nan") if failed else (
+            contextlib.nullcontext()):
+        train_all([("bf16", *run[1:])], ParityConfig(last_evals=2))
 
 
 @pytest.fixture(scope="module")
