@@ -124,12 +124,14 @@ class Template:
         except UserError:  # encode() will show the reason
             return
         before, _, after = alone.partition(REPLY)
+
         follows = after, inside.partition(REPLY)[2]
         always = os.path.commonprefix(follows)
         ends = list(self.marked_special.finditer(always))[-1:] or filter(None, map(self.marked_special.search, follows))
         endings = [special.string[: special.end()] for special in ends]
         if not endings:
             return
+
         parts = [self.marked_special.split(text) for text in (unasked, asked)]
         header = "".join(parts[1][len(os.path.commonprefix(parts)) :])
         if not header:
@@ -139,17 +141,19 @@ class Template:
         header = header.lstrip().rstrip(" ")  # a space before a word is in its token
         opening = OPENS_REASONING.search(header, 1)
         self.header, self.ending = header[: opening.start()] if opening else header, endings[0]
+
         first = self.marked_special.match(self.header)
         other = first[0] if first else self.header  # begins other turns
         begin, reasoning, other = map(re.escape, (self.header, header[len(self.header) :], other))
         ends = "|".join(map(re.escape, endings))
         turn = re.compile(f"({begin}(?:{reasoning})?)((?:(?!{other}).)*?(?:{ends}))", re.DOTALL)
-        if len(turn.findall(inside)) == 1:  # else questions look like replies
+        found = turn.findall(inside)
+        if len(found) == 1 and REPLY in found[0][1]:  # else questions look like replies
             self.turn = turn
 
     def reads(self, key):
         """Whether the template reads this key of a message."""
-        keys = {key, *REASONING[:2]} if key in REASONING else {key}
+        keys = {key, *REASONING[:2]} if key in REASONING else {key}  # as filled() names it
         return any(key in source for key in keys for source in self.sources)
 
     def render(self, messages, tools, prompt=False):

@@ -435,6 +435,7 @@ def test_words_that_are_no_special_tokens_are_found_in_replies(tokenizer):
     ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "does not show where the assistant's words are"),
     ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "does not show where"),  # whose words it is
     ("{% for m in messages %}{{ '<|head|>' + m.content + eos_token }}{% endfor %}", "does not show where"),
+    ("{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}", "does not show"),
     ("{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}", "does not show where"),  # their end
     ("{% for m in messages if m.content != 'b' %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}",
      "does not show where"),
