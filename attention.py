@@ -4,9 +4,6 @@ A query sees itself and earlier tokens: only those of its own document in packed
 sliding window. GPUs have kernels for all three (cuDNN for whole rows, variable-length flash attention for documents and
 windows); other devices use a mask. FlashAttention 4 for Hopper and Blackwell is faster, and is used where it is
 installed. Shapes: B batch, T time, H query heads, K key/value heads, D width of a head.
-
-A new kernel: a function with the arguments of `attend`, which `select_kernel` gives to the blocks, and its operator in
-`SAVED_OPS`, so that selective recompute keeps its output.
 """
 
 import inspect

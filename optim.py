@@ -17,10 +17,6 @@ resolves.
 The update of a tensor is one elementwise function, `adamw_`, which torch.compile makes one pass over memory.
 `optim.offload` keeps moments and masters of matrices, or a part of them, in host memory, from where each update streams
 them through the GPU (plumbing/offload.py); what is computed is the same, bit for bit.
-
-Another optimizer is another class in this file with `weights`, `state`, `masters`, `step_count`, `unfilled`,
-`accumulate`, `grad_norm` and `step`, and what it stores in `state_layout`: train.py, checkpoints, model folders and the
-memory estimate use nothing else.
 """
 
 import math

@@ -12,9 +12,8 @@ bf16's loss, with a 95% confidence interval (Student's t). The verdict compares 
     better          all of it is below
     cannot tell     otherwise, and with one seed
 
-Noise widens the interval, so a noisier experiment never passes more easily. Small models have much of it early on: two
-runs part by chance while the loss falls steeply, and stay apart. --branch_at=N lets the variants of a seed share bf16's
-first N steps (weights, moments, schedule), at the price that FP8 is not tested there.
+Noise widens the interval, so a noisier experiment never passes more easily. Much of it comes early, when two runs part
+by chance: --branch_at=N lets the variants of a seed share bf16's first N steps, in which FP8 is not tested then.
 
 Writes out_dir/parity.json and parity.png; out_dir/VARIANT_seedN/ is each run's out_dir. Finished runs are kept and an
 interrupted one continues: machines can share the work by --seed=N --seeds=1, a last call puts their runs together.

@@ -1,9 +1,8 @@
 """Which linear layers FP8 pays for: each kind timed alone, in bf16 and with FP8 recipes, casts included.
 
-FP8 halves the time of a matmul and adds casts, whose cost grows with the operands and not with the matmul: small layers
-lose. `bench.py --gemms` prints these timings; `fp8.auto_filter` leaves layers that do not pay in bf16. In the whole
-model the casts fuse with their neighbours and cost somewhat less. Launching kernels is not timed: where the GPU waits
-for Python (small models without cuda_graph), FP8 costs more than here, because it launches more of them.
+`bench.py --gemms` prints these timings; `fp8.auto_filter` leaves layers that do not pay in bf16. In the whole model the
+casts fuse with their neighbours and cost somewhat less. Launching kernels is not timed: where the GPU waits for Python
+(small models without cuda_graph), FP8 costs more than here, because it launches more of them.
 """
 
 import itertools

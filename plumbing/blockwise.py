@@ -1,14 +1,9 @@
 """Block-wise FP8: a linear layer as in DeepSeek-V3 (arXiv 2412.19437, section 3.3), with casts of our own.
 
-Every operand is e4m3, with a float32 scale for 1 x 128 values along the contraction, or for 128 x 128 of a weight:
-
-    y = x @ w.T         x: 1 x 128 along features     w: 128 x 128
-    grad_x = g @ w      g: 1 x 128 along outputs      w: 128 x 128, the same values
-    grad_w = g.T @ x    g, x: 1 x 128 along tokens
-
-The matmuls are cuBLASLt's (Hopper only), which multiplies the sum over 128 products by both scales, in float32. It
-wants the contraction contiguous in both operands, so x, g and w are needed in two layouts, which block_kernel.py makes
-in one pass over a tensor. Elsewhere PyTorch's operators make the same values.
+Every operand is e4m3, with a float32 scale for 1 x 128 values along the contraction, or for 128 x 128 of a weight. The
+matmuls are cuBLASLt's (Hopper only), which multiplies the sum over 128 products by both scales, in float32. It wants
+the contraction contiguous in both operands, so x, g and w (as fp8.py names them) are needed in two layouts, which
+block_kernel.py makes in one pass over a tensor. Elsewhere PyTorch's operators make the same values.
 
 An operand is a pair (values, scales) with values of shape (outer, contraction). To be multiplied by: scales of shape
 (contraction / 128, outer) for 1 x 128 and (outer / 128, contraction / 128) for 128 x 128.
