@@ -132,8 +132,9 @@ class Template:
         if not endings:
             return
 
-        parts = [self.marked_special.split(text) for text in (unasked, asked)]
-        header = "".join(parts[1][len(os.path.commonprefix(parts)) :])
+        start = len(os.path.commonprefix([unasked, asked]))
+        specials = [special.span() for special in self.marked_special.finditer(asked)]
+        header = asked[min((first for first, end in specials if first < start < end), default=start) :]
         if not header:
             header = before.rpartition(QUESTION["content"])[2]
             for ending in endings:
@@ -173,7 +174,7 @@ class Template:
         if EDGE in text:
             return text
         text, n_turns = self.turn.subn(rf"\1{EDGE}\2{EDGE}", text) if self.turn else (text, 0)
-        if n_turns < n_replies:
+        if n_turns != n_replies:
             raise UserError(f"{self.name} does not show where the assistant's words are: put {{% generation %}} around "
                             "them in it (data.chat_template=FILE), or set data.train_on=all")
         return text

@@ -113,6 +113,15 @@ TEMPLATES = {
             {{- '\n' }}
         {%- endfor %}
         {%- if add_generation_prompt %}{{ '## assistant\n' }}{% endif %}""",
+    "alpaca: nothing is special but the end": """
+        {%- for m in messages %}
+            {%- if m.role == 'assistant' %}
+                {{- '### Response:\n' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n\n' }}
+            {%- else %}
+                {{- '### ' + m.role + ':\n' + m.content + '\n\n' }}
+            {%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}""",
     "phi 3: something else ends the conversation": """
         {%- for m in messages %}
             {%- if m.role == 'assistant' %}
@@ -315,24 +324,27 @@ def test_a_reply_is_what_is_said_and_the_token_that_ends_it(tokenizer):
     # words that begin a reply are no special token: in messages they begin nothing
     ("{% for m in messages %}{{ m.role + ':\n' + m.content | trim + '\n' }}{{ eos_token if m.role == 'assistant' }}"
      "{% endfor %}", [user("assistant:"), assistant("\nassistant:\n "), user("a assistant:\nb"), assistant("c")],
-     "user:\nassistant:\nassistant:\n«assistant:\n</s>»user:\na assistant:\nb\nassistant:\n«c\n</s>»"),
-    # a reply in two turns
-    ("{% for m in messages %}{% if m.thinking %}{{ '<|head|>assistant thinks' + m.thinking + '<|end|>' }}{% endif %}"
-     "{{ '<|head|>' + m.role + ':' + m.content + '<|end|>' }}{% endfor %}"
-     "{% if add_generation_prompt %}{{ '<|head|>assistant' }}{% endif %}",
-     [user("a"), assistant("b", reasoning=" hm")],
-     "<|head|>user:a<|end|><|head|>assistant« thinks hm<|end|>»<|head|>assistant«:b<|end|>»")])
+     "user:\nassistant:\nassistant:\n«assistant:\n</s>»user:\na assistant:\nb\nassistant:\n«c\n</s>»")])
 def test_turns_are_found_by_what_is_around_a_reply(source, messages, expected, tokenizer):
     ids, loss, n_changed = Template(tokenizer, source).encode(messages)
     assert (written(ids, loss, tokenizer), n_changed) == (expected, 0)
 
 
-def test_what_follows_a_reply_that_ends_in_another_way_is_no_target(tokenizer):
-    """As Llama 3's <|eom_id|>, behind which a tool answers."""
-    template = Template(tokenizer, """{%- for m in messages %}{{ '<|head|>' + m.role + '<|/head|>' + m.content }}
-        {{- '<|eot|>' if m.content != 'call' else '<|end|>' }}{% endfor %}""", "two ends")
-    with pytest.raises(ValueError, match="two ends does not show where the assistant's words are"):
-        template.encode([user("a"), assistant("call"), {"role": "tool", "content": "b"}, assistant("c")])
+@pytest.mark.parametrize("source", [
+    # another end, behind which a tool answers, as Llama 3's <|eom_id|>
+    "{% for m in messages %}{{ '<|head|>' + m.role + ':' + m.content }}"
+    "{{ '<|end|>' if m.content == 'b' else '<|eot|>' }}{% endfor %}",
+    # what a tool answers looks like a reply
+    "{% for m in messages %}{{ '<|head|>' + ('user:' if m.role == 'user' else 'model:') + m.content + '<|end|>' }}"
+    "{% endfor %}",
+    # a reply to a tool has no header
+    "{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}"
+    "{% endfor %}"])
+def test_nothing_but_replies_is_trained_on(source, tokenizer):
+    template = Template(tokenizer, source, "odd")
+    assert template.encode([user("a"), assistant("d")])[1].any()
+    with pytest.raises(ValueError, match="odd does not show where the assistant's words are"):
+        template.encode([user("a"), assistant("b"), {"role": "tool", "content": "c"}, assistant("d")])
 
 
 @pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}], ids=["plain", "rstrip", "lstrip"])
