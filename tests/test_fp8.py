@@ -663,7 +663,7 @@ def test_verify_step_counts_real_fp8_matmuls_of_every_recipe():
 
 
 @pytest.mark.parametrize("version, emulate, checked", [
-    ("2.13.0", False, False), ("2.14.1+cu130", False, True), ("2.14.1", True, False)])
+    ("2.13.9", False, False), ("2.14.0", False, True), ("2.14.1+cu130", False, True), ("2.14.1", True, False)])
 def test_torch_2_14_compares_real_fp8_with_eager_unasked(monkeypatch, version, emulate, checked):
     monkeypatch.setattr(torch, "__version__", version)
     assert proof.needs_self_check(FP8Config(enabled=True, emulate=emulate)) == checked

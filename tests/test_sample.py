@@ -265,6 +265,12 @@ def test_an_id_without_a_token_is_no_text(wide, capsys):
     assert capsys.readouterr().out == "a\n" and wide.decode([5, 397]) == "a"
 
 
+def test_an_empty_prompt_without_bos_is_refused(folder):
+    status, out, err = main_here(sample.main, f"--from={folder}", "--prompt=", "--tokenizer=bytes")
+    assert (status, out, err) == (2, "", "sample.py: --prompt is empty: give at least one character\n")
+    assert main_here(sample.main, f"--from={folder}", "--prompt=", "--max_new_tokens=1")[0] == 0  # BOS is there
+
+
 def test_a_prompt_beyond_the_context_is_reported(folder):
     _, _, err = main_here(sample.main, f"--from={folder}", f"--prompt={'a' * 200}", "--max_new_tokens=1")
     assert "the prompt has 201 tokens: the model reads the last 128" in err

@@ -4,6 +4,7 @@ And bench/scaling.py: step times on several GPUs against what bench.py measured.
 """
 
 import json
+import re
 import runpy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -233,6 +234,24 @@ def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help(monkeypatch):
     assert estimate.memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 8, 1) < 45  # over 8 GPUs it fits
 
 
+def test_each_key_that_helps_is_named_with_what_the_run_takes_with_it(monkeypatch):
+    card, gpu = SimpleNamespace(total_memory=60 * 2**30), SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    config = llama_8b(micro_batch_size=2, global_batch_size=4, optim=OptimConfig(weights="fp32_master"))
+    with pytest.raises(ValueError) as error:
+        estimate.check_memory(config, 0, 2, gpu)
+    offered = re.findall(r"([\w.]+)=(\S+) \((\d+\.\d)\)", str(error.value))
+    assert {"activation_checkpoint", "micro_batch_size", "optim.weights"} < {key for key, *_ in offered}
+    for key, value, gib in offered:
+        changed = configurator.load([f"--{key}={value}"])  # for the value's type
+        *section, name = key.split(".")
+        part = getattr(config, section[0]) if section else config
+        part = replace(part, **{name: getattr(getattr(changed, section[0]) if section else changed, name)})
+        with_it = replace(config, **{section[0]: part}) if section else part
+        passes = 4 if key == "micro_batch_size" else 2
+        assert f"{estimate.memory(with_it, 0, passes):.1f}" == gib, key
+
+
 def times(name):
     """{variant: ms per step} in docs/results/NAME.json, the first card's."""
     report = json.loads((REPO / f"docs/results/{name}.json").read_text())
@@ -334,3 +353,19 @@ def test_the_copy_that_checkpoints_are_written_from_is_counted_and_told_where_th
     gib, line = told()
     assert gib == pytest.approx(kept, rel=1e-3)
     assert "48.0 GiB of host memory have no room for the 44.9 GiB" in line
+    host["SC_PHYS_PAGES"] = 256 * 2**18
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")  # ranks of a node, each with a copy of its own
+    gib, line = told()
+    assert gib == pytest.approx(kept, rel=1e-3)
+    assert f"256.0 GiB of host memory have no room for the {6 * copy:.1f} GiB that" in line
+
+
+@pytest.mark.parametrize("cgroup, limit, gib", [
+    (None, "", 64.0), ("/sys/fs/cgroup/memory.max", "max\n", 64.0), ("/sys/fs/cgroup/memory.max", f"{2**31}\n", 2.0),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2**32}\n", 4.0),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", f"{2**62}\n", 64.0)])
+def test_the_host_has_what_its_container_may_use(monkeypatch, cgroup, limit, gib):
+    monkeypatch.setattr(estimate.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 64 * 2**18}.get)
+    monkeypatch.setattr(estimate.os.path, "isfile", lambda path: path == cgroup)
+    monkeypatch.setattr(estimate.Path, "read_text", lambda path: limit)
+    assert estimate.host_capacity() == gib

@@ -4,6 +4,7 @@ import ast
 import json
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,17 @@ def test_a_shape_that_fp8_cannot_take_is_left_out():
     rows = gemms.time_linears(config, torch.device("cpu"), 1, ["tensorwise"])
     assert rows[-1]["ms"]["tensorwise"] is None and rows[0]["ms"]["tensorwise"] and gemms.best(rows[-1]) is None
     assert gemms.gain(rows[-1], "tensorwise") == 0 and "not possible" in gemms.table(rows, 10.0)
+
+
+def test_the_calls_that_compile_are_not_timed(monkeypatch):
+    seconds = iter([100.0] * 5 + [0.001 * i for i in range(1, 22)])
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(gemms, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def run(first):
+        clock.now += next(seconds) + first
+
+    assert gemms.milliseconds(torch.device("cpu"), run, 0.5, calls=21) == pytest.approx(511)
 
 
 def test_emulated_fp8_cannot_choose():

@@ -1,11 +1,13 @@
 """nonfinite.py: which steps update the weights, and what is reported about those that do not."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from checks.nonfinite import Guard, NonFinite
+from checks.nonfinite import Guard, NonFinite, save_evidence
+from configurator import Config
 
 OK, INF, NAN = 1.0, math.inf, math.nan
 
@@ -36,3 +38,11 @@ def test_skipped_updates_are_counted_once_and_those_in_a_row_across_reports():
     assert (found.step, found.skipped, found.in_a_row) == (3, 1, 3)
     feed(guard, {4: (OK, OK), 5: (OK, -INF)})
     assert guard.take()[3:] == (1, 1)
+
+
+def test_the_message_has_the_numbers_of_the_step(tmp_path):
+    config, loader = Config(out_dir=str(tmp_path)), SimpleNamespace(rank=1)  # which writes nothing
+    folder, message = save_evidence(config, NonFinite(5, 2.5, INF, 3, 2), loader, None, None)
+    assert folder == tmp_path / "nonfinite_step_00000005" and not folder.exists()
+    assert message.startswith("step 5: loss 2.5, gradient norm inf; 3 updates skipped, 2 in a row, so the weights are "
+                              "clean (fp8 is off). Lower optim.lr") and f"in {folder / 'replay.pt'} with" in message

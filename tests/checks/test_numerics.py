@@ -1,5 +1,6 @@
 """What FP8 loses, and what keeps a run safe from it: telemetry, guards, self-check, properties of the recipes."""
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from fp8 import FP8Config
 from optim import AdamW, OptimConfig
 from plumbing import fp8_weights, logs
 from plumbing.compiling import CompileConfig, compile_and_checkpoint
+from plumbing.errors import RunStopped
 from plumbing.sharding import plain_local
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -122,6 +124,23 @@ def test_health_reports_the_very_casts_that_torchao_makes(recipe, monkeypatch):
                    for s in reported), (scale, amax)
 
 
+def test_a_row_of_health_has_shares_of_the_values_and_none_for_what_is_not_finite():
+    model = build(emulated(), n_layer=1)
+
+    def run():
+        for m in fp8.float8_linears(model).values():  # signal, noise, underflow, saturated, values, amax, -scale
+            m.seen[0] = torch.tensor([100.0, 0.1, 3.0, 5.0, 200.0, 7.0, -64.0])
+            m.seen[2] = torch.tensor([math.inf, 0.1, 0.0, 0.0, 200.0, math.inf, -0.0])
+
+    for row in telemetry.health(model, run, 3):
+        assert {key: value for key, value in row.items() if key != "fp8_layer"} == {
+            "step": 3,
+            "input": {"format": "e4m3", "sqnr_db": 30.0, "underflow": 0.015, "saturated": 0.025, "amax": 7.0,
+                      "scale": 64.0},
+            "grad_output": {"format": "e5m2", "sqnr_db": None, "underflow": 0.0, "saturated": 0.0, "amax": None,
+                            "scale": 0.0}}
+
+
 def gradients(model, x, y, **keys):
     model(x, y, **keys).backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
@@ -179,7 +198,11 @@ def test_worst_layers_are_named_and_trackers_get_flat_numbers():
     rows = [{"step": 3, "fp8_layer": "a", "input": {**stats, "format": "e4m3", "sqnr_db": 31.0}, "grad_output": stats},
             {"step": 3, "fp8_layer": "b", "input": {**stats, "format": "e4m3", "sqnr_db": 12.5, "underflow": 0.2},
              "grad_output": {**stats, "sqnr_db": None}}]
-    assert "b input 12.5 of 32.5 dB in e4m3, 20.0% underflow; a input 31.0" in telemetry.worst(rows)
+    assert "worst of 2 layers: b input 12.5 of 32.5 dB in e4m3, 20.0% underflow; a input 31.0" in telemetry.worst(rows)
+    rows.append({"step": 3, "fp8_layer": "c", "input": {**stats, "format": "e4m3", "sqnr_db": 33.0, "underflow": 0.1}})
+    # 20 dB and 20% count 40, 10% count 10 whatever the SQNR, 1.5 dB count 1.5
+    assert re.findall(r"(\w) input", telemetry.worst(rows)) == ["b", "c", "a"]
+    rows.pop()
     flat = logs.scalars(rows)
     assert flat["step"] == 3 and flat["fp8/b/input/underflow"] == 0.2 and flat["fp8/a/grad_output/sqnr_db"] == 26.0
     assert "fp8/b/grad_output/sqnr_db" not in flat and all(isinstance(v, int | float) for v in flat.values())
@@ -480,6 +503,23 @@ def test_self_check_refuses_a_matmul_that_is_wrong(monkeypatch, broken):
     monkeypatch.setattr(fp8, "convert", wrong)
     with pytest.raises(RuntimeError, match="fp8 computes wrong results here.*from bf16"):
         proof.self_check(small_config("tensorwise"), (x, y, ()), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("loss, noise, block, refused", [
+    (1.0, 0.0, 0, False), (1.009, 0.2, 0, False), (1.011, 0.0, 0, True), (0.989, 0.0, 1, True),  # 1%
+    (1.0, 0.26, 0, True), (1.0, 0.26, 1, True), (math.nan, 0.0, 1, True)])  # 12 dB: a quarter of the gradient
+def test_self_check_refuses_loss_or_gradients_of_any_block_beyond_its_bounds(monkeypatch, loss, noise, block, refused):
+    passes = iter([(1.0, 0.0)] + [(loss, noise) if i == block else (1.0, 0.0) for i in range(2)])
+
+    def one_layer_pass(*_):
+        loss, noise = next(passes)
+        return 3 * loss, {"a": torch.ones(8), "b": torch.ones(8) * (1 + noise)}
+
+    monkeypatch.setattr(proof, "one_layer_pass", one_layer_pass)
+    config = small_config("tensorwise")
+    config.fp8.recipes = {"layers.1": "rowwise"}  # blocks of two kinds
+    with (pytest.raises(RunStopped, match="fp8 computes wrong results here") if refused else contextlib.nullcontext()):
+        proof.self_check(config, None, torch.device("cpu"))
 
 
 def test_self_check_and_telemetry_show_on_the_screen(tiny_run, tmp_path, capsys):

@@ -44,9 +44,10 @@ def made(n=60, size=64, packed=True, seed=1):
 
 def test_a_row_is_its_samples_and_what_is_left_of_it_is_not_trained_on():
     rows, listed = made(), samples(60, 0)
-    seen, padding = [], 0
+    seen, padding, n_targets = [], 0, 0
     for k in range(rows.n_rows):
         x, y, positions = rows.row(k)
+        n_targets += (y != IGNORE).sum()
         borders = [*np.flatnonzero(positions == 0), rows.block_size]
         assert len(borders) - 1 <= rows.most_documents and max(np.diff(borders)) <= rows.longest
         for i, begin in zip(rows.rows[k], borders, strict=False):
@@ -58,7 +59,10 @@ def test_a_row_is_its_samples_and_what_is_left_of_it_is_not_trained_on():
         assert (y[end:] == IGNORE).all()
         padding += rows.block_size - end
     assert sorted(seen) == list(range(60)) and rows.padding == pytest.approx(padding / (rows.n_rows * 64))
-    assert rows.longest == max(len(ids) - 1 for ids, _ in listed)
+    lengths = np.array([len(ids) - 1 for ids, _ in listed])
+    assert rows.longest == lengths.max()
+    assert rows.counts == {"documents": 60, "tokens": lengths.sum() + 60, "targets": n_targets}
+    assert rows.document == pytest.approx(np.repeat(lengths, lengths).mean())  # each token sees as many as its sample
     for i, (ids, loss) in enumerate(listed):
         assert all((a == b).all() for a, b in zip(rows.sample(i), (ids, loss), strict=True))
 
