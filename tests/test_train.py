@@ -651,7 +651,7 @@ def test_speed_per_rank_times_ranks_is_all_tokens_over_the_time(fleet):
         record = json.loads((runs["fp32"].out_dir / "run.json").read_text())
         hardware = f"{n_ranks} x CPU with 1 threads"
         assert (record["ranks"], record["hardware"]) == (n_ranks, hardware)
-        text = f"4 sequences x 64 tokens x {n_ranks} ranks x {2 // n_ranks} accumulation = 512 tokens"
+        text = f"micro-batch 4 x length 64 x ranks {n_ranks} x accumulation {2 // n_ranks} = 512 tokens"
         assert f"nanofp8 on {hardware}, torch {torch.__version__}, float32\n" in runs["fp32"].text
         assert text in runs["fp32"].text
 

@@ -557,6 +557,15 @@ def test_what_is_cut_dropped_and_not_used_is_counted(folder, tmp_path):
         data.prepare(config(folder, write(tmp_path / "asks.jsonl", *[{"messages": PAIR[:1]}] * 20)), 128, 1)
 
 
+def test_a_conversation_that_just_fits_is_not_cut_and_those_for_validation_are_counted_too(folder, tmp_path, tokenizer):
+    n = len(Template(tokenizer).encode(PAIR)[0])
+    train, val = (write(tmp_path / f"{name}.jsonl", *[{"messages": PAIR}] * k) for name, k in (("t", 5), ("v", 3)))
+    cfg = config(folder, train, val=[str(val)])
+    for limit, cut in ((n - 1, 0), (n - 2, 8)):  # the last id is no input
+        rows = data.prepare(cfg, limit, 1)[0]
+        assert rows.counts["conversations cut at the end"] == cut and (rows.sample(0)[0].size == n) == (cut == 0)
+
+
 def test_messages_that_the_template_leaves_out_are_counted(folder, tmp_path, tokenizer):
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages if m.role != 'system' %}"
