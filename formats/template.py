@@ -26,7 +26,6 @@ from plumbing.errors import UserError
 
 SPECIAL, BREAK, EDGE, REPLY = "\U0010f000", "\U0010f001", "\U0010f002", "\U0010f003"  # EDGE: of what is said
 RESERVED = re.compile(f"[{SPECIAL}-{REPLY}]")
-MOST_MESSAGES = 2000
 QUESTION = {"role": "user", "content": "?"}
 REASONING = ["reasoning_content", "thinking", "reasoning"]  # names of one field, the first one counts
 HALVES = re.compile("[\ud800-\udfff]")  # of characters: they count as U+FFFD, as in Tokenizer.encode
@@ -186,8 +185,6 @@ class Template:
         which it is if any of its characters is to be trained on. prompt: end with what asks for a reply (only with
         train_on="all"). Raises UserError, without naming the conversation.
         """
-        if len(messages) > MOST_MESSAGES:
-            raise UserError(f"it has {len(messages):,} messages, {MOST_MESSAGES:,} are the most")
         messages, tools = self.protect(list(map(filled, messages))), self.protect(tools)
         text = self.render(messages, tools, prompt)
         contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
@@ -197,14 +194,12 @@ class Template:
         else:
             text = self.targets(text, sum(message["role"] == "assistant" for message in messages))
         parts = text.replace(BREAK, "").split(EDGE)  # every second one is a target
-        borders = np.cumsum([len(part) for part in parts]).tolist()
+        said = np.repeat(np.arange(len(parts)) % 2, [len(part) for part in parts])  # of each character
+        n_said = np.append(0, np.cumsum(said))  # before each character
         # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
         encoding = self.full.encode_batch(["".join(parts)], add_special_tokens=False)[0]
         begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        loss = np.zeros(len(begins), bool)
-        for begin, end in zip(borders[::2], borders[1::2], strict=False):
-            loss |= (ends > begin) & (begins < end)
-        return self.real_ids[encoding.ids], loss, n_changed
+        return self.real_ids[encoding.ids], n_said[ends] > n_said[begins], n_changed
 
     def end_of_reply(self):
         """The id of the special token that follows the assistant's words, or None."""
