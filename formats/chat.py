@@ -26,9 +26,11 @@ from formats.tokenizer import get_tokenizer
 from plumbing import disk
 from plumbing.errors import UserError
 
+VERSION = 2  # of what is kept in data.cache_dir
 FORMS = [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
          "observation": "tool"}  # of `from`
+EMPTY = None, "", []  # fields with nothing in them that could be used
 KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "ipython", "function"}
 
 
@@ -72,7 +74,7 @@ def read_conversation(row):
         is_text = len(form) == 2 and isinstance(row[name], str)
         messages += [{"role": role, "content": row[name]}] if is_text else read_messages(row[name], name)
     if row.get("input") and form == ("instruction", "output"):
-        messages[0]["content"] += "\n\n" + check(row["input"], "`input`", str)
+        messages[0]["content"] = "\n\n".join(check(row[name], f"`{name}`", str) for name in ("instruction", "input"))
         used.add("input")
     if row.get("system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": check(row["system"], "`system`", str)})
@@ -95,10 +97,13 @@ def tokenize(paths, template, train_on, limit):
             messages, tools, used = read_conversation(row)
             if tools and not template.takes_tools:
                 raise UserError(f"it has `tools`, which {template.name} does not take")
+            if any(isinstance(message.get("content"), list) for message in messages) and not template.takes_parts:
+                raise UserError(f"it has `content` in parts, which {template.name} does not take: join their texts")
             if any(message.get("tool_calls") for message in messages) and not template.reads("tool_calls"):
                 raise UserError(f"it has `tool_calls`, which {template.name} does not take")
-            keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
-            ignored = [name for name in row if name not in used]
+            keys = dict.fromkeys(key for message in messages for key, value in message.items()
+                                 if key not in ("role", "content") and value not in EMPTY)
+            ignored = [name for name, value in row.items() if name not in used and value not in EMPTY]
             ignored += [f"`{key}` of messages" for key in keys if not template.reads(key)]
             return template.encode(messages, tools, train_on), ignored, [message["role"] for message in messages]
         except UserError as error:
@@ -126,7 +131,7 @@ def tokenize(paths, template, train_on, limit):
 
 def stored(paths, template, cfg, limit):
     """tokenize(), from cfg.cache_dir if it was done there before: ranks share the work, and a resumed run its dates."""
-    identity = [[files.identity(path) for path in paths], cfg.train_on, limit,
+    identity = [VERSION, [files.identity(path) for path in paths], cfg.train_on, limit,
                 template.tokenizer.fingerprint, template.sources, template.tokenizer.named_tokens]
     key = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     path = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}.npz")

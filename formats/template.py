@@ -94,6 +94,7 @@ class Template:
         self.find_turn()
         theirs = [self.header.replace(SPECIAL, "").strip(), *self.specials]  # not for messages
         self.own = re.compile("|".join(map(re.escape, filter(None, theirs))) or "(?!)")
+        self.takes_parts = self.shows_parts()
 
     def with_marked_specials(self, full):
         """(a copy of a tokenizers.Tokenizer that finds special tokens behind SPECIAL only, the real id of each id)."""
@@ -151,6 +152,14 @@ class Template:
         if len(found) == 1 and REPLY in found[0][1]:  # else questions look like replies
             self.turn = turn
 
+    def shows_parts(self):
+        """Whether `content` may be a list of texts: some templates leave it out, or print it as a Python list."""
+        text = "?\n?"
+        try:
+            return text in self.render([{"role": "user", "content": [{"type": "text", "text": text}]}], None)
+        except UserError:
+            return False
+
     def reads(self, key):
         """Whether the template reads this key of a message."""
         keys = {key, *REASONING[:2]} if key in REASONING else {key}  # as filled() names it
@@ -187,8 +196,9 @@ class Template:
         """
         messages, tools = self.protect(list(map(filled, messages))), self.protect(tools)
         text = self.render(messages, tools, prompt)
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-        n_changed = sum(content.strip() not in text for content in contents)
+        contents = [message.get("content") or "" for message in messages]
+        parts = [[content] if isinstance(content, str) else [part["text"] for part in content] for content in contents]
+        n_changed = sum(any(words.strip() not in text for words in message) for message in parts)
         if train_on == "all":
             text = EDGE + text.replace(EDGE, "") + EDGE
         else:
