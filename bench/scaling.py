@@ -88,8 +88,7 @@ def step_ms(config, one_gpu_ms, shards, replicas=1, accumulation=1, gpus_per_nod
 
 
 def flops(config):
-    with torch.device("meta"):
-        return sum(estimate.matmul_flops_per_token(models.Transformer(config.model)))
+    return sum(estimate.matmul_flops_per_token(models.on_meta(config.model)))
 
 
 def configs(name):
