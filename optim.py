@@ -35,7 +35,7 @@ from plumbing.sharding import plain_local
 DecayRate = Annotated[float, "0 <= float < 1", lambda rate: 0 <= rate < 1]
 # below it a weight without a gradient would be 0 / 0
 Epsilon = Annotated[float, "float >= 1e-30", lambda eps: eps >= 1e-30]
-Part = Annotated[float, "0 <= float <= 1", lambda part: 0 <= part <= 1]
+Fraction = Annotated[float, "0 <= float <= 1", lambda fraction: 0 <= fraction <= 1]
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ class OptimConfig:
     grad_clip: NonNegativeFloat = 1.0  # largest global gradient norm; 0 turns clipping off
     weights: Literal["fp32_master", "stochastic_rounding", "plain"] = "fp32_master"  # how bf16 keeps small updates
     fp8_moments: bool = False  # both moments of matrices in FP8: 2 bytes per parameter instead of 4 or 8
-    offload: Part = 0.0  # part of moments and masters kept in host memory and streamed at each step; 1: all of them
+    offload: Fraction = 0.0  # part of moments and masters kept in host memory and streamed at each step; 1: all of them
 
 
 def get_lr(cfg, step, max_steps):
