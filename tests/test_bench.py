@@ -5,9 +5,10 @@ import sys
 
 import pytest
 from conftest import REPO, main_here, metrics, run, train_here
+from matplotlib.figure import Figure
 
 import parity
-from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, report_ignored, slug, split, table
+from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, plot, report_ignored, slug, split, table
 from plumbing.errors import RunStopped
 
 
@@ -97,6 +98,21 @@ def test_a_baseline_that_failed_gives_no_speedup_and_stops_no_other_variant(tiny
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert status == 1 and rows == [{"variant": "bf16", "error": "no"}, {
         "variant": "tensorwise", "ms_per_step": 1.0, "tokens_per_s": 1.0, "peak_gib": 1.0}] and "bf16 failed: no" in out
+
+
+def test_the_bars_of_bench_png_are_the_rows(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    rows = [{"variant": "bf16", "tokens_per_s": 1000.0, "speedup": 1.0, "peak_gib": 7.0},
+            {"variant": "rowwise", "error": "no"},
+            {"variant": "tensorwise", "tokens_per_s": 1234.0, "speedup": 1.234, "peak_gib": 8.06}]
+    plot(rows, "title", tmp_path / "bench.png")
+    speed, memory = drawn[0].axes
+    assert [bar.get_width() for bar in speed.patches] == [1234, 1000]  # the first on top
+    assert [bar.get_width() for bar in memory.patches] == [8.06, 7]
+    assert [text.get_text() for text in speed.texts] == ["1,234 (1.23x)", "1,000 (1.00x)"]
+    assert [text.get_text() for text in memory.texts] == ["8.1", "7.0"]
+    assert [tick.get_text() for tick in speed.get_yticklabels()] == ["tensorwise", "bf16"]
 
 
 def test_the_table_has_each_number_in_its_unit():

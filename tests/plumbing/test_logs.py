@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
+from configurator import Config
 from plumbing import logs
 from plumbing.disk import replacing
 from plumbing.errors import RunStopped, UserError
@@ -83,6 +86,38 @@ def test_what_json_and_the_data_sheet_lack_is_none_in_the_row_and_named_on_the_s
 def test_peak_memory_is_what_the_system_counts():
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     assert logs.peak_memory(torch.device("cpu")) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.02)
+
+
+def test_peak_memory_of_a_gpu_is_in_gib(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    assert logs.peak_memory(torch.device("cuda")) == 3.0
+
+
+def test_trackers_get_each_row_under_its_step(monkeypatch, tmp_path):
+    seen = []
+    writer = SimpleNamespace(add_scalar=lambda *point: seen.append(point))
+    run = SimpleNamespace(log=lambda row, step: seen.append((row, step)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(
+        SummaryWriter=lambda folder: seen.append(folder) or writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        init=lambda project, config: seen.append((project, config["max_steps"])) or run))
+    config = Config(tensorboard=True, wandb_project="p", out_dir=str(tmp_path), max_steps=7)
+    with logs.open_metrics(tmp_path) as metrics:
+        logs.write([{"step": 3, "loss": 2.5}], metrics, logs.open_trackers(config))
+    row = {"step": 3, "loss": 2.5}
+    assert seen == [tmp_path / "tensorboard", ("p", 7), ("step", 3, 3), ("loss", 2.5, 3), (row, 3)]
+    assert logs.read_metrics(tmp_path) == [row] and logs.open_trackers(Config()) == []
+
+
+def test_the_curves_of_loss_png_are_those_of_the_metrics(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append((figure, path)))
+    with logs.open_metrics(tmp_path) as metrics:
+        logs.write([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "val_loss": 2.5}], metrics, [])
+    logs.plot_losses(tmp_path)
+    ((figure, path),) = drawn
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert path == tmp_path / "loss.png" and lines == {"train": [[1, 3], [2, 2]], "validation": [[2, 2.5]]}
 
 
 def test_trackers_get_the_numbers_of_all_rows_under_names_of_their_own():
