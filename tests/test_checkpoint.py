@@ -33,7 +33,7 @@ import train
 from formats import families, hf
 from formats.tokenizer import get_tokenizer
 from optim import AdamW, OptimConfig
-from plumbing.storage import Reader, Writer
+from plumbing.storage import Reader, Writer, damaged_file
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=None, rope_theta=5000.0)
@@ -300,6 +300,17 @@ def test_damage_to_any_file_is_found_and_the_run_goes_back_to_the_checkpoint_bef
     for _ in range(2):  # nothing is set aside, so that the next start is no start from scratch
         with pytest.raises(ValueError, match=r"all checkpoints in .* damaged: step_00000002 \(__0_0_0.distcp\), "):
             checkpoint.last_good(tmp_path, said.append)
+
+
+def test_a_list_of_hashes_that_is_cut_between_lines_is_damaged(tmp_path):
+    checkpoint.save(tmp_path, 1, checkpoint.tensors(build()), {}, keep=0)
+    listed = checkpoint.latest(tmp_path) / "SHA256SUMS"
+    lines = listed.read_text().splitlines(keepends=True)
+    for n in range(len(lines)):
+        listed.write_text("".join(lines[:n]))
+        assert damaged_file(listed.parent) == "SHA256SUMS"
+    listed.write_text("".join(lines))
+    assert damaged_file(listed.parent) is None
 
 
 def test_sha256sum_agrees(tmp_path):

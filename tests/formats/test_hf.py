@@ -414,6 +414,8 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
     ("qwen_2_5", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
      "layer_types with full_attention are not"),
     ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types with full_attention are not"),
+    ("smollm_3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "no_rope_layers=[1, 0, 1, 1, 1] is not supported, only a 0 at"),
+    ("smollm_3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers=[1, 0, 1] is not supported, only a 0 at every n-th"),
     ("phi_4", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope', but no short_factor"),
     ("phi_4", {"rope_parameters": LONGROPE | {"factor": 3.0}, "original_max_position_embeddings": 1},
      "original_max_position_embeddings=1 in config.json: expected int >= 2"),

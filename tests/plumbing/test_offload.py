@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from plumbing import offload
+from plumbing import offload, sharding
 from plumbing.sharding import like
 
 
@@ -145,3 +145,21 @@ def test_host_memory_of_a_gpu_is_page_locked_and_streamed():
             piece["a"] += torch.ones(1 << 22, device=device)
     torch.cuda.synchronize()
     assert all((piece["a"] == 3).all() for piece in pieces)
+
+
+@pytest.mark.parametrize("n_rows, ranks, rows_of", [
+    (6, 2, [[0, 1, 2], [3, 4, 5]]), (5, 2, [[0, 1, 2], [3, 4]]), (2, 4, [[0], [1], [], []]),
+    (5, 4, [[0, 1], [2, 3], [4], []])])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_each_rank_holds_its_rows_and_none_where_there_are_fewer_than_ranks(n_rows, ranks, rows_of, replicas,
+                                                                          monkeypatch):
+    class Sharded(SimpleNamespace):
+        pass
+
+    monkeypatch.setattr(sharding, "DTensor", Sharded)
+    full, found = torch.arange(n_rows), []
+    for rank in range(ranks):
+        sizes, place = ((replicas, ranks), (1, rank)) if replicas > 1 else ((ranks,), (rank,))
+        mesh = SimpleNamespace(ndim=len(sizes), size=sizes.__getitem__, get_local_rank=place.__getitem__)
+        found.append(sharding.shard_rows(full, Sharded(device_mesh=mesh)).tolist())
+    assert found == rows_of and sharding.shard_rows(full, torch.zeros(n_rows)) is full

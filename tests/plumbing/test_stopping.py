@@ -1,5 +1,6 @@
 """stopping.py: runs that a signal ends, ranks that are stuck or gone, several nodes."""
 
+import json
 import os
 import signal
 import socket
@@ -157,6 +158,43 @@ def test_the_rank_that_is_stuck_is_named_with_its_step_and_stack(fault, message,
     err = capfd.readouterr().err
     assert f"{message}, and nothing has gone on for 1 s (timeout_minutes)" in err
     assert ("place_where_it_hangs" in err) == (fault != "all")
+
+
+class Answering:
+    """A store in which every rank but the `dead` ones has written anew whenever it is read."""
+
+    def __init__(self, ranks, dead=()):
+        self.rows = {f"rank_{i}": {"rank": i, "host": f"vm{i}", "stack": "", "beats": 0, **row}
+                     for i, row in enumerate(ranks)}
+        self.dead = dead
+
+    def set(self, key, text):  # what rank 0, the test, writes of itself
+        pass
+
+    def add(self, key, n):
+        pass
+
+    def multi_get(self, keys):
+        for key in keys:
+            self.rows[key]["beats"] += self.rows[key]["rank"] not in self.dead
+        return [json.dumps(self.rows[key]) for key in keys]
+
+
+@pytest.mark.parametrize("ranks, dead, grace, message", [
+    ([(4, True), (3, False)], (), 0, "rank 1 on vm1 does not get on after step 3, and nothing has gone on for 5 s"),
+    ([(3, True), (4, False)], (), 0, "rank 0 on vm0 waits for the others, as all do after step 3, and nothing"),
+    ([(4, False), (4, True)], (), 0, "rank 0 on vm0 does not get on after step 4, and nothing"),
+    ([(3, False), (4, True)], (1,), 0, "rank 1 on vm1 does not answer after step 4, and nothing"),
+    ([(0, False), (0, True)], (), 30, "rank 0 on vm0 does not get on before the first step, and nothing has gone on "
+                                      "for 35 s (timeout_minutes)")])
+def test_of_all_ranks_the_one_that_is_named_is_silent_else_behind_else_busy(ranks, dead, grace, message, monkeypatch):
+    watchdog, said = Watchdog(), []
+    monkeypatch.setattr("plumbing.stopping.end", said.append)
+    watchdog.store = Answering([{"step": step, "waits": waits} for step, waits in ranks], dead)
+    watchdog.rank, watchdog.world_size, watchdog.timeout, watchdog.grace = 0, 2, 5.0, grace
+    watchdog.interval = watchdog.beats = 0
+    watchdog.report()
+    assert len(said) == 1 and said[0].startswith(message)
 
 
 def test_a_long_write_to_a_disk_is_not_taken_for_a_stuck_rank(capfd):
