@@ -316,6 +316,22 @@ class PretendGraph(cudagraph.GraphedPass):
             p.grad = grad
 
 
+def test_a_replay_reads_the_values_of_its_own_call():
+    model = torch.nn.Linear(1, 1, bias=False)
+
+    def run_pass(x, y, documents, divisor):
+        loss = (model.weight * (x + 10 * y) / divisor).sum()
+        loss.backward()
+        return loss.detach()
+
+    graphed = PretendGraph(run_pass, model, accumulates=False)
+    for x, y, divisor in ((1, 2, 4), (3, 2, 4), (3, 5, 4), (3, 5, 8)):
+        model.zero_grad()
+        loss = graphed(torch.tensor([[x]]), torch.tensor([[y]]), (), torch.tensor(float(divisor)))
+        assert model.weight.grad.item() == (x + 10 * y) / divisor
+        assert loss.item() == pytest.approx(model.weight.item() * (x + 10 * y) / divisor)
+
+
 @pytest.mark.parametrize("batch", [8, 4])  # one pass, and two that add up
 @pytest.mark.parametrize("keys", [["--optim.weights=plain"], BF16, ["--dtype=bfloat16",
                                                                     "--optim.weights=stochastic_rounding"]])
