@@ -578,6 +578,8 @@ def test_pointers_adapters_and_empty_indices_have_one_message(copy, tmp_path):
         assert error(folder).endswith("index.json has no weight_map that names the files: download it again")
     (folder / "config.json").write_text(POINTER)
     assert "config.json is a Git LFS pointer" in error(folder)
+    (folder / "config.json").write_text("[1]")
+    assert error(folder) == f"{folder / 'config.json'} holds no JSON object"
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     assert "holds a PEFT adapter, not a model" in error(tmp_path / "adapter")

@@ -556,6 +556,14 @@ def test_ids_of_a_sentencepiece_model_are_those_of_its_library(pieces, tmp_path,
     assert (tokenizer.largest, tokenizer.bos, tokenizer.eos) == (699, None, 2)
 
 
+def test_a_sentencepiece_model_that_joins_no_pairs_is_refused(pieces, tmp_path):
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(pieces["llama"])
+    proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
+    (tmp_path / "x.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match="x.model is a SentencePiece model of another type than BPE: use a tokenizer"):
+        get_tokenizer(str(tmp_path / "x.model"))
+
+
 ADDED = {"0": token("<unk>"), "1": token("<s>"), "2": token("</s>"), "700": token("<|im_end|>", rstrip=True),
          "701": token("<tool>", False, normalized=True)}
 
