@@ -84,8 +84,8 @@ def open_run(out_dir):
         raise UserError(f"{out_dir}: no such folder")
     newest = latest(out_dir)
     if newest is None or not Path(out_dir, "config.py").is_file():
-        raise UserError(f"{out_dir} holds no checkpoint of train.py and no config.json: give the out_dir of a run "
-                         "that has saved one, or a Hugging Face model folder")
+        raise UserError(f"{out_dir} holds no checkpoint of train.py: give the out_dir of a run that has saved one "
+                         "(sample.py and eval.py: or a Hugging Face model folder)")
     if file := damaged_file(newest):
         raise UserError(f"{newest} is damaged, {file} is not as it was saved: delete that folder to use the one before")
     return newest, configurator.read_file(Path(out_dir, "config.py"))

@@ -99,6 +99,8 @@ class Config:
                 yield f"{key}={folder} is a folder of the code: name another one, such as out/run"
             elif not existing.is_dir():
                 yield f"{key}={folder}: {existing} is a file, name a folder"
+            elif key == "out_dir" and (path / "config.json").is_file():  # sample.py would take its weights
+                yield f"{key}={folder} is a model folder: name another one, such as out/run"
             elif key == "out_dir" and not os.access(existing, os.W_OK):
                 yield f"{key}={folder}: {existing} cannot be written to, name another folder"
         if self.global_batch_size % self.micro_batch_size:

@@ -9,6 +9,7 @@ shows what a run would train on: its samples as text, targets marked, and what w
 
 import hashlib
 import json
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,8 @@ class DataConfig:
         """Replace "auto" by the tokenizer of the folder init_from, or by "bytes" for a model from scratch."""
         if self.tokenizer == "auto":
             self.tokenizer = "bytes" if init_from == "scratch" else str(Path(init_from).expanduser())
+            if init_from != "scratch" and not Path(self.tokenizer).is_dir():
+                raise UserError(f"init_from={init_from}: no such folder: name a Hugging Face model folder")
 
     def problems(self):
         """Yield a message for each contradiction between these values, with the keys involved."""
@@ -316,9 +319,9 @@ def main():
         print(marked(ids[:LONGEST_SHOWN], loss[:LONGEST_SHOWN], tokenizer, sys.stdout.isatty()))
     print()
     for what, number in rows.counts.items():
-        print(f"{what:<28} {number:>16,}")
-    print(f"{'rows':<28} {rows.n_rows:>16,} of {rows.block_size:,} tokens, {rows.padding:.1%} padding")
-    print(f"{'validation rows':<28} {val_rows.n_rows:>16,}")
+        print(f"{what:<38} {number:>16,}")
+    print(f"{'rows':<38} {rows.n_rows:>16,} of {rows.block_size:,} tokens, {rows.padding:.1%} padding")
+    print(f"{'validation rows':<38} {val_rows.n_rows:>16,}")
     if look.out:
         with open(look.out, "w") as file:
             for ids, loss in map(rows.sample, range(rows.n_samples)):
@@ -329,4 +332,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `data.py | head` ends without a traceback
     entry.run(main)

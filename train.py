@@ -355,7 +355,8 @@ def main():
                 f"{timer.seconds / 60:.1f} min, {result}; curves in {out_dir / 'loss.png'}, metrics in "
                 f"{out_dir / 'metrics.jsonl'}")
             if config.checkpoint_interval:
-                say(f"sample from it: python sample.py --from={out_dir}")
+                chat = " --chat" if config.data.format == "chat" else ""
+                say(f"sample from it: python sample.py --from={out_dir}{chat}")
     ranks.watchdog.ended.set()
     return 130 if stop == signal.SIGINT else 0
 

@@ -42,7 +42,7 @@ def make_rows(train, val, cfg, block_size, seed, *, found, counts, about):
     lost = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
     if not train or not val:
         raise UserError(f"data: {len(train)} samples for training and {len(val)} for validation are too few (without "
-                        f"data.val, one of {VAL_EVERY} is for validation){found.note}{lost}")
+                        f"data.val, one of {VAL_EVERY} is for validation), {about}{found.note}{lost}")
     size = cfg.packed_sequence_size
     if not size:
         longest = max(len(ids) - 1 for ids, _ in train + val)

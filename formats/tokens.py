@@ -202,7 +202,8 @@ def prepare(cfg, block_size, seed):
     if cfg.eos_id is None:
         train.description += "attention sees whole rows (data.eos_id is not set)"
     else:
-        train.description += f"documents of {train.document:,.0f} tokens on average, borders at id {cfg.eos_id}"
+        train.description += (f"documents of {train.document:,.0f} tokens (mean over tokens, within rows), borders at "
+                              f"id {cfg.eos_id}")
     if train.largest > tokenizer.largest:
         train.description += (f"; tokenizer {tokenizer.name} has no ids above {tokenizer.largest}: name the one that "
                               "made them (data.tokenizer) for sample.py and data.py")

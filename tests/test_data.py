@@ -5,6 +5,9 @@ import errno
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 import torch
-from conftest import main_here
+from conftest import REPO, main_here
 
 import data
 import formats.files as text_files
@@ -740,7 +743,7 @@ def test_a_look_at_text_shows_samples_counts_and_writes_every_window(tmp_path):
     train = [token for text in texts for token in (*text.encode(), 256)]
     for what, number in (("documents", len(texts)), ("tokens", len(train)), ("targets", len(train) - 1),
                          ("empty documents dropped", 4), ("files not used", 1)):
-        assert f"{what:<28} {number:>16,}\n" in out
+        assert f"{what:<38} {number:>16,}\n" in out
     written = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     assert all(set(row) == {"ids", "loss"} and len(row["ids"]) == len(row["loss"]) for row in written)
     targets = [i for row in written for i, loss in zip(row["ids"], row["loss"], strict=True) if loss]
@@ -759,7 +762,7 @@ def test_a_look_at_hellaswag_shows_the_right_ending_as_target(tmp_path):
     written = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     right = [f" ending {i} {i % 4}" for i in range(40) if (i + 1) % 20]
     assert [BYTES.decode([t for t, n in zip(*row.values(), strict=True) if n]) for row in written] == right
-    assert f"{'targets':<28} {sum(map(len, right)):>16,}\n" in out
+    assert f"{'targets':<38} {sum(map(len, right)):>16,}\n" in out
 
 
 def test_a_look_at_tokens_shows_ids_that_the_tokenizer_lacks(tmp_path):
@@ -815,12 +818,23 @@ def test_targets_are_green_on_a_terminal():
 @pytest.mark.parametrize("argv, told", [
     (["--show=-1"], "--show=-1: expected int >= 0"), (["--out=/nowhere/x"], "name a file in a folder that exists"),
     (["--data.train=['']"], "is an empty entry"), (["--data.format=tokens"], "needs data.train"),
+    (["--init_from=Qwen3-8B"], "init_from=Qwen3-8B: no such folder: name a Hugging Face"),
     (["--data.eos_id=3"], "data.eos_id is for data.format=tokens"), (["--model.vocab_size=64"], "has token id")])
 def test_mistakes_in_a_look_are_one_line(tmp_path, argv, told):
     (tmp_path / "a.txt").write_text("text " * 100)
     status, _, err = look(tmp_path, f'--data.train=["{tmp_path / "a.txt"}"]' if "train" not in argv[0]
                           and "tokens" not in argv[0] else "--seed=1", *argv)
     assert status == 2 and told in err and len(err.splitlines()) == 1
+
+
+def test_a_look_that_head_cuts_short_ends_without_a_traceback(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 200_000)
+    command = [sys.executable, REPO / "data.py", f'--data.train=["{tmp_path / "a.txt"}"]', "--show=10000",
+               f"--data.cache_dir={tmp_path / 'cache'}", "--model.block_size=16"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as look_:
+        assert look_.stdout.readline().startswith("data: 1 file of")
+        look_.stdout.close()
+        assert "Traceback" not in look_.stderr.read() and look_.wait() == -signal.SIGPIPE
 
 
 def test_the_shown_rows_do_not_replace_the_data(tmp_path):

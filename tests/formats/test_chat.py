@@ -428,6 +428,9 @@ def test_what_is_ignored_in_messages_is_on_the_screen(folder, tmp_path):
     train, _, _ = data.prepare(config(folder, path), 256, 1)
     assert "fields not used: `weight` of messages" in train.description
     assert "roles that are not trained on: 'assistnat', 'narrator'" in train.description
+    write(path, *[{"messages": [user("add: 1 2"), {"role": "Assistant", "content": "3"}]}] * 20)
+    with pytest.raises(ValueError, match="too few .*roles that are not trained on: 'Assistant'.*20 dropped, having no"):
+        data.prepare(config(folder, path), 256, 1)
 
 
 def test_a_field_with_nothing_in_it_is_not_reported(folder, tmp_path):
@@ -692,7 +695,8 @@ def test_a_run_on_conversations_learns_and_data_py_shows_them(folder, rows_file,
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
-    assert "data: chat, 114 training samples in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "data: chat, 114 training samples in" in out and f"sample.py --from={tmp_path / 'run'} --chat\n" in out
     status, out, _ = main_here(data.main, *args, "--show=1", f"--out={tmp_path / 'out.jsonl'}")
     assert status == 0 and "<|im_start|>assistant\n{+It is" in out
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -108,6 +108,12 @@ def test_an_out_dir_that_would_hide_the_code_is_refused(tiny_run, monkeypatch, f
     assert message in one_line(main_here(train.main, *tiny_run, flag))
 
 
+def test_an_out_dir_that_is_a_model_folder_is_refused(tiny_run, tmp_path):
+    """sample.py --from=out_dir would take the folder's weights for those of the run."""
+    (tmp_path / "config.json").write_text("{}")
+    assert "is a model folder: name another" in one_line(main_here(train.main, *tiny_run, f"--out_dir={tmp_path}"))
+
+
 def test_where_files_cannot_be_locked_a_run_says_so_and_goes_on(tiny_run, tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
