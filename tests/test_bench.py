@@ -1,5 +1,6 @@
 """bench.py: one row a variant, measured by train.py, and the reason of a variant that failed."""
 
+import datetime
 import json
 import sys
 
@@ -56,8 +57,11 @@ def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(monkeypatch, tmp_
 
 
 def test_rows_have_the_promised_keys_and_add_up(bench):
-    *_, report = bench
+    *_, out, report = bench
     assert {"hardware", "versions", "date", "command", "rows"} <= set(report)
+    assert report["command"][0] == "bench.py" and report["command"][-1].startswith("--variants=bf16,tensorwise:")
+    assert f"--out_dir={out}" in report["command"]
+    assert datetime.date.today() - datetime.date.fromisoformat(report["date"]) <= datetime.timedelta(days=1)
     assert [row["variant"] for row in report["rows"]][:2] == [
         "bf16", "tensorwise:fp8.filter_fqns=[]:fp8.stats_interval=4"]
     for row in report["rows"][:2]:
@@ -74,7 +78,7 @@ def test_rows_have_the_promised_keys_and_add_up(bench):
 
 def test_a_failed_variant_keeps_its_reason_and_fails_the_bench(bench):
     status, text, out, report = bench
-    assert status == 1
+    assert status == 1 and f"{report['hardware']}, median of 2 x 5 steps; speedup is relative to bf16" in text
     assert "'typo' matches no linear layer" in report["rows"][2]["error"] and "'typo'" in text
     assert "--eval_interval=3" in text.split(": no effect here")[0]
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import REPO, main_here, metrics, run, train_in_process
+from matplotlib.figure import Figure
 
 import bench
 import configurator
@@ -151,6 +152,21 @@ def test_the_plot_is_drawn_for_any_number_of_variants_and_seeds(tmp_path):
         run = {"max_steps": 9, "tokens_per_step": 9, "hardware": "1 x this"}
         plot({**judged(results), **run}, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_the_curves_intervals_and_gaps_of_the_report(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    report = judged([*BF16, *[("tensorwise", seed, curves(seed / 10 - 0.2)) for seed in (1, 2, 3)]])
+    plot({**report, "max_steps": 100, "tokens_per_step": 2048, "hardware": "1 x this"}, tmp_path / "plot.png")
+    loss, gap = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [
+        [*map(list, zip(row["curves"]["time_s"], row["curves"]["val_loss"], strict=True))] for row in report["rows"]]
+    (interval,), gaps = report["intervals"], [row["gap_percent"] for row in report["rows"][3:]]
+    zero, bar, dots = (line.get_xdata() for line in gap.lines)
+    assert (list(zero), list(bar), list(dots)) == ([0, 0], [interval["low"], interval["high"]], gaps)
+    assert loss.get_title() == "100 steps of 2,048 tokens; bf16 in black" and "±0.25%" in gap.get_xlabel()
+    assert [tick.get_text() for tick in gap.get_yticklabels()] == [f"tensorwise\n{interval['verdict']}"]
 
 
 def compare(*args):

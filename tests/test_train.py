@@ -706,6 +706,7 @@ def test_the_first_row_is_that_of_a_loop_written_with_torch(tiny_run, tmp_path, 
     assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops / 1e9)
     assert (record["ranks"], record["block_size"], record["tokens_per_step"]) == (1, 64, 8 * 64)
     assert (record["peak_flops"], record["auto_filtered"]) == (1e9, None)
+    assert record["command"] == ["train.py", *args, "--micro_batch_size=2", f"--out_dir={tmp_path / 'run'}"]
     assert f"first pass: {record['compile_s']:.1f} s" in screen and record["hardware"].startswith("1 x CPU with ")
     n_params = sum(p.numel() for p in model.parameters())
     for part in (f"model: {n_params:,} parameters", "micro-batch 2 x length 64 x ranks 1 x accumulation 4 = 512",
@@ -776,6 +777,13 @@ def test_other_data_is_another_run(tiny_run, corpus, tmp_path):
         train_here(*args)
     (tmp_path / "text" / "00.py").write_text(text)
     train_here(*args)
+
+
+def test_another_global_batch_is_another_run(tiny_run, tmp_path):
+    args = [*tiny_run, f"--out_dir={tmp_path}"]
+    train_here(*args, "--max_steps=1", "--eval_interval=0")
+    with pytest.raises(UserError, match="made with another global_batch_size, now with .*global_batch_size=4 instead"):
+        train_here(*args, "--global_batch_size=4")
 
 
 def test_replicas_must_divide_the_ranks(tiny_run, tmp_path):

@@ -7,10 +7,12 @@ import os
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from conftest import REPO, build, metrics, run, run_many, sqnr, train_here
+from matplotlib.figure import Figure
 
 import checkpoint
 import data
@@ -207,6 +209,25 @@ def test_worst_layers_are_named_and_trackers_get_flat_numbers():
     assert flat["step"] == 3 and flat["fp8/b/input/underflow"] == 0.2 and flat["fp8/a/grad_output/sqnr_db"] == 26.0
     assert "fp8/b/grad_output/sqnr_db" not in flat and all(isinstance(v, int | float) for v in flat.values())
     assert logs.scalars([{"step": 1, "loss": None, "lr": 0.1}]) == {"step": 1, "lr": 0.1}
+
+
+def test_the_picture_of_health_has_the_worse_cast_of_each_tensor(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    best = {"format": "e4m3", "sqnr_db": 32.5, "underflow": 0.0}
+    rows = [{"step": 1, "fp8_layer": "a", "input": {**best, "sqnr_db": 30.0}, "weight": best,
+             "input_for_grad_weight": {**best, "sqnr_db": 28.5, "underflow": 0.03}},
+            {"step": 3, "fp8_layer": "a", "input": {**best, "sqnr_db": None}, "weight": best},
+            {"step": 3, "fp8_layer": "b", "grad_output": {"format": "e5m2", "sqnr_db": 20.5, "underflow": 0.5}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert telemetry.plot_health(tmp_path) == tmp_path / "fp8_health.png"
+    none = math.nan
+    expected = [[[4, 0], [none, none]], [[0, 0], [none, none]], [[none, none], [none, 6]],  # dB below the best
+                [[3, 0], [none, none]], [[0, 0], [none, none]], [[none, none], [none, 50]]]  # % that underflows
+    for ax, values in zip(drawn[0].axes, expected, strict=False):  # colour bars follow
+        assert ax.images[0].get_array().filled(none).tolist() == pytest.approx(np.array(values), nan_ok=True)
+    assert [tick.get_text() for tick in drawn[0].axes[0].get_yticklabels()] == ["a", "b"]
+    assert [tick.get_text() for tick in drawn[0].axes[3].get_xticklabels()] == ["1", "3"]
 
 
 def by_layer(m, step):

@@ -774,8 +774,9 @@ def test_an_export_in_fp8_has_the_layers_that_were_trained_in_fp8(tmp_path, caps
     out = save_run(tmp_path / "out", loaded(wide(tmp_path / "hf")), tmp_path / "hf", fp8=config,
                    run={"auto_filtered": ["layers.0.mlp.gate_up"]})
     checkpoint.export(out, tmp_path / "fp8", in_fp8=True)
-    assert "11 weights in FP8" in capsys.readouterr().out
+    said = capsys.readouterr().out
     plain, stored = tensors(tmp_path / "hf"), tensors(tmp_path / "fp8")
+    assert f"{tmp_path / 'fp8'}: {len(stored)} tensors, " in said and "\n11 weights in FP8" in said
     left = [f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")] + ["lm_head"]
     written = json.loads((tmp_path / "fp8/config.json").read_text())
     assert written["quantization_config"] == BLOCKS | {"modules_to_not_convert": left}
@@ -803,10 +804,10 @@ def test_an_export_in_fp8_has_the_layers_that_were_trained_in_fp8(tmp_path, caps
 
 
 def test_an_export_in_fp8_names_blocks_that_are_not_whole(tmp_path, capsys):
-    model = build(fp8.FP8Config())
+    model = build(fp8.FP8Config(), n_embd=128, head_dim=32)  # keys and values have 64 rows
     out = save_run(tmp_path / "out", model, fp8=fp8.FP8Config(enabled=True, emulate=True))
     checkpoint.export(out, tmp_path / "fp8", in_fp8=True)
-    assert "14 of them, such as model.layers.0.mlp.down_proj.weight, have sizes that 128" in capsys.readouterr().out
+    assert "4 of them, such as model.layers.0.self_attn.k_proj.weight, have sizes that 128" in capsys.readouterr().out
     back = loaded(tmp_path / "fp8")
     for (name, p), q in zip(model.named_parameters(), back.parameters(), strict=True):
         assert sqnr(p, q) > 28, name

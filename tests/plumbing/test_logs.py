@@ -206,6 +206,20 @@ def test_metrics_of_a_killed_run_are_read_and_continued_at_any_step(tmp_path):
         assert rows[-1]["step"] == steps[-2] + 1 and rows[-2]["step"] == steps[-2]
 
 
+def test_all_that_a_run_has_written_is_set_aside_when_another_begins(tmp_path):
+    written = {"config.py", "run.json", "loss.png", "fp8_health.png", "checkpoints"}
+    for name in written:
+        (tmp_path / name).touch()
+    with logs.open_metrics(tmp_path) as metrics:
+        logs.write([{"step": 1}], metrics, [])
+        assert logs.continue_metrics(metrics, 0) == tmp_path / "earlier_1"
+        logs.write([{"step": 1, "loss": 2.0}], metrics, [])
+    assert {path.name for path in (tmp_path / "earlier_1").iterdir()} == written | {"metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "earlier_1"}
+    assert (logs.read_metrics(tmp_path / "earlier_1"), logs.read_metrics(tmp_path)) == (
+        [{"step": 1}], [{"step": 1, "loss": 2.0}])
+
+
 def test_each_start_of_the_ranks_has_a_name_of_its_own_on_which_they_agree(monkeypatch):
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
