@@ -319,9 +319,9 @@ def main():
         print(marked(ids[:LONGEST_SHOWN], loss[:LONGEST_SHOWN], tokenizer, sys.stdout.isatty()))
     print()
     for what, number in rows.counts.items():
-        print(f"{what:<38} {number:>16,}")
-    print(f"{'rows':<38} {rows.n_rows:>16,} of {rows.block_size:,} tokens, {rows.padding:.1%} padding")
-    print(f"{'validation rows':<38} {val_rows.n_rows:>16,}")
+        print(f"{what:<40} {number:>16,}")
+    print(f"{'rows':<40} {rows.n_rows:>16,} of {rows.block_size:,} tokens, {rows.padding:.1%} padding")
+    print(f"{'validation rows':<40} {val_rows.n_rows:>16,}")
     if look.out:
         with open(look.out, "w") as file:
             for ids, loss in map(rows.sample, range(rows.n_samples)):

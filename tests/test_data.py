@@ -743,7 +743,7 @@ def test_a_look_at_text_shows_samples_counts_and_writes_every_window(tmp_path):
     train = [token for text in texts for token in (*text.encode(), 256)]
     for what, number in (("documents", len(texts)), ("tokens", len(train)), ("targets", len(train) - 1),
                          ("empty documents dropped", 4), ("files not used", 1)):
-        assert f"{what:<38} {number:>16,}\n" in out
+        assert f"{what:<40} {number:>16,}\n" in out
     written = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     assert all(set(row) == {"ids", "loss"} and len(row["ids"]) == len(row["loss"]) for row in written)
     targets = [i for row in written for i, loss in zip(row["ids"], row["loss"], strict=True) if loss]
@@ -762,7 +762,7 @@ def test_a_look_at_hellaswag_shows_the_right_ending_as_target(tmp_path):
     written = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     right = [f" ending {i} {i % 4}" for i in range(40) if (i + 1) % 20]
     assert [BYTES.decode([t for t, n in zip(*row.values(), strict=True) if n]) for row in written] == right
-    assert f"{'targets':<38} {sum(map(len, right)):>16,}\n" in out
+    assert f"{'targets':<40} {sum(map(len, right)):>16,}\n" in out
 
 
 def test_a_look_at_tokens_shows_ids_that_the_tokenizer_lacks(tmp_path):
