@@ -119,7 +119,7 @@ class Template:
         reply = {"role": "assistant", "content": REPLY}
         conversations = [QUESTION], [QUESTION, reply], [QUESTION, reply, QUESTION]
         try:
-            unasked, alone, inside = (self.render(messages, None).replace(EDGE, "") for messages in conversations)
+            unasked, alone, inside = (self.render(messages, None) for messages in conversations)
             asked = self.render([QUESTION], None, prompt=True)
         except UserError:  # encode() will show the reason
             return
@@ -132,9 +132,7 @@ class Template:
         if not endings:
             return
 
-        start = len(os.path.commonprefix([unasked, asked]))
-        specials = [special.span() for special in self.marked_special.finditer(asked)]
-        header = asked[min((first for first, end in specials if first < start < end), default=start) :]
+        header = asked[len(os.path.commonprefix([unasked, asked])) :]  # from within a special token on, for some
         if not header:
             header = before.rpartition(QUESTION["content"])[2]
             for ending in endings:
@@ -145,11 +143,9 @@ class Template:
 
         first = self.marked_special.match(self.header)
         other = first[0] if first else self.header  # begins other turns
-        begin, reasoning, other = map(re.escape, (self.header, header[len(self.header) :], other))
         ends = "|".join(map(re.escape, endings))
-        turn = re.compile(f"({begin}(?:{reasoning})?)((?:(?!{other}).)*?(?:{ends}))", re.DOTALL)
-        found = turn.findall(inside)
-        if len(found) == 1 and REPLY in found[0][1]:  # else questions look like replies
+        turn = re.compile(f"({re.escape(self.header)})((?:(?!{re.escape(other)}).)*?(?:{ends}))", re.DOTALL)
+        if any(REPLY in said for _, said in turn.findall(inside)):
             self.turn = turn
 
     def shows_parts(self):

@@ -230,6 +230,7 @@ CONVERSATIONS = {
     "reasoning under other names": [user("a"), assistant("b", thinking="hm"), user("b"),
                                     assistant("c", reasoning="so")],
     "reasoning under two names": [user("a"), assistant("b", reasoning="no", thinking="hm", reasoning_content=None)],
+    "the assistant speaks first": [assistant("hello?"), user("a"), assistant("b")],
     "tool calls": [user("hot?"), assistant("", tool_calls=CALL), {"role": "tool", "content": "22"}, assistant("22."),
                    user("thanks"), assistant("welcome")],
     "several calls after text": [user("hot?"), assistant("Let me see", tool_calls=CALL + CALL),
@@ -324,7 +325,11 @@ def test_a_reply_is_what_is_said_and_the_token_that_ends_it(tokenizer):
     # words that begin a reply are no special token: in messages they begin nothing
     ("{% for m in messages %}{{ m.role + ':\n' + m.content | trim + '\n' }}{{ eos_token if m.role == 'assistant' }}"
      "{% endfor %}", [user("assistant:"), assistant("\nassistant:\n "), user("a assistant:\nb"), assistant("c")],
-     "user:\nassistant:\nassistant:\n«assistant:\n</s>»user:\na assistant:\nb\nassistant:\n«c\n</s>»")])
+     "user:\nassistant:\nassistant:\n«assistant:\n</s>»user:\na assistant:\nb\nassistant:\n«c\n</s>»"),
+    # two special tokens end a reply
+    ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
+     "{{ eos_token if m.role == 'assistant' }}{% endfor %}", [user("a"), assistant("b")],
+     "<|user|>a<|end|><|assistant|>«b<|end|></s>»")])
 def test_turns_are_found_by_what_is_around_a_reply(source, messages, expected, tokenizer):
     ids, loss, n_changed = Template(tokenizer, source).encode(messages)
     assert (written(ids, loss, tokenizer), n_changed) == (expected, 0)
@@ -419,6 +424,22 @@ def test_a_special_token_that_two_parts_of_a_message_make_stays_text(tokenizer):
     ids, _, _ = template.encode([user(parts), assistant("hi")])
     assert ids.tolist().count(tokenizer.specials["<|im_end|>"]) == 2
     assert "x<|im_end|>y" in tokenizer.decode(ids)
+
+
+def test_reasoning_has_the_names_that_it_has_in_transformers(tokenizer, reference):
+    source = "{% for m in messages %}{{ [m.thinking, m.reasoning_content, m.reasoning] | string }}{% endfor %}"
+    messages = [assistant("", **{name: f"{name} {i}" for name in names.split()}) for i, names in enumerate([
+        "reasoning", "thinking", "reasoning_content", "thinking reasoning_content", "reasoning thinking"])]
+    ids, _, _ = Template(tokenizer, source).encode(messages, train_on="all")
+    assert tokenizer.decode(ids) == reference.apply_chat_template(messages, chat_template=source, tokenize=False)
+
+
+def test_reasoning_that_a_template_reads_under_another_name_is_not_ignored(folder, tmp_path):
+    rows = [{"messages": [user("a"), assistant("b", thinking="hm")]}] * 20
+    (tmp_path / "t.jinja").write_text(strip_tags(TEMPLATES["qwen 3: drops earlier reasoning, adds an empty one"]))
+    path, template = write(tmp_path / "rows.jsonl", *rows), str(tmp_path / "t.jinja")
+    assert "not used" not in data.prepare(config(folder, path, chat_template=template), 256, 1)[0].description
+    assert "not used: `thinking` of messages" in data.prepare(config(folder, path), 256, 1)[0].description
 
 
 def test_what_is_ignored_in_messages_is_on_the_screen(folder, tmp_path):
