@@ -200,6 +200,7 @@ def test_a_run_whose_last_losses_are_not_finite_has_failed(tmp_path, capsys, los
     run = ("rowwise", 1, tmp_path, SimpleNamespace(max_steps=4))
     (row,) = train_all([run], ParityConfig(last_evals=2))
     assert ("error" in row, "curves" in row) == (failed, not failed)
+    assert ("validation loss 1.0000\n" in capsys.readouterr().out) == (not failed)
     with pytest.raises(RunStopped, match="a bf16 run failed.*: its validation loss ends as inf or nan") if failed else (
             contextlib.nullcontext()):
         train_all([("bf16", *run[1:])], ParityConfig(last_evals=2))
@@ -216,6 +217,7 @@ def compared(tiny_run, tmp_path_factory):
 def test_the_report_has_what_is_promised_and_the_status_tells_the_verdict(compared):
     _, status, out, report = compared
     assert status == 1 and report["verdict"] == "worse"
+    assert (report["max_steps"], report["tokens_per_step"]) == (6, 8 * 64)
     assert {"hardware", "versions", "git_commit", "date", "command", "noise", "rows", "intervals"} <= set(report)
     tensorwise, stuck = report["intervals"]
     assert (tensorwise["verdict"], stuck["verdict"]) == ("equal within", "worse") and stuck["low"] > 5

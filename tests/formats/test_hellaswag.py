@@ -383,6 +383,15 @@ def test_a_model_that_gives_nan_has_no_accuracy(runs, file, evaluate, capsys, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_passes_hold_each_ending_once_in_lengths_that_fp8_takes_and_the_longest_first(file):
+    benchmark = scoring.HellaSwag(hellaswag.read([file]), BYTES, 512, find_ranks("cpu"))
+    batches, longest = list(benchmark.batches()), [len(ids) - 1 for ids, _ in benchmark.sequences]
+    assert sorted(i for _, batch in batches for i in batch) == list(range(4 * 40))
+    for length, batch in batches:
+        assert length % 16 == 0 and 0 <= length - max(longest[i] for i in batch) < 16 and len(batch) * length <= 1024
+    assert [length for length, _ in batches] == sorted((length for length, _ in batches), reverse=True)
+
+
 class Constant(torch.nn.Module):
     """A model whose summed loss is the sum of its targets, 0 without any."""
 
