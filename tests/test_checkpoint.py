@@ -509,6 +509,15 @@ def test_a_file_that_did_not_arrive_is_found_before_the_checkpoint_has_its_name(
     assert checkpoint.latest(tmp_path) is None
 
 
+def test_a_part_of_a_tensor_that_no_rank_has_written_is_found(tmp_path, monkeypatch):
+    finish = dcp.FileSystemWriter.finish
+    monkeypatch.setattr(dcp.FileSystemWriter, "finish", lambda self, metadata, results: finish(
+        self, metadata, [results[0][1:], *results[1:]]))
+    with pytest.raises(CheckpointException, match="AssertionError"):
+        checkpoint.save(tmp_path, 1, checkpoint.tensors(build()), {}, keep=0)
+    assert checkpoint.latest(tmp_path) is None
+
+
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_is_one_line_whatever_torch_makes_of_it(tiny_run, tmp_path, in_background):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -190,6 +190,8 @@ def test_weights_and_masters_that_nothing_filled_are_found():
     assert optimizer.unfilled() == ["weight (master)"]
     optimizer.masters["weight"].fill_(1.0)
     assert optimizer.unfilled() == []
+    optimizer.weights["weight"][3, 4] = float("nan")  # a part of it
+    assert optimizer.unfilled() == ["weight"]
 
 
 def test_schedule_warms_up_then_decays_to_the_minimum():

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from checks import telemetry
 from checks.nonfinite import Guard, NonFinite, save_evidence
-from configurator import Config
+from configurator import Config, FP8Config
 
 OK, INF, NAN = 1.0, math.inf, math.nan
 
@@ -38,6 +39,16 @@ def test_skipped_updates_are_counted_once_and_those_in_a_row_across_reports():
     assert (found.step, found.skipped, found.in_a_row) == (3, 1, 3)
     feed(guard, {4: (OK, OK), 5: (OK, -INF)})
     assert guard.take()[3:] == (1, 1)
+
+
+@pytest.mark.parametrize("broken, where", [
+    ([], "(no fp8 operand held inf or nan)"), (["a input"], "(fp8 operands with inf or nan, in order: a input)"),
+    (["a input", "a weight", "b input", "c input"], "in order: a input, a weight, b input)")])
+def test_the_message_names_the_first_operands_that_broke(tmp_path, monkeypatch, broken, where):
+    config = Config(out_dir=str(tmp_path), fp8=FP8Config(enabled=True))
+    monkeypatch.setattr(telemetry, "health", lambda *_: [{"fp8_layer": "a"}])
+    monkeypatch.setattr(telemetry, "broken", lambda rows: broken)
+    assert where in save_evidence(config, NonFinite(5, 2.5, INF, 1, 1), SimpleNamespace(rank=1), None, None)[1]
 
 
 def test_the_message_has_the_numbers_of_the_step(tmp_path):

@@ -807,7 +807,7 @@ def test_an_export_in_fp8_names_blocks_that_are_not_whole(tmp_path, capsys):
     model = build(fp8.FP8Config(), n_embd=128, head_dim=32)  # keys and values have 64 rows
     out = save_run(tmp_path / "out", model, fp8=fp8.FP8Config(enabled=True, emulate=True))
     checkpoint.export(out, tmp_path / "fp8", in_fp8=True)
-    assert "4 of them, such as model.layers.0.self_attn.k_proj.weight, have sizes that 128" in capsys.readouterr().out
+    assert "\n4 of them, such as model.layers.0.self_attn.k_proj.weight, have sizes that 128" in capsys.readouterr().out
     back = loaded(tmp_path / "fp8")
     for (name, p), q in zip(model.named_parameters(), back.parameters(), strict=True):
         assert sqnr(p, q) > 28, name
