@@ -30,7 +30,6 @@ VERSION = 2  # of what is kept in data.cache_dir
 FORMS = [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
          "observation": "tool"}  # of `from`
-EMPTY = None, "", []  # fields with nothing in them that could be used
 KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "ipython", "function"}
 
 
@@ -39,7 +38,7 @@ def read_messages(value, name):
     messages = []
     for i, raw in enumerate(check(value, f"`{name}`", list)):
         at = f"{name}[{i}]"
-        message = dict(check(raw, f"`{at}`", dict))
+        message = {key: value for key, value in check(raw, f"`{at}`", dict).items() if value is not None}
         if "role" not in message and "from" in message:
             speaker = check(message.pop("from"), f"`{at}.from`", str)
             message = {"role": ROLES.get(speaker, speaker), "content": message.pop("value", None), **message}
@@ -101,9 +100,8 @@ def tokenize(paths, template, train_on, limit):
                 raise UserError(f"it has `content` in parts, which {template.name} does not take: join their texts")
             if any(message.get("tool_calls") for message in messages) and not template.reads("tool_calls"):
                 raise UserError(f"it has `tool_calls`, which {template.name} does not take")
-            keys = dict.fromkeys(key for message in messages for key, value in message.items()
-                                 if key not in ("role", "content") and value not in EMPTY)
-            ignored = [name for name, value in row.items() if name not in used and value not in EMPTY]
+            keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
+            ignored = [name for name, value in row.items() if name not in used and value not in (None, "", [])]
             ignored += [f"`{key}` of messages" for key in keys if not template.reads(key)]
             return template.encode(messages, tools, train_on), ignored, [message["role"] for message in messages]
         except UserError as error:

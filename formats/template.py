@@ -158,7 +158,7 @@ class Template:
 
     def reads(self, key):
         """Whether the template reads this key of a message."""
-        keys = {key, *REASONING[:2]} if key in REASONING else {key}  # as filled() names it
+        keys = {key, *REASONING[:2]} if key in REASONING else {key}  # as name_reasoning() does
         return any(key in source for key in keys for source in self.sources)
 
     def render(self, messages, tools, prompt=False):
@@ -186,11 +186,11 @@ class Template:
     def encode(self, messages, tools=None, train_on="assistant", prompt=False):
         """(ids, loss, messages that the template shortens or leaves out) of a conversation: int64 (n,), bool (n,), int.
 
-        messages: dicts with `role` and `content`, and what else the template takes. loss: whether an id is a target,
-        which it is if any of its characters is to be trained on. prompt: end with what asks for a reply (only with
-        train_on="all"). Raises UserError, without naming the conversation.
+        messages: dicts with `role`, `content`, and what else the template takes; no None. loss: whether an id is a
+        target, which it is if any of its characters is to be trained on. prompt: end with what asks for a reply (only
+        with train_on="all"). Raises UserError, without naming the conversation.
         """
-        messages, tools = self.protect(list(map(filled, messages))), self.protect(tools)
+        messages, tools = self.protect(list(map(name_reasoning, messages))), self.protect(tools)
         text = self.render(messages, tools, prompt)
         contents = [message.get("content") or "" for message in messages]
         parts = [[content] if isinstance(content, str) else [part["text"] for part in content] for content in contents]
@@ -229,8 +229,7 @@ class Template:
         return value + BREAK if begins_special else value
 
 
-def filled(message):
-    """A message as a template gets it: no key without a value, and reasoning under the names that templates read."""
-    message = {key: value for key, value in message.items() if value is not None}
+def name_reasoning(message):
+    """A message with its reasoning under the names that templates read."""
     named = [message[key] for key in REASONING if key in message]
     return {"thinking": named[0], **message, "reasoning_content": named[0]} if named else message

@@ -229,7 +229,7 @@ CONVERSATIONS = {
                              assistant("c", reasoning_content="\nhm\n")],
     "reasoning under other names": [user("a"), assistant("b", thinking="hm"), user("b"),
                                     assistant("c", reasoning="so")],
-    "reasoning under two names": [user("a"), assistant("b", reasoning="no", thinking="hm", reasoning_content=None)],
+    "reasoning under two names": [user("a"), assistant("b", reasoning="no", thinking="hm")],
     "the assistant speaks first": [assistant("hello?"), user("a"), assistant("b")],
     "tool calls": [user("hot?"), assistant("", tool_calls=CALL), {"role": "tool", "content": "22"}, assistant("22."),
                    user("thanks"), assistant("welcome")],
@@ -545,7 +545,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 @pytest.mark.parametrize("row, messages", [
     ({"messages": PAIR, "id": 7}, PAIR),
-    ({"messages": [{**PAIR[0], "name": None}, {**PAIR[1], "tool_calls": None}], "tools": None}, PAIR),
+    ({"messages": [{**PAIR[0], "name": None}, {**PAIR[1], "tool_calls": None, "reasoning": None}]}, PAIR),
     ({"conversations": [{"from": "human", "value": "add: 1 2"}, {"from": "gpt", "value": "3"}]}, PAIR),
     ({"conversations": [{"from": "human", "value": "add: 1 2"}, {"from": "gpt", "value": "3"}], "system": "Be brief."},
      [SYSTEM, *PAIR]),
