@@ -27,6 +27,7 @@ from plumbing.errors import UserError
 SPECIAL, BREAK, EDGE, REPLY = "\U0010f000", "\U0010f001", "\U0010f002", "\U0010f003"  # EDGE: of what is said
 RESERVED = re.compile(f"[{SPECIAL}-{REPLY}]")
 QUESTION = {"role": "user", "content": "?"}
+CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}  # Mistral: 9 letters, digits
 REASONING = ["reasoning_content", "thinking", "reasoning"]  # names of one field, the first one counts
 HALVES = re.compile("[\ud800-\udfff]")  # of characters: they count as U+FFFD, as in Tokenizer.encode
 OPENS_REASONING = re.compile(rf"{SPECIAL}?[<\[\u25c1][^<\[\u25c1]*(think|thought|reasoning)", re.IGNORECASE)
@@ -142,11 +143,24 @@ class Template:
         self.header, self.ending = header[: opening.start()] if opening else header, endings[0]
 
         first = self.marked_special.match(self.header)
-        other = first[0] if first else self.header  # begins other turns
-        ends = "|".join(map(re.escape, endings))
-        turn = re.compile(f"({re.escape(self.header)})((?:(?!{re.escape(other)}).)*?(?:{ends}))", re.DOTALL)
+        other = first[0] if first else self.header
+        begins = [self.header, *(text for text in self.after_tool() if text not in endings)]
+        begin, others, end = ("|".join(map(re.escape, texts)) for texts in (begins, [other, *begins[1:]], endings))
+        turn = re.compile(f"({begin})((?:(?!{others}).)*?(?:{end}))", re.DOTALL)  # others begin other turns
         if any(REPLY in said for _, said in turn.findall(inside)):
             self.turn = turn
+
+    def after_tool(self):
+        """The special tokens between a tool's answer and a reply, as a list of one; [] where its header is there."""
+        messages = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                    {"role": "tool", "name": "f", "content": "{}", "tool_call_id": CALL["id"]},
+                    {"role": "assistant", "content": REPLY}]
+        try:
+            before = self.render(messages, None).partition(REPLY)[0].rstrip(" ")
+        except UserError:  # no tools, or only if they are declared
+            return []
+        found = re.search(rf"(?:{self.marked_special.pattern})+\Z", before)
+        return [found[0]] if found and not before.endswith(self.header) else []
 
     def shows_parts(self):
         """Whether `content` may be a list of texts: some templates leave it out, or print it as a Python list."""

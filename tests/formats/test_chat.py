@@ -306,6 +306,31 @@ def test_ids_and_targets_are_those_of_transformers(name, tokenizer, reference):
     assert compared >= 6
 
 
+# Mistral's and DeepSeek R1's replies to tools have no header, only what ends the tool's answer
+@pytest.mark.parametrize("question, call, answer", [
+    ("'[INST] ' + m.content + '[/INST]'", "'[TOOL_CALLS] ' + m.tool_calls | tojson",
+     "'<calls>{\"content\": ' + m.content + ', \"call_id\": \"' + m.tool_call_id + '\"}</calls>'"),
+    ("'<|user|>' + m.content", "'<|assistant|><calls>' + m.tool_calls | tojson + '</calls>'",
+     "'<|end|><sep>' + m.content + '<sep><|end|>'")])
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_reply_to_a_tool_without_a_header_is_found(question, call, answer, space, tokenizer):
+    header = "<|assistant|>" if "user" in question else ""
+    source = ("{% for m in messages %}{% if m.role == 'user' %}{{ QUESTION }}"
+              "{% elif m.tool_calls %}{{ CALLS + eos_token }}{% elif m.role == 'tool' %}{{ ANSWER }}{% else %}"
+              "{{ HEADER if loop.previtem.role == 'user' }}{{ SPACE + m.content + eos_token }}{% endif %}{% endfor %}"
+              "{% if add_generation_prompt %}{{ HEADER }}{% endif %}")
+    for name, part in (("QUESTION", question), ("CALLS", call), ("ANSWER", answer), ("HEADER", repr(header)),
+                       ("SPACE", repr(space))):
+        source = source.replace(name, part)
+    messages = [user("hot?"), assistant("", tool_calls=[{**CALL[0], "id": "abcdefghi"}]),
+                *[{"role": "tool", "content": text, "tool_call_id": "abcdefghi"} for text in ("22", "23")],
+                assistant("It is 22."), user("a"), assistant("b")]
+    ids, loss, _ = Template(tokenizer, source).encode(messages)
+    said = re.findall("«(.*?)»", written(ids, loss, tokenizer))
+    assert [text.strip() for text in said][1:] == ["It is 22.</s>", "b</s>"]
+    assert '"name": "weather"' in said[0] and said[0].endswith("</s>")
+
+
 def test_a_reply_is_what_is_said_and_the_token_that_ends_it(tokenizer):
     ids, loss, _ = Template(tokenizer).encode(CONVERSATIONS["system"])
     assert written(ids, loss, tokenizer) == (
@@ -342,7 +367,7 @@ def test_turns_are_found_by_what_is_around_a_reply(source, messages, expected, t
     # what a tool answers looks like a reply
     "{% for m in messages %}{{ '<|head|>' + ('user:' if m.role == 'user' else 'model:') + m.content + '<|end|>' }}"
     "{% endfor %}",
-    # a reply to a tool has no header
+    # nothing special is between a tool's answer and a reply
     "{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}"
     "{% endfor %}"])
 def test_nothing_but_replies_is_trained_on(source, tokenizer):
