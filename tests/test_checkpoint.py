@@ -145,6 +145,8 @@ def test_mistakes_of_an_export_are_told(folders, copy, tmp_path, monkeypatch):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no checkpoint of train.py" in done.stderr
     with pytest.raises(ValueError, match="holds no checkpoint of train.py: give the out_dir of a run"):
         checkpoint.export(folders["phi_4"], tmp_path / "new")
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        checkpoint.export(tmp_path / "nowhere", tmp_path / "new")
     out = save_run(tmp_path / "out", build())
     with pytest.raises(ValueError, match="exists and is not empty"):
         checkpoint.export(out, folders["phi_4"])

@@ -218,6 +218,7 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
     ("--optim.lr=True", "expected float"),
     ("--optim.lr=nan", "expected float"),
     ("--optim.lr=1e999", "expected float"),
+    ("--model.residual_multiplier=-1e999", "expected float"),
     ("--fp8.recipe_name=row", f"expected {' | '.join(map(repr, RECIPES))} | None"),
     ('--fp8.recipes={"lm_head": "row"}', f"expected dict of str to {' | '.join(map(repr, RECIPES))} | None as a Python "
                                          "literal, in shell quotes: '--fp8.recipes={...}'"),

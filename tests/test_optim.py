@@ -147,6 +147,16 @@ def rounded(seed):
     return results
 
 
+def test_the_norm_of_bf16_gradients_has_the_digits_of_float32():
+    model = nn.Sequential(nn.Linear(32, 48, bias=False), nn.Linear(48, 16, bias=False)).to(torch.bfloat16)
+    optimizer = AdamW(model, OptimConfig(weights="stochastic_rounding"), seed=0, compiled=False)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    exact = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm()
+    norm = optimizer.grad_norm()
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 def test_rounding_noise_differs_by_tensor_step_and_seed_and_repeats():
     results = rounded(seed=0) + rounded(seed=1)
     assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])

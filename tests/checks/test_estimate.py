@@ -301,6 +301,10 @@ def test_what_is_exposed_on_many_gpus():
     root = 2 * M.vocab_size * M.n_embd + M.n_embd
     by_hand = root * (2 + 4) * 7 / 8 / SCALING.LINK_RATE + 2 * 7 * SCALING.HOP_S
     assert exposed[0] == pytest.approx(1000 * by_hand)
+    # two replicas: the gradients of the root's shards once more, there and back, over the network
+    root_between = root * 4 / 8 / SCALING.NETWORK_RATE + 2 * SCALING.HOP_S
+    two = SCALING.step_ms(config, 600, 8, 2)["exposed"]
+    assert two - exposed[0] == pytest.approx(1000 * root_between)
     # a slow network between nodes, one card each
     alone = SCALING.step_ms(config, 600, 64, gpus_per_node=1)
     assert alone["exposed"] > 2 * exposed[1]

@@ -510,6 +510,24 @@ def test_a_list_of_texts_that_a_template_leaves_out_for_one_role_is_counted(fold
     assert "20 messages the template shortens or drops" in train.description
 
 
+def test_a_token_is_trained_on_if_a_part_of_it_is_said(tokenizer):
+    source = "{{ ' hel' }}{% generation %}{{ 'lo th' }}{% endgeneration %}{{ 'ere' }}"
+    ids, loss, _ = Template(tokenizer, source).encode([assistant("b")])
+    parts = [tokenizer.decode([token]) for token in ids]
+    places = np.cumsum([0, *map(len, parts)])
+    assert "".join(parts) == " hello there" and len(parts) < 8
+    assert loss.tolist() == [end > 4 and begin < 9 for begin, end in zip(places, places[1:], strict=False)]
+    assert any(begin < 4 < end for begin, end in zip(places, places[1:], strict=False))  # one that begins before
+
+
+@pytest.mark.parametrize("shown, n_changed", [("m.content", 0), ("m.content | trim", 0), ("m.content[:2]", 1),
+                                              ("''", 2)])
+def test_messages_whose_words_a_template_does_not_show_are_counted(tokenizer, shown, n_changed):
+    source = f"{{% for m in messages %}}{{{{ {shown} }}}}|{{% endfor %}}"
+    messages = [user(" a"), assistant(" bc \n")]
+    assert Template(tokenizer, source).encode(messages, train_on="all")[2] == n_changed
+
+
 def test_an_empty_file_is_no_chat_template(folder, tmp_path):
     (tmp_path / "empty.jinja").write_text("\n")
     path = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40)
@@ -652,9 +670,9 @@ def test_messages_that_the_template_leaves_out_are_counted(folder, tmp_path, tok
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages if m.role != 'system' %}"
                         "{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}")
-    path = write(tmp_path / "rows.jsonl", *[{"messages": [SYSTEM, *PAIR]}] * 20)
+    path = write(tmp_path / "rows.jsonl", *[{"messages": [SYSTEM, SYSTEM, *PAIR]}] * 20)
     train, _, _ = data.prepare(config(folder, path, chat_template=str(template)), 128, 1)
-    assert f"{template}; 20 messages the template shortens or drops" in train.description
+    assert f"{template}; 40 messages the template shortens or drops" in train.description
     assert written(*train.sample(0), tokenizer) == "<|user|>add: 1 2</s><|assistant|>«3</s>»"
     everything, _, _ = data.prepare(config(folder, path, chat_template=str(template), train_on="all"), 128, 1)
     # nothing comes before the first token

@@ -89,6 +89,7 @@ def test_a_question_without_an_index_is_counted_and_its_label_may_be_a_number(tm
     (json.dumps({**question(0), "endings": "abcd"}), "`endings` is a string, expected a list"),
     (json.dumps({**question(0), "endings": ["a", None]}), "`endings[1]` is null or missing, expected a string"),
     (json.dumps({**question(0), "activity_label": None}), "`activity_label` is null or missing, expected a string"),
+    (json.dumps({k: v for k, v in question(0).items() if k != "label"}), "`label` is None, expected the index of"),
     ("[" * 100_000, "line 3 is not JSON: maximum recursion depth"),
     (json.dumps({k: v for k, v in question(0).items() if k != "activity_label"}), "activity_label")])
 def test_broken_lines_are_named(tmp_path, line, told):
