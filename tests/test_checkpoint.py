@@ -33,6 +33,7 @@ import train
 from formats import families, hf
 from formats.tokenizer import get_tokenizer
 from optim import AdamW, OptimConfig
+from plumbing import storage
 from plumbing.storage import Reader, Writer, damaged_file
 
 SIZES = dict(vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -509,6 +510,13 @@ def test_a_file_that_did_not_arrive_is_found_before_the_checkpoint_has_its_name(
     with pytest.raises(CheckpointException, match="_0.distcp has not arrived with its .* bytes and its hash"):
         checkpoint.save(tmp_path, 1, checkpoint.tensors(build()), {}, keep=0)
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    flushed, folder = [], tmp_path / "checkpoints" / "step_00000001"
+    monkeypatch.setattr(storage, "flush", lambda path: flushed.append((path.name, folder.exists())))
+    checkpoint.save(tmp_path, 1, checkpoint.tensors(build()), {}, keep=0)
+    assert flushed == [("run.json", False), ("SHA256SUMS", False), ("step_00000001.tmp", False), ("checkpoints", True)]
 
 
 def test_a_part_of_a_tensor_that_no_rank_has_written_is_found(tmp_path, monkeypatch):

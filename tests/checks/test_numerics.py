@@ -63,6 +63,7 @@ def test_stats_of_a_cast_match_a_float64_reference_on_planted_values(dtype, dim)
     x = torch.randn(64, 96).clamp(-4, 4)
     x[:, 0], x[0] = 4.0, 4.0  # the amax of every row and column, and of all
     x[5, 5] = 1000.0  # an outlier
+    x[7, 7] = 0.0  # no underflow
     x[1:4, 1:4] = 1000 * 2.0**-36  # e5m2 reaches down to 2^-16 of 57344, 2^-32 of the amax; e4m3 to 2^-18
     amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
     scale = (torch.finfo(dtype).max / amax.double()).float()

@@ -1,5 +1,6 @@
 """disk.py: files and folders are complete or not there."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from plumbing.disk import replace_text, replacing
+from plumbing.disk import replace_text, replacing, writing
 
 
 def test_a_folder_that_could_not_be_filled_leaves_nothing(tmp_path):
@@ -28,6 +29,20 @@ def test_a_folder_replaces_an_empty_one_and_no_other(tmp_path):
     with pytest.raises(OSError), replacing(tmp_path / "empty") as temporary:
         temporary.mkdir()
     assert [p.name for p in tmp_path.rglob("*")] == ["empty", "file"]
+
+
+@pytest.mark.parametrize("raised, cause, number", [
+    (OSError(errno.ENOSPC, "no space"), None, errno.ENOSPC), (RuntimeError("(os error 28)"), None, 28),
+    (RuntimeError("a part could not be written"), OSError(errno.EDQUOT, "quota"), errno.EDQUOT),
+    (KeyError("no disk"), None, None)])
+def test_a_full_disk_is_found_behind_other_exceptions_and_others_stay(tmp_path, raised, cause, number):
+    raised.__context__ = cause
+    with pytest.raises(type(raised) if number is None else OSError) as error, writing(tmp_path):
+        raise raised
+    if number is None:
+        assert error.value is raised
+    else:
+        assert (error.value.errno, error.value.filename) == (number, str(tmp_path))
 
 
 def test_a_text_is_replaced_as_a_whole_or_stays(tmp_path):
