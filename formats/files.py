@@ -45,7 +45,7 @@ class Files(NamedTuple):
     train: list  # of Path
     val: list  # of Path; empty: some of train's documents are for validation
     unused: list  # files in the named folders that are not data of this format, or belong to another split
-    note: str  # what is left out, for the screen; "" if nothing is
+    source: str  # for the screen: how many files of what, and what is left out
 
 
 def resolve(cfg, kinds):
@@ -64,7 +64,8 @@ def resolve(cfg, kinds):
         note = f", {len(train) - len(apart)} more for validation alone"
     used = held | {p.resolve() for p in train}
     unused = [p for p in dict.fromkeys(unused + unused_val) if p.resolve() not in used]
-    return Files(apart, val, unused, note + describe_unused(unused))
+    source = ", ".join(cfg.train) or "Python's standard library"
+    return Files(apart, val, unused, f"{number_of(apart)} of {source}{note}{describe_unused(unused)}")
 
 
 def describe_unused(paths):

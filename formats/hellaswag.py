@@ -10,6 +10,7 @@ EleutherAI's lm-evaluation-harness does (lm_eval/tasks/hellaswag), so that accur
 import http.client
 import re
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +73,12 @@ def questions(cfg):
     """
     if cfg.format != "hellaswag":
         return [], read([download("hellaswag_val.jsonl", cfg.cache_dir)]), None
-    found = files.resolve(cfg, files.ROWS)
-    train, val = found.train, found.val
     if not cfg.train:
-        train = [download("hellaswag_train.jsonl", cfg.cache_dir)]
-        val = val or [download("hellaswag_val.jsonl", cfg.cache_dir)]
-    return *split(read(train), read(val) if val else None), found
+        train = str(download("hellaswag_train.jsonl", cfg.cache_dir))
+        val = cfg.val or [str(download("hellaswag_val.jsonl", cfg.cache_dir))]
+        cfg = replace(cfg, train=[train], val=val)
+    found = files.resolve(cfg, files.ROWS)
+    return *split(read(found.train), read(found.val) if found.val else None), found
 
 
 def encode(encoding, query, ending, limit):

@@ -42,7 +42,7 @@ def make_rows(train, val, cfg, block_size, seed, *, found, counts, about):
     lost = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
     if not train or not val:
         raise UserError(f"data: {len(train)} samples for training and {len(val)} for validation are too few (without "
-                        f"data.val, one of {VAL_EVERY} is for validation), {about}{found.note}{lost}")
+                        f"data.val, one of {VAL_EVERY} is for validation), {about}; {found.source}{lost}")
     size = cfg.packed_sequence_size
     if not size:
         longest = max(len(ids) - 1 for ids, _ in train + val)
@@ -51,7 +51,7 @@ def make_rows(train, val, cfg, block_size, seed, *, found, counts, about):
     train.description = (
         f"{cfg.format}, {train.n_samples:,} training samples in {train.n_rows:,} rows of {size} tokens, "
         f"{train.padding:.1%} of them padding, {train.counts['targets'] / train.counts['tokens']:.0%} of the text is "
-        f"trained on, {val.n_samples:,} validation samples in {val.n_rows:,} rows, {about}{found.note}{lost}")
+        f"trained on, {val.n_samples:,} validation samples in {val.n_rows:,} rows, {about}; {found.source}{lost}")
     train.counts |= counts | {"files not used": len(found.unused)}
     return train, val
 

@@ -166,9 +166,7 @@ def open_splits(train, val, cfg, block_size, found):
     if min(map(len, splits)) < 2:
         raise UserError(f"data: {len(splits[0])} tokens for training and {len(splits[1])} for validation are too few: "
                         "give more, or name data.val")
-    source = ", ".join(cfg.train) or "Python's standard library"
-    splits[0].description = (f"{files.number_of(found.train)} of {source}{found.note}, {len(splits[0]):,} training and "
-                             f"{len(splits[1]):,} validation tokens")
+    splits[0].description = f"{found.source}, {len(splits[0]):,} training and {len(splits[1]):,} validation tokens"
     splits[0].counts["files not used"] = len(found.unused)
     return splits
 

@@ -797,7 +797,8 @@ def test_every_number_of_a_look_is_that_of_the_rows_that_it_writes(tmp_path):
     assert f"{n_rows} of 32 tokens, {padding:.1%} padding\n" in out
     assert f"\n12 steps of 3 rows see {36 / n_rows:.2f} epochs\n" in out
     assert (f"hellaswag, 40 training samples in {n_rows} rows of 32 tokens, {padding:.1%} of them padding, {share:.0%} "
-            "of the text is trained on, 3 validation samples in 1 rows, tokenizer bytes\n") in out
+            "of the text is trained on, 3 validation samples in 1 rows, tokenizer bytes; 1 file of "
+            f"{tmp_path / 't.jsonl'}\n") in out
 
 
 def test_ids_of_validation_data_that_the_model_lacks_are_reported(tmp_path):

@@ -649,7 +649,7 @@ def test_what_is_cut_dropped_and_not_used_is_counted(folder, tmp_path):
     assert (train.n_samples, val.n_samples) == (38, 2)
     assert "; 40 conversations cut at the end" in train.description
     assert "; 40 dropped, having no target" in train.description and "fields not used: source" in train.description
-    assert "1 file not used (notes.txt)" in train.description
+    assert f"; 2 files of {path}, {tmp_path / 'more'}, 1 file not used (notes.txt)" in train.description
     assert train.counts["conversations cut at the end"] == train.counts["dropped, having no target"] == 40
     cut = next(ids for ids, loss in map(train.sample, range(train.n_samples)) if len(ids) > 100)
     assert len(cut) == 129 and tokenizer.decode(cut).endswith("hello hello")
@@ -672,7 +672,7 @@ def test_messages_that_the_template_leaves_out_are_counted(folder, tmp_path, tok
                         "{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}")
     path = write(tmp_path / "rows.jsonl", *[{"messages": [SYSTEM, SYSTEM, *PAIR]}] * 20)
     train, _, _ = data.prepare(config(folder, path, chat_template=str(template)), 128, 1)
-    assert f"{template}; 40 messages the template shortens or drops" in train.description
+    assert f"{template}; 1 file of {path}; 40 messages the template shortens or drops" in train.description
     assert written(*train.sample(0), tokenizer) == "<|user|>add: 1 2</s><|assistant|>«3</s>»"
     everything, _, _ = data.prepare(config(folder, path, chat_template=str(template), train_on="all"), 128, 1)
     # nothing comes before the first token

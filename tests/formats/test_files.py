@@ -134,7 +134,7 @@ def test_of_a_folder_in_splits_training_takes_the_train_split_and_validation_the
     cfg = DataConfig(train=[str(tmp_path / "saved")], val=[str(tmp_path / "saved")])
     resolved = files.resolve(cfg, files.TEXT)
     assert ([p.parent.name for p in resolved.train], [p.parent.name for p in resolved.val]) == (["train"], ["test"])
-    assert resolved.unused == [] and resolved.note == ""
+    assert resolved.unused == [] and resolved.source == f"1 file of {tmp_path / 'saved'}"
 
 
 def test_what_a_folder_holds_besides_is_named(tmp_path):

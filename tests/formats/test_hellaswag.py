@@ -109,6 +109,14 @@ def test_every_20th_question_is_for_validation(file, tmp_path):
         hellaswag.prepare(config(tmp_path / "v.jsonl"), 64, 1)
 
 
+def test_the_screen_names_the_files_also_those_that_were_downloaded(tmp_path):
+    for name in ("train", "val"):
+        write(tmp_path / f"hellaswag_{name}.jsonl", [question(i) for i in range(20)])
+    rows, val_rows, _ = hellaswag.prepare(config(cache_dir=str(tmp_path)), 128, 1)
+    assert f"tokenizer bytes; 1 file of {tmp_path / 'hellaswag_train.jsonl'}" in rows.description
+    assert (rows.n_samples, val_rows.n_samples) == (20, 20)
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A local web server in the place of GitHub; the folder that it serves."""
