@@ -38,7 +38,9 @@ def read_messages(value, name):
     messages = []
     for i, raw in enumerate(check(value, f"`{name}`", list)):
         at = f"{name}[{i}]"
-        message = {key: value for key, value in check(raw, f"`{at}`", dict).items() if value is not None}
+        # a table has null where a field is missing; a template may ask whether `content` is none
+        items = check(raw, f"`{at}`", dict).items()
+        message = {key: value for key, value in items if value is not None or key == "content"}
         if "role" not in message and "from" in message:
             speaker = check(message.pop("from"), f"`{at}.from`", str)
             message = {"role": ROLES.get(speaker, speaker), "content": message.pop("value", None), **message}

@@ -113,9 +113,10 @@ class Template:
     def find_turn(self):
         """Set turn, a pattern of an assistant's turn or None, and texts that begin and end one: header, ending.
 
-        A turn begins with what asks for it, without the reasoning that this may open; where nothing asks for it, with
-        what is between question and reply. It ends with the special tokens that follow the reply whether or not the
-        conversation goes on, else with the first one that follows it. The pattern's groups: the beginning; the rest.
+        A turn begins with what asks for it, without the reasoning that this may open; where that is nothing, or not
+        what is before a reply, with what is between question and reply. It ends with the special tokens that follow the
+        reply whether or not the conversation goes on, else with the first one that follows it. The pattern's groups:
+        the beginning; the rest.
         """
         reply = {"role": "assistant", "content": REPLY}
         conversations = [QUESTION], [QUESTION, reply], [QUESTION, reply, QUESTION]
@@ -129,18 +130,19 @@ class Template:
         follows = after, inside.partition(REPLY)[2]
         always = os.path.commonprefix(follows)
         ends = list(self.marked_special.finditer(always))[-1:] or filter(None, map(self.marked_special.search, follows))
-        endings = [special.string[: special.end()] for special in ends]
+        endings = [special.string[: special.end()].lstrip() for special in ends]
         if not endings:
             return
 
-        header = asked[len(os.path.commonprefix([unasked, asked])) :]  # from within a special token on, for some
-        if not header:
+        # for some templates from within a special token on
+        header = asked[len(os.path.commonprefix([unasked, asked])) :].lstrip()
+        if opening := OPENS_REASONING.search(header, 1):
+            header = header[: opening.start()]
+        if not header or header not in before:
             header = before.rpartition(QUESTION["content"])[2]
             for ending in endings:
                 header = header.rpartition(ending)[2]
-        header = header.lstrip().rstrip(" ")  # a space before a word is in its token
-        opening = OPENS_REASONING.search(header, 1)
-        self.header, self.ending = header[: opening.start()] if opening else header, endings[0]
+        self.header, self.ending = header.strip(" ").lstrip(), endings[0]  # a space before a word is in its token
 
         first = self.marked_special.match(self.header)
         other = first[0] if first else self.header

@@ -351,6 +351,14 @@ def test_a_reply_is_what_is_said_and_the_token_that_ends_it(tokenizer):
     ("{% for m in messages %}{{ m.role + ':\n' + m.content | trim + '\n' }}{{ eos_token if m.role == 'assistant' }}"
      "{% endfor %}", [user("assistant:"), assistant("\nassistant:\n "), user("a assistant:\nb"), assistant("c")],
      "user:\nassistant:\nassistant:\n«assistant:\n</s>»user:\na assistant:\nb\nassistant:\n«c\n</s>»"),
+    # what asks for a reply is not what is before one
+    ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+     "{% if add_generation_prompt %}{{ '<|assistant|>' }}\n\n{% endif %}", [user("a"), assistant("b")],
+     "<|user|>a<|assistant|>«b</s>»"),
+    # white space before the end of a reply, but not of a call
+    ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + ' ' * (m.content | length) }}"
+     "{{ '<|end|>' if m.role == 'assistant' }}{% endfor %}", [user("a"), assistant("")],
+     "<|user|>a <|assistant|>«<|end|>»"),
     # two special tokens end a reply
     ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
      "{{ eos_token if m.role == 'assistant' }}{% endfor %}", [user("a"), assistant("b")],
@@ -600,6 +608,15 @@ def test_rows_of_every_kind_are_conversations(row, messages, tokenizer):
     found, tools, _ = chat.read_conversation(row)
     template = Template(tokenizer)
     assert tools is None and template.encode(found)[0].tolist() == template.encode(messages)[0].tolist()
+
+
+def test_content_that_is_null_is_none_for_a_template_and_other_fields_are_missing(tokenizer):
+    source = ("{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ 'none' if m['content'] is none else m.content }}"
+              "{{ 'named' if 'name' in m }}{{ eos_token }}{% endfor %}")
+    row = {"messages": [user("a"), {"role": "assistant", "content": None, "name": None, "tool_calls": CALL}]}
+    messages, tools, _ = chat.read_conversation(row)
+    ids, loss, _ = Template(tokenizer, source).encode(messages, tools)
+    assert written(ids, loss, tokenizer) == "<|user|>a</s><|assistant|>«none</s>»"
 
 
 def test_tools_may_be_a_list_or_json(tokenizer):
