@@ -27,8 +27,6 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                 r"|\s+(?!\S)|\s+")
 QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
-# GPT2_SPLIT between numerals, each a piece of its own: white space before one ends as at the end of the text
-DIGITS_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 # What rank files do not hold, by their number of ranks: split pattern and special tokens of Llama 3 and Qwen, or the
 # tiktoken name to use instead. Sources: llama-models; dashscope, tokenizers/qwen_tokenizer.py
@@ -83,10 +81,7 @@ class Tokenizer:
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
         endings = self.named_tokens.get("eos_token"), END, "<|end_of_text|>", "</s>"
         self.eos = next((vocab[text] for text in endings if text in vocab), None)
-        # tiktoken panics at a byte without a token (SmolLM2 lacks 21)
-        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks._mergeable_ranks) if ranks else b""
-        # SentencePiece puts a space before the text
-        self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"
+        self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"  # as SentencePiece has one
 
     def encode(self, text):
         """Ids of ordinary text, 1-d uint32: no BOS, no EOS. Half of a character (a lone surrogate) counts as U+FFFD.
@@ -96,8 +91,7 @@ class Tokenizer:
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.ranks is None or self.full is not None and (
-                self.words.search(text) or self.nfc and not unicodedata.is_normalized("NFC", text)
-                or self.missing and text.encode().translate(None, self.missing) != text.encode()):
+                self.words.search(text) or self.nfc and not unicodedata.is_normalized("NFC", text)):
             # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
             return np.array(self.full.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -324,10 +318,6 @@ def add_tokens(full, config, older, flags):
     return named
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# from merges to ranks
-
-
 def to_tiktoken(name, full):
     """(tiktoken.Encoding, whether it takes NFC) for all but unusual text of a tokenizers.Tokenizer, or (None, ...)."""
     spec = json.loads(full.to_str())
@@ -347,11 +337,11 @@ def ranks_of(vocab, merges, model):
     It is the same if ids follow the order of the merges, and each token with a rank is what the merges make of its own
     bytes. For take the first step where they differ: ids join two parts that no merge joins. What lies between borders
     that no merge crosses is joined alike in every text, so the merges leave the token's own bytes as these two parts,
-    too. With ignore_merges, each token gets a rank: whole pieces are looked up first, as tiktoken always does. model:
-    the tokenizers.models.BPE of both.
+    too. With ignore_merges, whole pieces are looked up first, as tiktoken always does: each token gets a rank. Every
+    byte needs one, or tiktoken would panic at it. model: the tokenizers.models.BPE of both.
     """
     joined = [vocab.get("".join(pair), -1) for pair in merges]
-    if -1 in joined or joined != sorted(joined) or not BYTE_OF.keys() >= set("".join(vocab)):
+    if -1 in joined or joined != sorted(joined) or not vocab.keys() >= BYTE_OF.keys() >= set("".join(vocab)):
         return None
     ignore_merges, model.ignore_merges = model.ignore_merges, False
     parts = {text: [part.id for part in model.tokenize(text)] for text in vocab}
@@ -366,9 +356,6 @@ def split_pattern(pre_tokenizer):
     match (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2_SPLIT
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return DIGITS_SPLIT
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             # Oniguruma repeats {m,n}+, its ^ and $ are a line's; tiktoken: {m,n}+ is possessive, ^ and $ the text's
