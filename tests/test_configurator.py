@@ -479,14 +479,14 @@ def test_keys_that_contradict_each_other_are_refused_and_the_nearest_ones_are_no
 
 
 def test_every_message_about_a_config_has_an_example_among_these():
-    places = {}  # {(code, line): (section, first line of the `yield`)}
+    places = {}  # {(code, line): the `yield` there}
     for kind in {type(section) for _, section in schema.sections(Config()) if hasattr(type(section), "problems")}:
         code, tree = kind.problems.__code__, ast.parse(inspect.getsource(sys.modules[kind.__module__]))
         (function,) = (node for node in ast.walk(tree) if getattr(node, "lineno", 0) == code.co_firstlineno
                        and isinstance(node, ast.FunctionDef))
-        places |= {(code, line): (kind.__name__, node.lineno) for node in ast.walk(function)
+        places |= {(code, line): ast.unparse(node) for node in ast.walk(function)
                    if isinstance(node, ast.Yield) for line in range(node.lineno, node.end_lineno + 1)}
-    reached = {None}
+    reached = set()
 
     def trace(frame, event, _):
         reached.add(places.get((frame.f_code, frame.f_lineno)))
@@ -499,9 +499,8 @@ def test_every_message_about_a_config_has_an_example_among_these():
             errors_of(*wrong)
     finally:
         sys.settrace(before)
-    elsewhere = {(kind, line) for kind, line in places.values() if (kind, line) not in reached}
-    # an out_dir that cannot be written to, and what RopeScaling.problem says: tests of their own
-    assert sorted(kind for kind, _ in elsewhere) == ["Config", "ModelConfig"], elsewhere
+    elsewhere = ("cannot be written to", "is a model folder", "(yield message)")  # of RopeScaling: tests of their own
+    assert not [text for text in set(places.values()) - reached if not any(part in text for part in elsewhere)]
 
 
 @pytest.mark.parametrize("keys, message", [

@@ -79,7 +79,7 @@ def test_attention_stays_within_documents(tmp_path, first):
     assert (train.longest, train.most_documents) == (max(lengths), most)
     document = np.square(lengths).sum() / np.sum(lengths)
     assert train.document == pytest.approx(document)
-    assert f", ids up to 99, documents of {document:.0f} tokens on average, borders at id 99" in train.description
+    assert f", ids up to 99, documents of {document:.0f} tokens (mean over tokens" in train.description
 
 
 def test_samples_are_the_windows_and_every_id_but_the_first_is_a_target_once(tmp_path):
