@@ -320,7 +320,8 @@ def main():
     print()
     for what, number in rows.counts.items():
         print(f"{what:<40} {number:>16,}")
-    print(f"{'rows':<40} {rows.n_rows:>16,} of {rows.block_size:,} tokens, {rows.padding:.1%} padding")
+    padding = f", {rows.padding:.1%} padding" if rows.padding else ""  # of text only the last row has any
+    print(f"{'rows':<40} {rows.n_rows:>16,} of {rows.block_size:,} tokens{padding}")
     print(f"{'validation rows':<40} {val_rows.n_rows:>16,}")
     if look.out:
         with open(look.out, "w") as file:

@@ -128,7 +128,7 @@ class Evaluation:
         if self.hellaswag:
             acc, acc_norm = accuracies(self.hellaswag.score(model))
             row |= {"hellaswag_acc": logs.number(acc), "hellaswag_acc_norm": logs.number(acc_norm)}
-            line += f" | HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+            line += f" | HellaSwag, {len(self.hellaswag.questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}"
         return row, line
 
 

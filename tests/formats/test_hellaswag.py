@@ -421,7 +421,7 @@ def test_a_run_is_told_the_shares_of_right_predictions_of_as_many_questions_as_i
     assert evaluation.largest == ord("c")
     row, line = evaluation(Constant())
     assert row == {"val_loss": 10 / 4, "hellaswag_acc": 0.75, "hellaswag_acc_norm": 0.25}
-    assert line == "validation loss 2.5000 nats per token | HellaSwag acc 0.7500, acc_norm 0.2500"
+    assert line == "validation loss 2.5000 nats per token | HellaSwag, 4 questions: acc 0.7500, acc_norm 0.2500"
 
 
 def test_validation_rows_without_a_target_have_loss_0():
