@@ -31,7 +31,7 @@ entry.run(lambda: configurator.load(sys.argv[1:]))
     done = subprocess.run([sys.executable, "script.py", "--max_steps=x", "--sede=1"], cwd=tmp_path, env=env,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["script.py: --max_steps=x: expected int",
+    assert done.stderr.splitlines() == ["script.py: --max_steps=x: expected int >= 1",
                                         "--sede=1: unknown key, did you mean --seed? See --help"]
 
 
@@ -129,7 +129,7 @@ def test_on_several_nodes_a_message_names_rank_and_host(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/some/train.py"])
     with pytest.raises(SystemExit):
         entry.run(lambda: load(["--max_steps=x"]))
-    assert capsys.readouterr().err == "train.py: rank 9 on node7: --max_steps=x: expected int\n"
+    assert capsys.readouterr().err == "train.py: rank 9 on node7: --max_steps=x: expected int >= 1\n"
 
 
 def test_main_may_return_an_exit_status():
