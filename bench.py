@@ -248,7 +248,8 @@ def main():
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
         bf16_config = configurator.read_file(base.parent / "bf16" / "config.py")  # has init_from's model
         model = replace(bf16_config.model, block_size=run["block_size"])  # the length of the data's rows
-        recipes = dict.fromkeys(base for variant in split(own.variants) if (base := split(variant, ":")[0]) != "bf16")
+        recipes = dict.fromkeys(split(variant, ":")[0] for variant in split(own.variants))
+        recipes.pop("bf16", None)
         report["gemms"] = gemms.time_linears(replace(bf16_config, model=model, fp8=config.fp8), device, passes, recipes)
         report_path.write_text(json.dumps(report, indent=1))
         print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")

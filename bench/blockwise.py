@@ -50,8 +50,7 @@ def main():
     config, base = bench.prepare(None, "llama_fp8.py")
     device = torch.device("cpu" if bench.on_cpu(config) else "cuda")
     emulate = device.type == "cpu" or torch.cuda.get_device_capability()[0] != blockwise.CAPABILITY
-    with torch.device("meta"):
-        model = models.Transformer(config.model)
+    model = models.on_meta(config.model)
     layers = Counter((models.layer_kind(fqn), m.out_features, m.in_features) for fqn, m in model.named_modules()
                      if isinstance(m, nn.Linear) and fqn != "lm_head")
     tokens, rows, total = config.micro_batch_size * config.model.block_size, [], Counter()

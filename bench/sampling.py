@@ -50,9 +50,7 @@ def main():
     parser.add_argument("--out", default="sampling.json", help="the results (sampling.json)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.device("meta"):
-        model = models.Transformer(getattr(models, args.model)()).to(torch.bfloat16)
-    model.to_empty(device=device)
+    model = models.on_meta(getattr(models, args.model)()).to(torch.bfloat16).to_empty(device=device)
     models.init_weights(model, 1)
     weights = [p for name, p in model.named_parameters(remove_duplicate=False) if name != "embed.weight"]
     gigabytes, speed = sum(p.nbytes for p in weights) / 1e9, bandwidth(weights)

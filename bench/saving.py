@@ -48,8 +48,7 @@ def hashes(out_dir, step):
 
 def measure(config, mode, ranks, folder, saves):
     """The row of a mode."""
-    with torch.device("meta"):
-        model = models.Transformer(config.model).to(getattr(torch, config.dtype))
+    model = models.on_meta(config.model).to(getattr(torch, config.dtype))
     attention.select_kernel(model, config, ranks.device)
     compile_and_checkpoint(model, config.compile, config.activation_checkpoint)
     model.to_empty(device=ranks.device)

@@ -149,7 +149,8 @@ def check_memory(config, shards, accumulation, device):
     on_node, host_has = from_launcher("LOCAL_WORLD_SIZE", 1), host_capacity()
     if on_node * host_gib > host_has and config.check_memory:
         raise UserError(f"optim.offload={config.optim.offload} needs {on_node * host_gib:.1f} GiB of host memory, "
-                        f"there are {host_has:.1f}: lower it, or set fp8_moments or weights=stochastic_rounding too")
+                        f"there are {host_has:.1f}: lower it, or set optim.fp8_moments=True or "
+                        "optim.weights=stochastic_rounding")
     if on_node * (host_gib + copy_gib) > 0.9 * host_has and copy_gib and config.check_memory:
         no_room = (f"async_checkpoint: {host_has:.1f} GiB of host memory have no room for the "
                    f"{on_node * copy_gib:.1f} GiB that checkpoints are written from: training waits for each")

@@ -99,6 +99,7 @@ IGNORED = {
 KEYS = {"follow": FIELDS | FOLLOWED, "check": CHECKED, "report": REPORTED, "ignore": IGNORED}
 FIELD_TYPES = {f.name: f.type for f in fields(models.ModelConfig)}
 TYPES = {key: FIELD_TYPES[field] for key, field in FIELDS.items()} | FOLLOWED
+TYPES |= {"sliding_window": int}  # its range counts where windows are on
 
 # config.json's name of each field of RopeScaling that a kind has
 LENGTHS = {"factor": "factor", "original_max_position": "original_max_position_embeddings"}
@@ -168,6 +169,7 @@ def no_rope_layers(interval, n_layer):
 def read_window(source, by_layer, values, problems):
     """Set values["sliding_window"], one for all layers. by_layer: the family has windows in some layers only."""
     window = source.get("sliding_window") if source.get("use_sliding_window", not by_layer) else None
+    problems += wrong_types({"sliding_window": window}, {"sliding_window": FIELD_TYPES["sliding_window"]})
     kinds = set(source.get("layer_types", ()))
     if by_layer and window and not kinds:
         full = source.get("max_window_layers", 28)  # so many layers have none, then all have it

@@ -209,8 +209,8 @@ class Template:
         messages, tools = self.protect(list(map(name_reasoning, messages))), self.protect(tools)
         text = self.render(messages, tools, prompt)
         contents = [message.get("content") or "" for message in messages]
-        parts = [[content] if isinstance(content, str) else [part["text"] for part in content] for content in contents]
-        n_changed = sum(any(words.strip() not in text for words in message) for message in parts)
+        texts = [[content] if isinstance(content, str) else [part["text"] for part in content] for content in contents]
+        n_changed = sum(any(words.strip() not in text for words in message) for message in texts)
         if train_on == "all":
             text = EDGE + text.replace(EDGE, "") + EDGE
         else:

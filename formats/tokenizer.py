@@ -81,7 +81,7 @@ class Tokenizer:
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
         endings = self.named_tokens.get("eos_token"), END, "<|end_of_text|>", "</s>"
         self.eos = next((vocab[text] for text in endings if text in vocab), None)
-        self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"  # as SentencePiece has one
+        self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"  # SentencePiece adds a space
 
     def encode(self, text):
         """Ids of ordinary text, 1-d uint32: no BOS, no EOS. Half of a character (a lone surrogate) counts as U+FFFD.

@@ -383,6 +383,9 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
     assert notes == ["config.json has keys that nothing here reads: another, new_key"]
     *_, notes = read(copy("llama_2", "window"), sliding_window=5)
     assert notes == ["sliding_window=5 in config.json is ignored: LlamaForCausalLM has none"]
+    for family in ("qwen_2_5", "qwen_3"):
+        _, values, problems, _ = read(copy(family, f"{family}_off"), use_sliding_window=False, sliding_window=0)
+        assert not problems and values["sliding_window"] is None  # windows are off, so any value will do
     for key, neutral in families.OPTIONAL.items():
         for family in ("llama_2", "mistral_yarn"):
             architecture, _, problems, _ = read(copy(family, f"{family}_{key}"), **{key: neutral})
@@ -414,6 +417,7 @@ def test_other_keys_are_an_error_a_line_or_nothing_as_the_table_says(copy):
     ("qwen_2_5", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
      "layer_types with full_attention are not"),
     ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types with full_attention are not"),
+    ("mistral", {"sliding_window": 0}, "sliding_window=0 in config.json: expected int >= 1"),
     ("smollm_3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "no_rope_layers=[1, 0, 1, 1, 1] is not supported, only a 0 at"),
     ("smollm_3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers=[1, 0, 1] is not supported, only a 0 at every n-th"),
     ("phi_4", {"rope_scaling": {"type": "longrope"}}, "rope_type='longrope', but no short_factor"),
