@@ -263,10 +263,11 @@ class AdamW:
             master.copy_(self.weights[name])
         self.grads = {}
         self.update = adamw_
+        # With FP8 moments one kernel serves matrices of any size, and is as fast as one for each. Without, one for each
+        # of a model's few sizes reached 2.9 TB/s on an H100, one for all 2.4. A CPU gains nothing from that.
+        self.any_size = compiled and (cfg.fp8_moments or first.device.type == "cpu")
         if compiled:
-            # On a GPU one kernel for each of a model's few sizes: 2.9 TB/s on an H100, where one kernel for all sizes
-            # reached 2.4. A CPU gains nothing from that and compiles for long.
-            self.update = torch.compile(adamw_, dynamic=first.device.type == "cpu", fullgraph=True)
+            self.update = torch.compile(adamw_, dynamic=None if self.any_size else False, fullgraph=True)
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     @property
@@ -336,13 +337,16 @@ class AdamW:
                 state = next(copies)
             in_fp8 = cfg.fp8_moments and w.ndim == 2
             shape = (-1, fp8_block(w.shape[1])) if in_fp8 else (-1,)
-            moments = [(state[f"{kind}_fp8"].view(shape), state[f"{kind}_unit"].view(-1, 1)) if in_fp8
-                       else state[kind].view(shape) for kind in MOMENTS]
-            master = state["master"].view(shape) if "master" in state else None
+            rows = {kind: t.view((-1, 1) if kind.endswith("_unit") else shape) for kind, t in state.items()}
+            rows |= {"p": w[part].view(shape), "g": g[part].view(shape)}
+            if self.any_size:
+                for t in rows.values():
+                    torch._dynamo.maybe_mark_dynamic(t, 0)
+            m, v = [(rows[f"{kind}_fp8"], rows[f"{kind}_unit"]) if in_fp8 else rows[kind] for kind in MOMENTS]
             seed = None
             if self.rounds_weights or in_fp8:
                 bits = hash((self.seed, self.step_count, i)) & 0x7FFFFFFF  # of integers: the same in every process
                 seed = torch.full((), bits, dtype=torch.int32, device=w.device)
-            self.update(w[part].view(shape), g[part].view(shape), *moments, master, seed=seed,
+            self.update(rows["p"], rows["g"], m, v, rows.get("master"), seed=seed,
                         decay=decay_of_matrices if w.ndim >= 2 else no_decay, **shared)
         next(copies, None)  # resume it once more, to write the last piece back

@@ -1,4 +1,4 @@
-"""A checkpoint of a run without optim.fp8_moments, for a run with it: moments of matrices rounded to FP8, as a step does.
+"""A checkpoint of a run without optim.fp8_moments, for a run with it: moments of matrices rounded to FP8.
 
     python bench/moments_to_fp8.py OUT_DIR/checkpoints/step_N NEW_OUT_DIR
 
@@ -7,7 +7,8 @@ train.py refuses such a change in the middle of a run. parity.py --branch_at=N n
 
     python bench/moments_to_fp8.py out/parity_157m/bf16_seed1/checkpoints/step_00000800 \\
         out/parity_157m/bf16_optim.fp8_moments=True_seed1
-    python parity.py config/parity_157m.py --branch_at=800 --seed=1 --seeds=1 --variants=bf16,bf16:optim.fp8_moments=True
+    python parity.py config/parity_157m.py --branch_at=800 --seed=1 --seeds=1 \\
+        --variants=bf16,bf16:optim.fp8_moments=True
 """
 
 import sys

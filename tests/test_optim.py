@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import build, metrics, train_here
+from torch._dynamo.utils import counters
 
 import model as models
 import optim
@@ -402,6 +403,16 @@ def test_fp8_moments_follow_the_exact_ones_in_two_bytes(weights, compiled):
     kept = sum(t.nbytes for kind in state if kind.endswith(("_fp8", "_unit")) for t in state[kind].values())
     assert kept / sum(p.numel() for p in ours.parameters() if p.ndim == 2) == 2 + 8 / 128
     assert list(state["exp_avg"]) == ["1.weight"]
+
+
+def test_one_kernel_updates_matrices_of_any_size_with_fp8_moments():
+    torch._dynamo.reset()
+    counters.clear()
+    model = nn.Sequential(*(nn.Linear(n, 128, bias=False) for n in (128, 256, 384))).to(torch.bfloat16)
+    optimizer = AdamW(model, OptimConfig(weights="stochastic_rounding", fp8_moments=True), seed=1, compiled=True)
+    set_gradients(model, 0)
+    optimizer.step(1e-2, optimizer.grad_norm())
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_weight_and_moments_are_rounded_without_bias_and_not_alike():
