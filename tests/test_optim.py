@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from conftest import build, metrics, train_here
+from conftest import build, metrics, run, train_here
 from torch._dynamo.utils import counters
 
 import model as models
@@ -23,6 +24,7 @@ from optim import (
     store_moment,
     to_fp8,
 )
+from plumbing.storage import Reader
 
 
 def toy(dtype=torch.float32, n=64):
@@ -34,6 +36,15 @@ def set_gradients(model, step):
     for i, p in enumerate(model.parameters()):
         generator = torch.Generator().manual_seed(100 * step + i)
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def tensors_of(folder):
+    """{name: tensor} of a checkpoint."""
+    reader = Reader(folder)
+    state = {name: torch.empty(t.size, dtype=t.properties.dtype)
+             for name, t in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def step_scalars(lr, decay, debias1, debias2, clip, apply):
@@ -333,6 +344,24 @@ def test_a_run_resumes_bit_for_bit_with_another_part_offloaded(tiny_run, tmp_pat
     train_here(*moved, "--optim.offload=0.5")
     losses = [[row["loss"] for row in metrics(tmp_path / name).train.values()] for name in ("kept", "moved")]
     assert len(losses[0]) == 6 and losses[0] == losses[1]
+
+
+def test_a_checkpoint_whose_moments_were_converted_goes_on_with_fp8_moments(tiny_run, tmp_path):
+    keys = [*tiny_run, "--eval_interval=0", "--model.n_layer=1", "--keep=0"]
+    train_here(*keys, f"--out_dir={tmp_path / 'exact'}")
+    start = tmp_path / "exact/checkpoints/step_00000003"
+    run("bench/moments_to_fp8.py", start, tmp_path / "fp8")
+    converted = tensors_of(tmp_path / "fp8/checkpoints/step_00000003")
+    for name, moment in ((name, t) for name, t in tensors_of(start).items() if ".exp_avg" in name and t.ndim == 2):
+        _, kind, weight = name.split(".", 2)
+        units = converted[f"optim.{kind}_unit.{weight}"].repeat_interleave(optim.fp8_block(moment.shape[1]), 1)
+        ours = converted[f"optim.{kind}_fp8.{weight}"].float() * units
+        ours = ours.square() if kind == "exp_avg_sq" else ours
+        assert (ours - moment).norm() < 0.1 * moment.norm()
+    train_here(*keys, "--optim.fp8_moments=True", f"--out_dir={tmp_path / 'fp8'}")
+    exact, rounded = (metrics(tmp_path / name).train for name in ("exact", "fp8"))
+    assert list(rounded) == [4, 5, 6] and rounded[4]["loss"] == exact[4]["loss"]
+    assert rounded[6]["loss"] == pytest.approx(exact[6]["loss"], rel=0.01)
 
 
 # ----------------------------------------------------------------------------------------------------------------
