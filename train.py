@@ -35,7 +35,8 @@ from plumbing.compiling import check_compiler, compile_and_checkpoint
 from plumbing.disk import check_shared, replace_text
 from plumbing.errors import RunStopped, UserError
 from plumbing.profiling import StepRecorder
-from plumbing.ranks import device_mesh, find_ranks, join_process_group
+from plumbing.ranks import check_same, device_mesh, find_ranks, join_process_group
+from plumbing.schema import flat
 from plumbing.sharding import plain_local
 from plumbing.stopping import StopSignals
 
@@ -49,7 +50,7 @@ def main():
     device, world_size, say = ranks.device, ranks.world_size, ranks.say
     out_dir, dtype, from_scratch = Path(config.out_dir), getattr(torch, config.dtype), config.init_from == "scratch"
     if not from_scratch:
-        config.init_from = str(Path(config.init_from).expanduser().resolve())
+        config.init_from = os.path.realpath(os.path.expanduser(config.init_from))
         config.model = hf.model_config(config.init_from, config.model)
     config.data.resolve_tokenizer(config.init_from)
     logs.check_trackers(config)
@@ -71,6 +72,7 @@ def main():
     n_shards = world_size // replicas if world_size > 1 or config.shard_one_rank else 0
     if n_shards:
         join_process_group(ranks, config.timeout_minutes)
+        check_same(flat(replace(config, data=None, init_from="")))  # data is checked below: its paths may differ
         check_shared("out_dir", out_dir)
     ranks.watch(config.timeout_minutes)
 
@@ -116,6 +118,7 @@ def main():
     with ranks.node_first():
         train_rows, val_rows, encoding = data.prepare(config.data, config.model.block_size, config.seed)
         evaluate = Evaluation(config, val_rows, encoding, ranks)
+    check_same({"training data": train_rows.digest, "validation data": val_rows.digest})
     models.check_ids(config.model, max(train_rows.largest, evaluate.largest))
     loader = data.Loader(train_rows, global_batch_size=config.global_batch_size, seed=config.seed, rank=ranks.rank,
                          micro_batch_size=config.micro_batch_size, world_size=world_size)

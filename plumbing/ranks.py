@@ -191,3 +191,11 @@ def gather(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_same(values):
+    """Raise UserError on every rank if one of `values`, {name: value}, is not the same on all ranks."""
+    first, *others = gather(values)
+    if differ := [f"{name}: {first[name]!r} on rank 0, {other[name]!r} on rank {rank}"
+                  for rank, other in enumerate(others, 1) for name in first if other[name] != first[name]]:
+        raise UserError(f"all ranks need the same config and data, of which each takes its part: {'; '.join(differ)}")

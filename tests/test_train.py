@@ -25,7 +25,7 @@ from checks import estimate
 from formats import hellaswag
 from model import IGNORE
 from optim import AdamW
-from plumbing import cudagraph, fp8_weights, logs
+from plumbing import cudagraph, fp8_weights, logs, ranks
 from plumbing.errors import UserError
 from plumbing.ranks import Ranks
 
@@ -297,6 +297,17 @@ def test_a_sharded_run_asks_whether_all_ranks_see_its_out_dir(tiny_run, tmp_path
     with pytest.raises(UserError) as error:
         train_here(*tiny_run, *ONE_SHARD, f"--out_dir={tmp_path}")
     assert str(error.value) == repr(("out_dir", tmp_path))
+
+
+def test_ranks_that_would_train_in_different_ways_are_an_error(tiny_run, tmp_path, monkeypatch):
+    """As a config with a seed of the clock, or with a file for each rank, has it."""
+    for name, changed in (("seed", lambda value: value + 1), ("training data", lambda value: "0" * 32)):
+        def two_ranks(mine, name=name, changed=changed):
+            return [mine, {key: changed(value) if key == name else value for key, value in mine.items()}]
+
+        monkeypatch.setattr(ranks, "gather", two_ranks)
+        with pytest.raises(UserError, match=f"all ranks need the same config and data.*: {name}: .* on rank 1$"):
+            train_here(*tiny_run, *ONE_SHARD, f"--out_dir={tmp_path}")
 
 
 class PretendGraph(cudagraph.GraphedPass):
