@@ -59,8 +59,9 @@ class ParityConfig:
         """Yield a message for each value that cannot be used."""
         yield from bench.variant_problems(self.variants)
         baseline, *others = bench.split(self.variants)
-        if baseline != "bf16" or not others or "bf16" in others:
-            yield f"--variants={self.variants} must be bf16, then the variants to compare with it"
+        distinct = set(map(bench.slug, others)) - {"bf16"}  # a folder each: one named twice would count as more seeds
+        if baseline != "bf16" or not others or len(distinct) < len(others):
+            yield f"--variants={self.variants} must be bf16, then the variants to compare with it, each once"
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ def test_a_variant_with_a_failed_run_is_worse():
 
 @pytest.mark.parametrize("keys, told", [
     ({"variants": "tensorwise,bf16"}, "bf16, then"), ({"variants": "bf16"}, "bf16, then"),
+    ({"variants": "bf16,rowwise,rowwise"}, "each once"), ({"variants": "bf16,rowwise,bf16"}, "each once"),
     ({"variants": "bf16,fp4"}, "'fp4'")])
 def test_mistakes_are_told(keys, told):
     assert told in "".join(ParityConfig(**keys).problems())
