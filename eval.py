@@ -154,6 +154,8 @@ def main():
         mistakes.append(f"--data={args.data}: no such file")
     if out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)):
         mistakes.append(f"--out={out}: name a writable file in a folder that exists")
+    elif out and args.data and os.path.realpath(out) == os.path.realpath(args.data):
+        mistakes.append(f"--out={out} is the file of the questions: name another")
     if mistakes:
         raise UserError("\n".join(mistakes))
     with ranks.node_first():

@@ -2,9 +2,11 @@
 
 import http.server
 import json
+import os
 import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -487,6 +489,14 @@ def test_eval_mistakes_are_one_line(runs, file, evaluate, capsys, args, told):
     assert stopped.value.code == 2
     told_lines = capsys.readouterr().err.strip().splitlines()
     assert len(told_lines) == 1 and told in told_lines[0]
+
+
+def test_eval_does_not_write_over_its_questions(runs, file, evaluate, capsys, tmp_path):
+    os.symlink(file, tmp_path / "link.jsonl")
+    before = Path(file).read_text()
+    with pytest.raises(SystemExit):
+        evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", f"--out={tmp_path / 'link.jsonl'}")
+    assert "link.jsonl is the file of the questions" in capsys.readouterr().err and Path(file).read_text() == before
 
 
 def test_all_mistakes_of_eval_are_told_at_once(evaluate, capsys):
