@@ -90,17 +90,21 @@ class Config:
         for name in ("profile_step", "memory_step"):
             if getattr(self, name) > self.max_steps:
                 yield f"{name}={getattr(self, name)} must be a step: 1 to max_steps={self.max_steps}, 0: none"
+        entries = [Path(os.path.expanduser(entry)) for entry in (*self.data.train, *self.data.val)]
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
-            path = Path(folder).resolve()
-            existing = next(p for p in (path, *path.parents) if p.exists())
+            path, link = Path(os.path.realpath(folder)), Path(folder).absolute()
+            existing = next(p for p in (link, *link.parents) if os.path.lexists(p))
             if not folder:
                 yield f"{key} is empty: name a folder (is a shell variable not set?)"
             elif path == REPO or REPO / "config" in (path, *path.parents):  # its config.py would hide config/
                 yield f"{key}={folder} is a folder of the code: name another one, such as out/run"
             elif not existing.is_dir():
-                yield f"{key}={folder}: {existing} is a file, name a folder"
+                yield f"{key}={folder}: {existing} is a file, or a link to nothing: name a folder"
             elif key == "out_dir" and (path / "config.json").is_file():  # sample.py would take its weights
                 yield f"{key}={folder} is a model folder: name another one, such as out/run"
+            elif key == "out_dir" and (around := [p for p in entries if p.is_dir() and p.resolve() in path.parents]):
+                yield (f"{key}={folder} is in {around[0]}, a folder of the data, which would then have other files at "
+                       "each start: name a folder outside of it")
             elif key == "out_dir" and not os.access(existing, os.W_OK):
                 yield f"{key}={folder}: {existing} cannot be written to, name another folder"
         if self.global_batch_size % self.micro_batch_size:
@@ -243,7 +247,7 @@ def explain(error, path):
     """
     places = [f"{f.filename}, line {f.lineno}" for f in traceback.extract_tb(error.__traceback__)
               if f.filename == path or Path(f.filename).parent == REPO / "config"]
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename:
         places.append(f"{error.filename}, line {error.lineno}")
     place, message = [path, *places][-1], f"{type(error).__name__}: {getattr(error, 'msg', error)}"
     misspelt = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))

@@ -288,8 +288,28 @@ def test_a_key_without_its_dashes_is_one_error():
 def test_folders_that_are_files_are_reported(tmp_path):
     (tmp_path / "file").write_text("")
     message = errors_of(f"--out_dir={tmp_path}/file", f"--data.cache_dir={tmp_path}/file/below")
-    assert message == [f"out_dir={tmp_path}/file: {tmp_path}/file is a file, name a folder",
-                    f"data.cache_dir={tmp_path}/file/below: {tmp_path}/file is a file, name a folder"]
+    assert message == [f"out_dir={tmp_path}/file: {tmp_path}/file is a file, or a link to nothing: name a folder",
+        f"data.cache_dir={tmp_path}/file/below: {tmp_path}/file is a file, or a link to nothing: name a folder"]
+
+
+@pytest.mark.parametrize("target", ["nowhere/yet", "link"])
+def test_a_link_that_leads_nowhere_is_reported_before_the_first_step(target, tmp_path):
+    os.symlink(target, tmp_path / "link")
+    assert errors_of(f"--out_dir={tmp_path}/link/run") == [
+        f"out_dir={tmp_path}/link/run: {tmp_path}/link is a file, or a link to nothing: name a folder"]
+
+
+def test_an_out_dir_in_a_folder_of_the_data_is_refused(tmp_path, monkeypatch):
+    """Its config.py and metrics.jsonl would be data of the next start, which then could not resume."""
+    (tmp_path / "text").mkdir()
+    os.symlink("text", tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    for key in ('--data.train=["link"]', '--data.val=["text/*.txt", "."]'):
+        entry = "." if "val" in key else "link"
+        assert errors_of("--out_dir=text/out", key) == [f"out_dir=text/out is in {entry}, a folder of the data, which "
+                                                        "would then have other files at each start: name a folder "
+                                                        "outside of it"]
+        load(["--out_dir=../out", key])
 
 
 def test_two_config_files_are_too_many():
@@ -325,6 +345,7 @@ def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
      ", line 2: ModelConfig has no field 'n_layers', did you mean 'n_layer'?"),
     ("model.RopeScaling(facter=2)", ", line 2: RopeScaling has no field 'facter', did you mean 'factor'?"),
     ("config = Config(\n", ", line 2: SyntaxError: '(' was never closed"),
+    ("config = Config()\0", ": SyntaxError: source code string cannot contain null bytes"),
     ("import nowhere_to_be_found", ", line 2: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
     ("config = Config(max_steps=1 // 0)", ", line 2: ZeroDivisionError: integer division or modulo by zero"),
     ("confg = Config()", " must bind `config` to a configurator.Config, as in `from configurator import Config` and "
@@ -442,7 +463,9 @@ REFUSED = [  # for each condition of each problems(): keys that contradict each 
     (["--data.cache_dir="], ["--data.cache_dir=new"], "data.cache_dir is empty"),
     ([f"--out_dir={REPO}"], [f"--out_dir={REPO}/new"], "is a folder of the code"),
     ([f"--data.cache_dir={REPO}/config/new"], [f"--data.cache_dir={REPO}/new"], "is a folder of the code"),
-    ([f"--out_dir={REPO}/fp8.py/new"], [], "fp8.py is a file, name a folder"),
+    ([f"--out_dir={REPO}/fp8.py/new"], [], "fp8.py is a file, or a link to nothing: name a folder"),
+    ([f"--out_dir={REPO}/docs/new", f"--data.train=['{REPO}/docs']"], [f"--data.train=['{REPO}/docs']"],
+     "a folder of the data"),
     (["--global_batch_size=6", "--micro_batch_size=4"], ["--global_batch_size=8", "--micro_batch_size=4"],
      "global_batch_size=6 must be a multiple of micro_batch_size=4"),
     (["--dtype=float32", "--optim.weights=stochastic_rounding"], ["--optim.weights=stochastic_rounding"], "to bf16"),
