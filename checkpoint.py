@@ -302,14 +302,14 @@ def export(out_dir, folder, in_fp8=False):
         temporary.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
         for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by their owner only
             shutil.copymode(temporary / "config.json", file)
-        tokenizer = Path(config.data.tokenizer).expanduser()  # a folder, or a name or file, which is not copied
+        tokenizer = Path(os.path.expanduser(config.data.tokenizer))  # a folder, or a name or file, which is not copied
         carried = {path for pattern in CARRIED for path in tokenizer.glob(pattern) if path.is_file()}
         if config.init_from != "scratch":
             carried.update(Path(config.init_from).glob("generation_config.json"))
         for path in carried:
             shutil.copy(path, temporary)
         if config.data.chat_template:
-            shutil.copy(Path(config.data.chat_template).expanduser(), temporary / "chat_template.jinja")
+            shutil.copy(os.path.expanduser(config.data.chat_template), temporary / "chat_template.jinja")
     print(f"{newest} as {written['architectures'][0]} in {folder}: {len(file_of)} tensors, {total / 1e9:.2f} GB")
     if in_fp8:
         print(f"{len(fp8_weights)} weights in FP8 with a scale for each 128 x 128 block")

@@ -9,6 +9,7 @@ shows what a run would train on: its samples as text, targets marked, and what w
 
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections import Counter
@@ -49,7 +50,7 @@ class DataConfig:
     def resolve_tokenizer(self, init_from):
         """Replace "auto" by the tokenizer of the folder init_from, or by "bytes" for a model from scratch."""
         if self.tokenizer == "auto":
-            self.tokenizer = "bytes" if init_from == "scratch" else str(Path(init_from).expanduser())
+            self.tokenizer = "bytes" if init_from == "scratch" else os.path.expanduser(init_from)
             if init_from != "scratch" and not Path(self.tokenizer).is_dir():
                 raise UserError(f"init_from={init_from}: no such folder: name a Hugging Face model folder")
 

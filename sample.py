@@ -149,7 +149,7 @@ def stop_ids(tokenizer, *folders):
     """
     found = {tokenizer.eos}
     for folder in dict.fromkeys(map(str, folders)):
-        paths = [Path(folder, name).expanduser() for name in ("generation_config.json", "config.json")]
+        paths = [Path(os.path.expanduser(folder), name) for name in ("generation_config.json", "config.json")]
         settings = next((read_json(path) for path in paths if path.is_file()), {})
         eos = settings.get("eos_token_id")
         found |= set(eos) if isinstance(eos, list) else {eos}

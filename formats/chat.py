@@ -89,7 +89,7 @@ def read_conversation(row):
     return messages, check(tools or [], "`tools`", list) or None, used
 
 
-def tokenize(paths, template, train_on, limit):
+def tokenize(paths, template, cfg, limit):
     """(list of (ids, loss), {what was cut or dropped: number}, remarks for the screen) of files of conversations."""
 
     def encode(place_and_row):
@@ -105,13 +105,13 @@ def tokenize(paths, template, train_on, limit):
             keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
             ignored = [name for name, value in row.items() if name not in used and value not in (None, "", [])]
             ignored += [f"`{key}` of messages" for key in keys if not template.reads(key)]
-            return template.encode(messages, tools, train_on), ignored, [message["role"] for message in messages]
+            return template.encode(messages, tools, cfg.train_on), ignored, [message["role"] for message in messages]
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
 
     counts, samples, unused, roles = Counter(), [], {}, {}
     rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
-    for (ids, loss, n_changed), ignored, speakers in in_order(encode, rows, os.cpu_count()):
+    for (ids, loss, n_changed), ignored, speakers in in_order(encode, rows, cfg.workers or os.cpu_count()):
         unused |= dict.fromkeys(ignored)
         roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)
         counts["messages the template shortens or drops"] += n_changed
@@ -136,7 +136,7 @@ def stored(paths, template, cfg, limit):
     key = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     path = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}.npz")
     if not path.exists():
-        samples, *about = tokenize(paths, template, cfg.train_on, limit)
+        samples, *about = tokenize(paths, template, cfg, limit)
         ids, loss = zip((np.empty(0, np.int32), np.empty(0, bool)), *samples, strict=True)
         with disk.replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, sizes=[len(part) for part in ids], ids=np.concatenate(ids), loss=np.concatenate(loss),
@@ -152,7 +152,7 @@ def read_template(cfg, tokenizer):
     if not cfg.chat_template:
         return Template(tokenizer)
     try:
-        source = Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
+        source = Path(os.path.expanduser(cfg.chat_template)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.chat_template={cfg.chat_template}: {error}") from error
     return Template(tokenizer, source, cfg.chat_template)

@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sysconfig
 import zlib
@@ -56,14 +57,14 @@ def resolve(cfg, kinds):
     train, unused = find_files(cfg.train, kinds, skip=cfg.cache_dir)
     val, unused_val = find_files(cfg.val, kinds, held_out=True, skip=cfg.cache_dir)
     train = train if cfg.train else embedded_files()
-    held = {p.resolve() for p in val}
-    apart, note = [p for p in train if p.resolve() not in held], ""
+    held = {os.path.realpath(p) for p in val}
+    apart, note = [p for p in train if os.path.realpath(p) not in held], ""
     if not apart:
         apart, note = train, ", all of them validation text too"
     elif len(apart) < len(train):
         note = f", {len(train) - len(apart)} more for validation alone"
-    used = held | {p.resolve() for p in train}
-    unused = [p for p in dict.fromkeys(unused + unused_val) if p.resolve() not in used]
+    used = held | {os.path.realpath(p) for p in train}
+    unused = [p for p in dict.fromkeys(unused + unused_val) if os.path.realpath(p) not in used]
     source = ", ".join(cfg.train) or "Python's standard library"
     return Files(apart, val, unused, f"{number_of(apart)} of {source}{note}{describe_unused(unused)}")
 
@@ -84,7 +85,7 @@ def number_of(paths):
 def identity(path):
     """What distinguishes one version of a file from another: path, size and time of change."""
     status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
+    return os.path.realpath(path), status.st_size, status.st_mtime_ns
 
 
 def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
@@ -98,13 +99,13 @@ def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
     for pattern in patterns:
         if not pattern.strip():
             raise UserError(f"data: {pattern!r} is an empty entry (an unset variable?): name a file, folder or glob")
-        path = Path(pattern).expanduser()
+        path = Path(os.path.expanduser(pattern))
         matches = [path] if path.exists() else list(map(Path, sorted(glob.glob(str(path), recursive=True))))
         # a file is named by its path, and by "*.csv", but not by "*"
         named = [p for p in matches if p.is_file() and (p == path or p.suffix == path.suffix != "")]
         for p in named:
             check_named_file(p, kinds)
-        visited = {Path(skip).resolve() if skip else None}
+        visited = {os.path.realpath(skip) if skip else None}
         around = [p for match in matches if match not in named for p in walk(match, visited)]
         found = [p for p in around if is_data(p, kinds)]
         if {"train", "held out"} <= set(map(split_of, found)):
@@ -117,9 +118,9 @@ def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"
                             + describe_unused(others))
         for p in found:
-            files.setdefault(p.resolve(), p)
+            files.setdefault(os.path.realpath(p), p)
         for p in others:
-            unused.setdefault(p.resolve(), p)
+            unused.setdefault(os.path.realpath(p), p)
     return list(files.values()), [p for real, p in unused.items() if real not in files]
 
 
@@ -127,10 +128,11 @@ def walk(path, visited):
     """Yield the files below a folder, sorted, without hidden ones. Links are followed, each folder is visited once."""
     if not path.is_dir():
         yield path
-    elif path.resolve() not in visited:
-        visited.add(path.resolve())
-        for inner in sorted(path.glob("[!.]*")):
-            yield from walk(inner, visited)
+    elif os.path.realpath(path) not in visited:
+        visited.add(os.path.realpath(path))
+        for inner in sorted(path.iterdir()):  # glob would skip a folder that may not be read
+            if not inner.name.startswith("."):
+                yield from walk(inner, visited)
 
 
 def split_of(path):

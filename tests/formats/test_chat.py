@@ -722,6 +722,13 @@ def test_conversations_are_tokenized_once_and_again_when_anything_changes(folder
     assert n_read == 162 and not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_conversations_are_tokenized_by_as_many_threads_as_data_workers_says(folder, tmp_path, monkeypatch):
+    path, in_order, n_threads = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40), chat.in_order, []
+    monkeypatch.setattr(chat, "in_order", lambda function, rows, n: n_threads.append(n) or in_order(function, rows, n))
+    data.prepare(config(folder, path, workers=3), 128, 1)
+    assert n_threads == [3]
+
+
 def test_the_date_that_a_template_inserts_is_shown_and_stays(folder, tmp_path, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[{"messages": PAIR}] * 40)
     (tmp_path / "template.jinja").write_text(

@@ -160,6 +160,35 @@ def test_links_are_followed_once(tmp_path):
     assert found(tmp_path, "links/wiki") == (["links/wiki/w.txt"], [])
 
 
+def test_a_link_that_leads_nowhere_is_named_among_what_is_not_used(tmp_path):
+    make(tmp_path, "a/x.txt")
+    os.symlink("self.txt", tmp_path / "a" / "self.txt")
+    os.symlink("nowhere", tmp_path / "a" / "gone.txt")
+    assert found(tmp_path, "a") == (["a/x.txt"], ["a/gone.txt", "a/self.txt"])
+
+
+def test_a_tilde_begins_the_name_of_a_file_too(tmp_path, monkeypatch):
+    make(tmp_path, "~draft.txt")
+    monkeypatch.chdir(tmp_path)
+    assert [str(path) for path in files.find_files(["~draft.txt"])[0]] == ["~draft.txt"]
+    with pytest.raises(UserError, match="'~nobody_here/x.txt' matches no file"):
+        files.find_files(["~nobody_here/x.txt"])
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    make(tmp_path, "a/x.txt", "a/b/y.txt")
+    iterdir = type(tmp_path).iterdir
+
+    def refuse(path):
+        if path.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)  # root may read all
+    with pytest.raises(PermissionError, match="a/b"):
+        files.find_files([str(tmp_path / "a")])
+
+
 NOT_READ = "a[.][a-z]+.* is of a kind that this data.format does not read, expected .txt"
 
 
