@@ -34,7 +34,7 @@ def replacing(path):
 def replace_text(path, text):
     """Write a text file as a whole: a process killed meanwhile leaves the old one."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import gc
+import io
 import signal
 import socket
 import sys
@@ -17,7 +18,8 @@ from plumbing.ranks import fails_first, from_launcher, process_rank
 from plumbing.stopping import SIGNALS
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # these errors name no file
-REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+           errno.EEXIST}  # the last: a file, or a link to nowhere, where a folder is to be made
 
 
 class Arguments(argparse.ArgumentParser):
@@ -53,6 +55,9 @@ def run(main):
     Exit status 2 for a UserError, a full disk, or a path that the system refuses; 1 for RunStopped. Anything else is a
     bug: it passes through to a traceback and status 1. Of several ranks, the one that fails first prints.
     """
+    for stream in (sys.stdin, sys.stdout):  # what a person types or a terminal shows may not fit its encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     interrupted = False
 
     def interrupt(*_):

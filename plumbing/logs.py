@@ -226,7 +226,8 @@ def plot_losses(out_dir):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=out_dir.name)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set_title(out_dir.name, parse_math=False)  # "$" is a character
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out_dir / "loss.png", dpi=150)

@@ -53,6 +53,15 @@ def test_a_text_is_replaced_as_a_whole_or_stays(tmp_path):
     assert path.read_text() == "old" and len(list(path.parent.iterdir())) == 1
 
 
+def test_a_text_is_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    def write(path, text, encoding="ascii"):  # as under LC_ALL=C
+        path.write_bytes(text.encode(encoding))
+
+    monkeypatch.setattr(type(tmp_path), "write_text", write)
+    replace_text(tmp_path / "config.py", "train=['\u4e2d.txt']")
+    assert (tmp_path / "config.py").read_text(encoding="utf-8") == "train=['\u4e2d.txt']"
+
+
 CHECK = f"""
 import os, socket, sys
 sys.path.insert(0, {str(REPO)!r})

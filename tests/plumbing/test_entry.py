@@ -1,6 +1,7 @@
 """entry.py: messages and exit statuses at the end of a script."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -90,6 +91,7 @@ def test_a_path_that_the_system_refuses_is_the_users_mistake(tmp_path, monkeypat
     (OSError(errno.ENOSPC, "No space left on device"), "train.py: the disk: No space left on device: name another"),
     (PermissionError(errno.EACCES, "Permission denied", "/x"), "train.py: /x: Permission denied: name another"),
     (CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), None)}), "train.py: the disk:"),
+    (FileExistsError(errno.EEXIST, "File exists", "/x"), "train.py: /x: File exists: name another"),
     (PermissionError(errno.EACCES, "Permission denied"), None), (OSError(errno.EIO, "I/O", "/x"), None)])
 def test_a_full_disk_is_reported_and_what_is_not_about_a_path_is_a_bug(error, message, monkeypatch, capsys):
     def main():
@@ -99,6 +101,15 @@ def test_a_full_disk_is_reported_and_what_is_not_about_a_path_is_a_bug(error, me
     with pytest.raises(SystemExit if message else type(error)) as done:
         entry.run(main)
     assert not message or done.value.code == 2 and capsys.readouterr().err.startswith(message)
+
+
+def test_characters_that_an_encoding_lacks_are_replaced(monkeypatch):
+    """A file name that is not UTF-8, an answer on a terminal of Latin-1: neither ends a run."""
+    typed, shown = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"), io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdin", typed)
+    monkeypatch.setattr(sys, "stdout", shown)
+    entry.run(lambda: print(input(), "caf\xe9, \u4e2d, \udce9", flush=True))
+    assert shown.buffer.getvalue() == b"caf? caf\xe9, ?, ?\n"
 
 
 @pytest.mark.parametrize("first, error, status, printed", [

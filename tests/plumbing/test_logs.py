@@ -120,6 +120,13 @@ def test_the_curves_of_loss_png_are_those_of_the_metrics(tmp_path, monkeypatch):
     assert path == tmp_path / "loss.png" and lines == {"train": [[1, 3], [2, 2]], "validation": [[2, 2.5]]}
 
 
+def test_the_name_of_a_run_is_no_formula(tmp_path):
+    with logs.open_metrics(tmp_path / "${A}_${B}") as metrics:
+        logs.write([{"step": 1, "loss": 3.0}], metrics, [])
+    logs.plot_losses(tmp_path / "${A}_${B}")
+    assert (tmp_path / "${A}_${B}" / "loss.png").stat().st_size
+
+
 def test_trackers_get_the_numbers_of_all_rows_under_names_of_their_own():
     rows = [{"step": 3, "fp8_layer": "lm_head", "input": {"format": "e4m3", "sqnr_db": 31.5}},
             {"step": 3, "loss": None, "lr": 0.1}]
