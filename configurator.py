@@ -71,7 +71,7 @@ class Config:
     loss_chunks: PositiveInt = 1  # compute the loss in this many pieces, so that all logits never exist at once
     flash4: bool | None = None  # attention by FlashAttention 4: True: or fail, False: never, None: where installed
     cuda_graph: bool = False  # record a pass as one CUDA graph: small models, one GPU; its memory stays reserved
-    check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU
+    check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU, or the host
     # several GPUs
     replicas: Natural = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
@@ -90,7 +90,7 @@ class Config:
         for name in ("profile_step", "memory_step"):
             if getattr(self, name) > self.max_steps:
                 yield f"{name}={getattr(self, name)} must be a step: 1 to max_steps={self.max_steps}, 0: none"
-        entries = [Path(os.path.expanduser(entry)) for entry in (*self.data.train, *self.data.val)]
+        entries = [Path(os.path.expanduser(entry)) for entry in (*self.data.train, *self.data.val) if entry.strip()]
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path, link = Path(os.path.realpath(folder)), Path(folder).absolute()
             existing = next(p for p in (link, *link.parents) if os.path.lexists(p))
