@@ -50,6 +50,9 @@ def read_config(folder):
     if not Path(folder, "config.json").is_file():
         if Path(folder, "adapter_config.json").is_file():
             raise UserError(f"{folder} holds a PEFT adapter, not a model: merge it (merge_and_unload) and save that")
+        if Path(folder, "checkpoints").is_dir():
+            raise UserError(f"{folder} is the out_dir of a run: make a model folder of it, "
+                            f"python checkpoint.py export {folder} NEW_FOLDER")
         raise UserError(f"{folder} is no Hugging Face model folder (no config.json in it): "
                          "download the model, or name its folder")
     source = read_json(Path(folder, "config.json"))

@@ -587,6 +587,8 @@ def test_pointers_adapters_and_empty_indices_have_one_message(copy, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     assert "holds a PEFT adapter, not a model" in error(tmp_path / "adapter")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    assert f"python checkpoint.py export {tmp_path / 'run'} NEW_FOLDER" in error(tmp_path / "run")
 
 
 @torch.no_grad()
