@@ -1,7 +1,6 @@
 """What a step costs: matmul FLOPs, and peak memory before anything is allocated."""
 
 import copy
-import math
 import os
 from pathlib import Path
 
@@ -142,7 +141,8 @@ def host_capacity():
 def check_memory(config, shards, accumulation, device):
     """The estimated GiB per rank: (on the GPU, in host memory, None or why there is no room to save from a copy).
 
-    UserError if a GPU, or the host for all its ranks, has less memory than that, with the keys that lower it.
+    UserError if a GPU, or the host for all its ranks, has less memory than that, with the keys that lower it. Ranks on
+    a CPU share the host's.
     """
     gib, no_room = memory(config, shards, accumulation), None
     host_gib, copy_gib = host_memory(config, shards)
@@ -156,7 +156,8 @@ def check_memory(config, shards, accumulation, device):
                    f"{on_node * copy_gib:.1f} GiB that checkpoints are written from: training waits for each")
     else:
         host_gib += copy_gib
-    capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else math.inf
+    on_gpu = device.type == "cuda"
+    capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else host_has / on_node
     if gib <= 1.05 * capacity or not config.check_memory:  # the estimate may be 5% off: the GPU decides close calls
         return gib, host_gib, no_room
     helps = []
@@ -169,8 +170,8 @@ def check_memory(config, shards, accumulation, device):
         *section, name = key.split(".")
         setattr(getattr(changed, section[0]) if section else changed, name, value)
         less = memory(changed, shards, accumulation * config.micro_batch_size // changed.micro_batch_size)
-        if less < 0.99 * gib and not list(changed.problems()):
+        if less < 0.99 * gib and (on_gpu or key != "optim.offload") and not list(changed.problems()):
             helps.append(f"{key}={value} ({less:.1f})")
     remedy = f"Lower it: {', '.join(helps)}; use" if helps else "Use"
-    raise UserError(f"this run needs about {gib:.1f} GiB per GPU, there are {capacity:.1f}. {remedy} more GPUs, a "
+    raise UserError(f"this run needs about {gib:.1f} GiB per rank, there are {capacity:.1f}. {remedy} more GPUs, a "
                     "shorter model.block_size or a smaller model; or set check_memory=False if your model takes less")

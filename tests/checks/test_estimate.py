@@ -221,8 +221,6 @@ def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help(monkeypatch):
     card, gpu = SimpleNamespace(total_memory=79.2 * 2**30), SimpleNamespace(type="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert estimate.check_memory(llama_8b(), 0, 1, gpu)[0] < 75
-    cpu = torch.device("cpu")  # whose memory is not known
-    assert estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, cpu)[0] > 80
     with pytest.raises(ValueError) as error:  # a second pass would keep the gradients of the first beside activations
         estimate.check_memory(llama_8b(global_batch_size=2), 0, 2, gpu)
     assert "needs about 8" in str(error.value) and "there are 79.2" in str(error.value)
@@ -232,6 +230,16 @@ def test_a_run_that_will_not_fit_is_told_with_the_keys_that_help(monkeypatch):
     with pytest.raises(ValueError, match=r"optim.weights=stochastic_rounding \(7\d"):
         estimate.check_memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 0, 1, gpu)
     assert estimate.memory(llama_8b(optim=OptimConfig(weights="fp32_master")), 8, 1) < 45  # over 8 GPUs it fits
+
+
+def test_a_run_on_a_cpu_must_fit_into_the_host(monkeypatch):
+    config, cpu = llama_8b(global_batch_size=2), torch.device("cpu")
+    monkeypatch.setattr(estimate, "host_capacity", lambda: 100.0)
+    assert 80 < estimate.check_memory(config, 0, 2, cpu)[0] < 100
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="needs about 8.* GiB per rank, there are 50.0[.] Lower it: ") as error:
+        estimate.check_memory(config, 0, 2, cpu)
+    assert "optim.offload" not in str(error.value)  # it would be in the same memory
 
 
 def test_each_key_that_helps_is_named_with_what_the_run_takes_with_it(monkeypatch):
@@ -343,12 +351,13 @@ def test_the_copy_that_checkpoints_are_written_from_is_counted_and_told_where_th
     host = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 256 * 2**18}
     monkeypatch.setattr(estimate.os, "sysconf", host.get)
     monkeypatch.setattr(estimate.os.path, "isfile", lambda path: False)  # no container
-    config, cpu = llama_8b(optim=OptimConfig(weights="stochastic_rounding", **keys)), SimpleNamespace(type="cpu")
+    config, gpu = llama_8b(optim=OptimConfig(weights="stochastic_rounding", **keys)), SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     copy = (2 + 4) * 8.03e9 / 2**30  # weights and moments
     kept = 0 if on_gpu else 4 * 8.03e9 / 2**30
 
     def told(**changes):
-        return estimate.check_memory(replace(config, **changes), 0, 1, cpu)[1:]
+        return estimate.check_memory(replace(config, **changes), 0, 1, gpu)[1:]
 
     assert told() == (pytest.approx(kept + copy, rel=1e-3), None)
     for changes in ({"async_checkpoint": False}, {"checkpoint_interval": 0}, {"checkpoint_interval": 1000}):
