@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import textwrap
 import traceback
@@ -102,9 +103,10 @@ class Config:
                 yield f"{key}={folder}: {existing} is a file, or a link to nothing: name a folder"
             elif key == "out_dir" and (path / "config.json").is_file():  # sample.py would take its weights
                 yield f"{key}={folder} is a model folder: name another one, such as out/run"
-            elif key == "out_dir" and (around := [p for p in entries if p.is_dir() and p.resolve() in path.parents]):
-                yield (f"{key}={folder} is in {around[0]}, a folder of the data, which would then have other files at "
-                       "each start: name a folder outside of it")
+            elif around := [p for p in entries if p.is_dir() and (
+                    p.resolve() == path or key == "out_dir" and p.resolve() in path.parents)]:
+                yield (f"{key}={folder} is part of {around[0]}, a folder of the data, which would have other files at "
+                       "each start then: name a folder outside of it")
             elif key == "out_dir" and not os.access(existing, os.W_OK):
                 yield f"{key}={folder}: {existing} cannot be written to, name another folder"
         if self.global_batch_size % self.micro_batch_size:
@@ -201,6 +203,7 @@ def set_flags(parts, flags, switches):
 
 def print_and_exit(text):
     """Print on rank 0, and end every rank with exit status 0."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `train.py --help | head` ends without a traceback
     if process_rank() == 0:
         print(text)
     sys.exit(0)

@@ -306,10 +306,12 @@ def test_an_out_dir_in_a_folder_of_the_data_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for key in ('--data.train=["link"]', '--data.val=["text/*.txt", "."]'):
         entry = "." if "val" in key else "link"
-        assert errors_of("--out_dir=text/out", key) == [f"out_dir=text/out is in {entry}, a folder of the data, which "
-                                                        "would then have other files at each start: name a folder "
-                                                        "outside of it"]
-        load(["--out_dir=../out", key])
+        for out_dir in ("text", "text/out", "link/a/b"):
+            assert errors_of(f"--out_dir={out_dir}", key) == [
+                f"out_dir={out_dir} is part of {entry}, a folder of the data, which would have other files at "
+                "each start then: name a folder outside of it"]
+        load(["--out_dir=../out", "--data.cache_dir=text/cache", key])  # the data is read without its cache
+    assert "data.cache_dir=text is part of link" in errors_of("--data.cache_dir=text", '--data.train=["link"]')[0]
 
 
 def test_two_config_files_are_too_many():

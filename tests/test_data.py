@@ -18,7 +18,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 import torch
-from conftest import REPO, main_here
+from conftest import REPO, main_here, train_here
 
 import data
 import formats.files as text_files
@@ -836,6 +836,17 @@ def test_a_look_that_head_cuts_short_ends_without_a_traceback(tmp_path):
         assert look_.stdout.readline().startswith("data: 1 file of")
         look_.stdout.close()
         assert "Traceback" not in look_.stderr.read() and look_.wait() == -signal.SIGPIPE
+
+
+@pytest.mark.parametrize("script, args", [("train.py", ["--help"]), ("sample.py", ["--prompt=x"])])
+def test_output_that_head_cuts_short_ends_without_a_traceback(script, args, tmp_path, tiny_run):
+    if script == "sample.py":
+        train_here(*tiny_run, f"--out_dir={tmp_path / 'out'}", "--max_steps=1")
+        args = [*args, f"--from={tmp_path / 'out'}", "--max_new_tokens=300"]
+    with subprocess.Popen([sys.executable, REPO / script, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as shown:
+        shown.stdout.close()
+        assert "Traceback" not in shown.stderr.read() and shown.wait() == -signal.SIGPIPE
 
 
 def test_the_shown_rows_do_not_replace_the_data(tmp_path):
