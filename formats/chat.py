@@ -10,6 +10,7 @@ own. A conversation longer than a row loses its end; one without a target is lef
 import hashlib
 import json
 import os
+import zipfile
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -135,7 +136,7 @@ def stored(paths, template, cfg, limit):
                 template.tokenizer.fingerprint, template.sources, template.tokenizer.named_tokens]
     key = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     path = Path(cfg.cache_dir, f"chat-{template.tokenizer.name}-{key}.npz")
-    if not path.exists():
+    if not zipfile.is_zipfile(path):  # it is not there, or not whole
         samples, *about = tokenize(paths, template, cfg, limit)
         ids, loss = zip((np.empty(0, np.int32), np.empty(0, bool)), *samples, strict=True)
         with disk.replacing(path) as temporary, temporary.open("wb") as file:
