@@ -1,8 +1,8 @@
 """Tokenizers: files of every kind behind one class, with the ids of the library that a file belongs to.
 
 Rank files, tekken.json and tiktoken's names belong to tiktoken; Hugging Face folders and SentencePiece models to
-`tokenizers`, set up as transformers 5 does it. tiktoken encodes what it can of a folder, too: it is four times as fast
-(bench/tokenizer_libraries.py).
+`tokenizers`, set up as transformers 5.24 does it (tokenization_utils_*.py). tiktoken encodes what it can of a folder,
+too: it is four times as fast (bench/tokenizer_libraries.py).
 """
 
 import base64
@@ -21,35 +21,13 @@ from plumbing.errors import UserError
 
 END = "<|endoftext|>"
 SPACE = "\u2581"  # as SentencePiece writes one
-
-# Split patterns. Sources: GPT-2's encoder.py; llama-models, llama3/tokenizer.py; Qwen's tokenization_qwen.py
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")
-QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
-
-# What rank files do not hold, by their number of ranks: split pattern and special tokens of Llama 3 and Qwen, or the
-# tiktoken name to use instead. Sources: llama-models; dashscope, tokenizers/qwen_tokenizer.py
-RANK_FILES = {
-    128000: (LLAMA3_SPLIT, ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-                            "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
-                            "python_tag", "image", *(f"reserved_special_token_{i}" for i in range(2, 246))]),
-    151643: (QWEN_SPLIT, ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))])}
-TIKTOKEN_NAMES = {50256: "gpt2", 50280: "p50k_base", 100256: "cl100k_base", 199998: "o200k_base"}
-# Classes of transformers 5 with steps of their own, and the tokens that they add unless others are named; the class of
-# a model type ("": the file says all) whatever tokenizer_class is, and without one; the order in which tokens get ids
-CLASSES = {"LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-           "GPT2Tokenizer": dict.fromkeys(["bos_token", "eos_token", "unk_token"], END),
-           "Qwen2Tokenizer": dict.fromkeys(["eos_token", "unk_token", "pad_token"], END)}
-FIXED_CLASS = {"qwen2": "Qwen2Tokenizer", **dict.fromkeys(
-    ["granite", "ministral", "ministral3", "mistral", "mistral3", "mixtral", "olmo2", "olmo3", "phi3"], "")}
-DEFAULT_CLASS = {None: "", "llama": "", "smollm3": "", "gpt2": "GPT2Tokenizer", "qwen3": "Qwen2Tokenizer"}
-TOKENS = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+DATA = Path(__file__).with_name("tokenizer_data.json")  # what files do not hold: of rank files, of folders' classes
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's encoder.py
+TOKENS = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]  # in order of ids
 
 # tokenizer.json writes bytes as printable characters: themselves where they print, else those from U+0100 on
-PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(b): b for b in PRINTED}
-BYTE_OF |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINTED}))}
+BYTE_OF = {chr(b): b for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if chr(b) not in BYTE_OF)}
 
 
 class Tokenizer:
@@ -72,16 +50,16 @@ class Tokenizer:
             added = full.get_added_tokens_decoder()
             vocab, self.specials = full.get_vocab(), {token.content: i for i, token in sorted(added.items())}
             self.largest = max(vocab.values())
-            words = [token.content for token in added.values() if not token.special]
-            words += [unicodedata.normalize("NFC", word) for word in words]
-            self.words = re.compile("|".join(map(re.escape, words)) or "(?!)")
+            self.words = [token.content for token in added.values() if not token.special]
+            self.words += [unicodedata.normalize("NFC", word) for word in self.words]
             meaning = full.to_str()
             self.byte_level = '"ByteLevel"' in meaning
+            self.space = getattr(full.model, "end_of_word_suffix", None) or SPACE
             full.encode_special_tokens = True  # as text
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
         endings = self.named_tokens.get("eos_token"), END, "<|end_of_text|>", "</s>"
         self.eos = next((vocab[text] for text in endings if text in vocab), None)
-        self.prefix = b"".join(map(self.decode_bytes, self.encode("a").tolist())) == b" a"  # SentencePiece adds a space
+        self.prefix = full and "".join(full.encode("a", add_special_tokens=False).tokens) == f"{SPACE}a"
 
     def encode(self, text):
         """Ids of ordinary text, 1-d uint32: no BOS, no EOS. Half of a character (a lone surrogate) counts as U+FFFD.
@@ -91,7 +69,7 @@ class Tokenizer:
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.ranks is None or self.full is not None and (
-                self.words.search(text) or self.nfc and not unicodedata.is_normalized("NFC", text)):
+                any(word in text for word in self.words) or self.nfc and not unicodedata.is_normalized("NFC", text)):
             # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
             return np.array(self.full.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -104,7 +82,9 @@ class Tokenizer:
     def decode(self, ids):
         """The text of ids, with special tokens visible; bytes that are not UTF-8 become U+FFFD."""
         text = b"".join(self.decode_bytes(int(i)) for i in ids).decode(errors="replace")
-        return text[1:] if self.prefix and text.startswith(" ") else text
+        if self.full and self.space != SPACE:
+            return text.removesuffix(" ")  # that ended the last word
+        return text.removeprefix(" ") if self.prefix else text  # SentencePiece begins a text with a space
 
     def decode_bytes(self, token):
         """The bytes of one id in the middle of a text, b"" for an id without a token."""
@@ -120,7 +100,7 @@ class Tokenizer:
             return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= set(text) else text.encode()
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):  # byte fallback
             return bytes.fromhex(byte[1])
-        return text.replace(SPACE, " ").encode()
+        return text.replace(self.space, " ").encode()
 
 
 def get_tokenizer(name):
@@ -169,13 +149,15 @@ def read_ranks(path, name):
     if sorted(ranks.values()) != list(range(len(lines))) or not ranks.keys() >= {bytes([i]) for i in range(256)}:
         raise UserError(f"{path} is not a tiktoken rank file: it has {len(lines)} ranks, expected 0, 1, 2, ..., each "
                         "once, and the 256 single bytes among their tokens")
-    if tiktoken_name := TIKTOKEN_NAMES.get(len(ranks)):
+    known = read_json(DATA)["rank_files"]
+    file = known.get(str(len(ranks)), known["other"])
+    if tiktoken_name := file.get("tiktoken_name"):
         raise UserError(f"{path} has as many ranks as {tiktoken_name}, but not its split pattern: use "
                         f"data.tokenizer={tiktoken_name}, with TIKTOKEN_CACHE_DIR where there is no network")
-    pattern, special = RANK_FILES.get(len(ranks), (LLAMA3_SPLIT, ["endoftext"]))
-    special = {f"<|{token}|>": len(ranks) + i for i, token in enumerate(special)}
-    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(name, encoding, nfc=pattern == QWEN_SPLIT)
+    special = file["special_tokens"] + [file["numbered_token"].format(i) for i in range(*file["numbers"])]
+    special = {token: len(ranks) + i for i, token in enumerate(special)}
+    encoding = tiktoken.Encoding(name, pat_str=file["pattern"], mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(name, encoding, nfc=file["nfc"])
 
 
 def read_tekken(path, name, spec):
@@ -194,38 +176,42 @@ def read_tekken(path, name, spec):
     return Tokenizer(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Hugging Face folders as transformers 5.24 reads them (tokenization_utils_*.py, models/{auto,llama,qwen2,gpt2}; of a
-# SentencePiece model: convert_slow_tokenizer.py, build_tokenizer_from_spm_proto)
-
-
 def read_hugging_face(path, name, spec, folder):
     """The Tokenizer of a tokenizer.json that holds `spec`, or of a SentencePiece model (None), and of its folder."""
     tokenizers = package("tokenizers", path)
     beside = [folder / f"{n}.json" for n in ("config", "tokenizer_config", "special_tokens_map", "added_tokens")]
     model, config, token_map, older = (read_json(file) if file.is_file() else {} for file in beside)
+    replaced = replaced_by_class(path, spec, config, model)
+    extra = config.pop("extra_special_tokens", None)
+    extra = extra or config.pop("additional_special_tokens", extra)  # the older name
+    if isinstance(extra, dict):
+        config, extra = config | extra, None
     if "added_tokens_decoder" not in config:  # as older versions of transformers saved it
         config |= token_map
-    class_name = class_of(path, spec, config, model.get("model_type"))
-    config = dict.fromkeys(TOKENS) | CLASSES.get(class_name if spec else "LlamaTokenizer", {}) | config
+        special = [added_token(token).content for token in extra or []]
+        config["added_tokens_decoder"] = {i: {"content": text, "special": text in special} for text, i in older.items()}
+    elif replaced and spec:
+        spec["added_tokens"] = []  # the configuration lists them all
+    listed = {int(i): token for i, token in config["added_tokens_decoder"].items()}
+    own = config.get("additional_special_tokens") or []
     if spec is None:
-        full = read_sentencepiece(path, config, class_name)
+        spec, own = read_sentencepiece(path, config, listed, replaced)
     else:
-        if class_name and "added_tokens_decoder" in config:
-            spec["added_tokens"] = []  # the configuration lists them all
-        try:
-            full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "padding": None, "truncation": None}))
-        except Exception as error:  # the library raises no narrower class
-            raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
-    if class_name:
-        follow_class(full, class_name, config)
-    flags = {} if spec else {"normalized": False}  # SentencePiece finds added tokens before it normalizes text
-    named = add_tokens(full, config, older, flags)
-    probe = full.encode("a")  # the post-processor puts BOS around it
+        config.pop("add_bos_token", None)  # the post-processor decides
+    if replaced:  # Code Llama's names beyond TOKENS are special tokens, whatever else the folder calls by them
+        own += [text for key, text in replaced["tokens"].items() if key not in TOKENS and config.get(key, text)]
+        config = replaced["tokens"] | replaced["settings"] | config
+        follow_class(spec, replaced, config)
+    try:
+        full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "padding": None, "truncation": None}))
+        named = add_tokens(full, config, listed, own if extra is None else extra)
+        probe = full.encode("a")  # the post-processor puts BOS around it
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
     bos, *more = probe.ids[: (probe.special_tokens_mask + [0]).index(0)] or [None]
     if more:
         raise UserError(f"{path} puts {probe.tokens[: len(more) + 1]} before a text: one token at most can be used")
-    if spec is None and config.get("add_bos_token") and config["bos_token"]:
+    if config.get("add_bos_token") and "bos_token" in named:
         bos = full.token_to_id(named["bos_token"])
     jinja = folder / "chat_template.jinja"  # wins
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
@@ -233,37 +219,42 @@ def read_hugging_face(path, name, spec, folder):
     return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, named_tokens=named, chat_template=template)
 
 
-def class_of(path, spec, config, model_type):
-    """The class whose steps replace those of the file, or "". Raises UserError where that is not known."""
-    name = (config.get("tokenizer_class") or DEFAULT_CLASS.get(model_type, "")).removesuffix("Fast")
-    llama3 = spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder")))
-    if model_type in FIXED_CLASS:
-        return FIXED_CLASS[model_type]
-    if name in ("PreTrainedTokenizer", "TokenizersBackend") or name == "LlamaTokenizer" and llama3:
-        return ""
-    if name not in ("", *CLASSES) or model_type not in DEFAULT_CLASS:
+def replaced_by_class(path, spec, config, model):
+    """What the class of a folder puts in place of the file's: an entry of DATA, or {}. Source: tokenization_auto.py."""
+    table = read_json(DATA)
+    model_type, own_code = model.get("model_type"), "Tokenizer" in str(config.get("auto_map"))
+    name = (config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
+    if not name:
+        name = table["model_types"].get(model_type, "")
+    elif model_type in table["fixed_model_types"]:
+        name = table["fixed_model_types"][model_type]
+    elif name == "LlamaTokenizer" and spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
+        name = ""  # Llama 3
+    if name in table["other_classes"] or own_code:
         raise UserError(f"{path}: tokenizer_class={name} with model_type={model_type} is not known here: save it with "
                         "transformers as a PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)")
-    return name
+    return table["classes"].get(name, {})  # a class that transformers does not have replaces nothing
 
 
-def follow_class(full, name, config):
-    """Give a tokenizers.Tokenizer the steps of a class."""
-    from tokenizers import Regex, normalizers, pre_tokenizers
-    space, scheme = config.get("add_prefix_space"), "always" if config.get("legacy") else "first"
-    metaspace = pre_tokenizers.Metaspace(prepend_scheme="never" if space is False else scheme, split=False)
-    level = pre_tokenizers.ByteLevel(add_prefix_space=bool(space), use_regex=name == "GPT2Tokenizer")
-    qwen = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), level])
-    full.normalizer = normalizers.NFC() if name == "Qwen2Tokenizer" else None
-    full.pre_tokenizer = {"LlamaTokenizer": metaspace, "GPT2Tokenizer": level, "Qwen2Tokenizer": qwen}[name]
-    full.model.dropout = full.model.unk_token = None
-    full.model.ignore_merges = False
-    full.model.fuse_unk = full.model.byte_fallback = name == "LlamaTokenizer"
+def follow_class(spec, replaced, config):
+    """Put the steps and the model's options of a class into `spec`, a tokenizer.json."""
+    model = replaced["model"] | {"type": "BPE", **{key: spec["model"].get(key) for key in ("vocab", "merges")}}
+    if "unk_token" in model:
+        model["unk_token"] = config["unk_token"] and added_token(config["unk_token"]).content
+    spec |= replaced["steps"] | {"model": model, "decoder": None}  # decode() needs none
+    space = config.get("add_prefix_space")
+    scheme = "always" if "legacy" in replaced["settings"] and config["legacy"] else "first"
+    options = {"add_prefix_space": bool(space), "prepend_scheme": "never" if space is False else scheme}
+    for step in spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]]):
+        step |= {key: options[key] for key in options.keys() & step.keys()}
 
 
-def read_sentencepiece(path, config, class_name):
-    """The tokenizers.Tokenizer that encodes as a SentencePiece model does. class_name: as class_of gives it."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+def read_sentencepiece(path, config, listed, replaced):
+    """The tokenizer.json that encodes as a SentencePiece model does, and the model's own special tokens.
+
+    Without a class (`replaced`), tokens that the model names go to `config`. Source: build_tokenizer_from_spm_proto.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
@@ -274,47 +265,56 @@ def read_sentencepiece(path, config, class_name):
     except DecodeError as error:
         raise UserError(f"{path} is not a SentencePiece model: {error}") from error
     pieces, trainer, normalizer = proto.pieces, proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type != trainer.BPE:
-        raise UserError(f"{path} is a SentencePiece model of another type than BPE: use a tokenizer.json made of it")
-    scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
+    if trainer.model_type != trainer.BPE or replaced and "byte_fallback" not in replaced["model"]:
+        raise UserError(f"{path} is no SentencePiece model of type BPE that its class reads: make a tokenizer.json")
+    own = [{"content": piece.piece, "special": piece.type == piece.CONTROL, "normalized": False} for piece in pieces
+           if piece.type == piece.CONTROL or piece.type == piece.USER_DEFINED and replaced]
+    if not replaced:
+        config |= {f"{name}_token": getattr(trainer, f"{name}_piece") for name in ("bos", "eos", "unk")
+                   if getattr(trainer, f"{name}_id") >= 0} | config
+        kept = {piece.piece for i, piece in enumerate(pieces) if i not in listed}
+        for i, token in listed.items():
+            if i < len(pieces) and token["content"] not in kept:  # the name of a reserved piece
+                pieces[i].piece = token["content"]
+            token["normalized"] = not normalizer.add_dummy_prefix and token.get("normalized", False)
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL or replaced}
     merges = [(text[:i], text[i:]) for text in sorted(scores, key=scores.get, reverse=True)
               for i in range(1, len(text)) if text[:i] in scores and text[i:] in scores]
-    control = [piece.piece for piece in pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)]
     words = sorted((piece.piece for piece in pieces if piece.type == piece.USER_DEFINED), key=len, reverse=True)
-    full = Tokenizer(models.BPE({piece.piece: i for i, piece in enumerate(pieces)}, merges, fuse_unk=True,
-                                unk_token=trainer.unk_piece, byte_fallback=trainer.byte_fallback,
-                                ignore_merges=bool(words)))
     legacy = config.get("legacy", True)  # a space goes before the text between added tokens, too
-    replaced = [(r"\A +| +\z", ""), (" {2,}", " ")] if normalizer.remove_extra_whitespaces else []
-    replaced += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * bool(normalizer.add_dummy_prefix and legacy)
-    steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in replaced]
+    edits = [(r"\A +| +\z", ""), (" {2,}", " ")] if normalizer.remove_extra_whitespaces else []
+    edits += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * bool(normalizer.add_dummy_prefix and legacy)
+    steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in edits]
     if normalizer.precompiled_charsmap:
         steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
     prefix = pre_tokenizers.Metaspace(prepend_scheme="always" if legacy else "first", split=False)
     split = pre_tokenizers.Split(Regex("|".join(map(re.escape, words))), "isolated")
+    full = Tokenizer(models.BPE({piece.piece: i for i, piece in enumerate(pieces)}, merges, fuse_unk=True,
+                                unk_token=trainer.unk_piece, byte_fallback=trainer.byte_fallback,
+                                ignore_merges=bool(words)))
     full.normalizer = normalizers.Sequence(steps)
     full.pre_tokenizer = pre_tokenizers.Sequence([prefix] * normalizer.add_dummy_prefix + [split] * bool(words))
-    if not config.keys() & {"extra_special_tokens", "additional_special_tokens"}:  # which replace the model's own
-        full.add_special_tokens(control)
-        full.add_tokens([AddedToken(word, normalized=False) for word in words if class_name])
-    return full
+    return json.loads(full.to_str()), own
 
 
-def add_tokens(full, config, older, flags):
-    """Add the tokens of a folder to a tokenizers.Tokenizer: {"eos_token": text, ...}. older: added_tokens.json."""
+def added_token(token):
+    """The tokenizers.AddedToken of a token in a configuration: a text, or a dict of text and flags."""
     from tokenizers import AddedToken
-    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    named, extra = (named | extra, []) if isinstance(extra, dict) else (named, extra)
-    special = [token["content"] if isinstance(token, dict) else token for token in [*named.values(), *extra]]
-    named = dict(zip(named, special, strict=False))
-    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    listed = listed or {i: {"content": text, "special": text in special} for text, i in older.items()}
-    tokens = [*full.get_added_tokens_decoder().values(), *(AddedToken(**listed[i] | flags) for i in sorted(listed))]
+    token = {"content": token, "special": True} if isinstance(token, str) else token
+    return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+
+
+def add_tokens(full, config, listed, extra):
+    """Add the tokens of a configuration to a tokenizers.Tokenizer. Returns {"eos_token": text, ...}."""
+    named = {key: added_token(config[key]) for key in dict.fromkeys([*TOKENS, *config])
+             if key.endswith("_token") and isinstance(config.get(key), str | dict)}
+    tokens = [*full.get_added_tokens_decoder().values(), *(added_token(listed[i]) for i in sorted(listed))]
+    known = {token.content for token in tokens}
+    tokens += [token for token in [*named.values(), *map(added_token, extra)] if token.content not in known]
+    named = {key: token.content for key, token in named.items()}
     for token in tokens:
         token.special = token.special or token.content in named.values()
-    known = {token.content for token in tokens}
-    full.add_tokens([*tokens, *(AddedToken(text, special=True) for text in special if text not in known)])
+    full.add_tokens(tokens)
     return named
 
 
@@ -334,11 +334,11 @@ def to_tiktoken(name, full):
 def ranks_of(vocab, merges, model):
     """{bytes: id} of a tokenizer.json's vocabulary, or None if joining by ids is not the same as joining by merges.
 
-    It is the same if ids follow the order of the merges, and each token with a rank is what the merges make of its own
-    bytes. For take the first step where they differ: ids join two parts that no merge joins. What lies between borders
-    that no merge crosses is joined alike in every text, so the merges leave the token's own bytes as these two parts,
-    too. With ignore_merges, whole pieces are looked up first, as tiktoken always does: each token gets a rank. Every
-    byte needs one, or tiktoken would panic at it. model: the tokenizers.models.BPE of both.
+    It is the same if ids follow the order of the merges, and each token with a rank is what the merges make of its
+    bytes: where the two first differ, ids join two parts that no merge joins, and since text between borders that no
+    merge crosses is joined alike everywhere, the merges leave the token's own bytes as these two parts, too. With
+    ignore_merges, whole pieces are looked up first, as tiktoken always does: each token gets a rank. Every byte needs
+    one, or tiktoken would panic at it. model: the tokenizers.models.BPE of both.
     """
     joined = [vocab.get("".join(pair), -1) for pair in merges]
     if -1 in joined or joined != sorted(joined) or not vocab.keys() >= BYTE_OF.keys() >= set("".join(vocab)):

@@ -13,13 +13,14 @@ from conftest import REPO
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from formats import tokenizer as tokenizer_module
-from formats.families import ARCHITECTURES
 from formats.template import Template
 from formats.text import PIECE
-from formats.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, get_tokenizer
+from formats.tokenizer import GPT2_SPLIT, get_tokenizer
 from plumbing.errors import UserError
 
 BYTES = get_tokenizer("bytes")
+TABLE = json.loads(tokenizer_module.DATA.read_text(encoding="utf-8"))
+LLAMA3_SPLIT, QWEN_SPLIT = (TABLE["rank_files"][n]["pattern"] for n in ("128000", "151643"))
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<|endoftext|>", "<|im_start|>"]
 
@@ -445,15 +446,16 @@ def random_folder(path, rng, kinds):
     listed = {str(i): token(t.content, t.special, lstrip=t.lstrip, rstrip=t.rstrip, single_word=t.single_word,
                             normalized=t.normalized) for i, t in tokenizer.get_added_tokens_decoder().items()}
     listed[str(tokenizer.get_vocab_size())] = token("<new>", rng.random() < 0.5)
-    config = {"tokenizer_class": rng.choice(["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer",
-                                             "Qwen2TokenizerFast"]),
+    classes = ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2TokenizerFast", "GPTNeoXTokenizer",
+               "CohereTokenizerFast", "CodeGenTokenizer", "Qwen3_5Tokenizer", "Own"]
+    config = {"tokenizer_class": rng.choice(classes),
               "eos_token": rng.choice(["<|endoftext|>", {"__type": "AddedToken", **token("<|im_start|>")}]),
               "pad_token": "<pad>", "add_bos_token": rng.random() < 0.5, "bos_token": "<|endoftext|>",
               "added_tokens_decoder": listed, "additional_special_tokens": ["<|im_start|>", "<extra>"]}
     config["eos_token"] = config["eos_token"] if isinstance(config["eos_token"], str) else "<|im_start|>"
     for key in rng.sample(list(config), rng.randrange(5)):
         del config[key]
-    return folder_of(path, tokenizer, config, rng.choice([None, None, "llama", "qwen2", "mistral"]))
+    return folder_of(path, tokenizer, config, rng.choice([None, None, "llama", "qwen2", "mistral", "gpt_neox"]))
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +463,7 @@ def kinds():
     return [KINDS[kind]() for kind in ("gpt2", "smollm2", "llama3", "qwen", "phi4")]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_folders_are_read_as_transformers_reads_them(tmp_path, kinds, seed):
     same_as_transformers(random_folder(tmp_path / "m", random.Random(seed), kinds), FOLDER_TEXTS[::2])
 
@@ -471,21 +473,112 @@ def test_random_folders_are_read_as_transformers_reads_them(tmp_path, kinds, see
     ("GPT2Tokenizer", None, True), ("GPT2Tokenizer", "llama", True), ("GPT2Tokenizer", "granite", False),
     ("GPT2Tokenizer", "phi3", False), ("LlamaTokenizerFast", "llama", False), ("LlamaTokenizerFast", "qwen2", True),
     ("Qwen2Tokenizer", "qwen3", True), (None, "qwen3", True), (None, "llama", False), (None, "gpt2", True),
-    ("PreTrainedTokenizerFast", "smollm3", False)])
+    ("PreTrainedTokenizerFast", "smollm3", False), ("Own", None, False), ("GPT2Tokenizer", "gpt_bigcode", False),
+    (None, "starcoder2", True), ("GPTNeoXTokenizerFast", "llama", True), (None, "gpt_neox", True)])
 def test_steps_that_a_class_of_transformers_replaces_are_replaced(tmp_path, class_name, model_type, replaced):
     folder = folder_of(tmp_path / "m", trained(DIGITS), class_name and {"tokenizer_class": class_name}, model_type)
     tokenizer = same_as_transformers(folder)
     assert (tokenizer.ranks is not None) == replaced  # tiktoken is not used for digits of their own
 
 
-@pytest.mark.parametrize("class_name, model_type", [
-    ("GemmaTokenizer", None), ("GPTNeoXTokenizerFast", "llama"), ("Own", None),
-    ("GPT2Tokenizer", "gpt_bigcode"), (None, "starcoder2")])  # transformers follows the file, and does not
-def test_a_class_that_is_not_known_is_refused_by_name(tmp_path, small, class_name, model_type):
-    name = (class_name or "").removesuffix("Fast")
-    folder = folder_of(tmp_path / "m", small, {"tokenizer_class": class_name}, model_type)
-    with pytest.raises(ValueError, match=f"tokenizer_class={name} with model_type={model_type} is not known here"):
+@pytest.mark.parametrize("config, model, name", [
+    ({"tokenizer_class": "BertTokenizer"}, {}, "BertTokenizer"), ({}, {"model_type": "t5"}, "T5Tokenizer"),
+    ({"tokenizer_class": "XGLMTokenizerFast"}, {"model_type": "llama"}, "XGLMTokenizer"),
+    ({}, {"tokenizer_class": "WhisperTokenizer"}, "WhisperTokenizer"),
+    ({"tokenizer_class": "GPT2Tokenizer"}, {"model_type": "siglip2"}, "Siglip2Tokenizer"),
+    ({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}, {}, "Own")])
+def test_a_class_that_is_not_read_is_refused_by_name(tmp_path, small, config, model, name):
+    folder = folder_of(tmp_path / "m", small, config)
+    (folder / "config.json").write_text(json.dumps(model))
+    with pytest.raises(UserError, match=f"tokenizer_class={name} with model_type={model.get('model_type')} is not kno"):
         get_tokenizer(str(folder))
+
+
+# What a class needs to have been trained with: a vocabulary of its kind, and names of tokens that are in it
+def metaspace_bpe():
+    """A BPE of pieces with SentencePiece's space and byte fallback."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, limit_alphabet=90, special_tokens=[
+        "<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))])
+    tokenizer.train_from_iterator([(REPO / "train.py").read_text(encoding="utf-8")], trainer)
+    spec = json.loads(tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps(spec | {"added_tokens": spec["added_tokens"][:3]}))
+
+
+def end_of_word_bpe():
+    """A BPE of lower-case words that end in </w>, as GPT's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, limit_alphabet=150, special_tokens=["<unk>"],
+                                  end_of_word_suffix="</w>")
+    tokenizer.train_from_iterator([(REPO / "train.py").read_text(encoding="utf-8"), *sample_texts(100, 1)], trainer)
+    return tokenizer
+
+
+TRAINED = {"LlamaTokenizer": metaspace_bpe, "CodeLlamaTokenizer": metaspace_bpe, "GemmaTokenizer": metaspace_bpe,
+           "OpenAIGPTTokenizer": end_of_word_bpe}
+CLASS_TEXTS = [*FOLDER_TEXTS[::2], " ", "\n", "\u212bngstro\u0308m \u00c5", "x </s> y", "\u2581<PRE> x", "a<mask>b",
+               "12 345", "\u0928\u092e\u0938\u094d\u0924\u0947"]  # the last has marks, which Qwen 3.5 keeps in a word
+
+
+@pytest.fixture(scope="module", params=TABLE["classes"])
+def class_folder(request, tmp_path_factory):
+    """A folder as transformers saves a tokenizer of a class, with added words and special tokens at odd places."""
+    import transformers
+
+    name = request.param
+    spec = json.loads(TRAINED.get(name, KINDS["gpt2"])().to_str())
+    vocab, merges = spec["model"]["vocab"], [tuple(pair) for pair in spec["model"]["merges"]]
+    tokenizer = getattr(transformers, name)(vocab=vocab, merges=merges)
+    tokenizer.add_tokens(["<tool>", AddedToken("self", single_word=True), AddedToken("e\u0301", normalized=True)])
+    tokenizer.add_special_tokens({"pad_token": "<tool_pad>", "extra_special_tokens": ["<|im_start|>", "<x>"]})
+    folder = tmp_path_factory.mktemp("class")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"add_prefix_space": True, "legacy": True}, {"add_prefix_space": False},
+                                     {"add_bos_token": True, "bos_token": "<|im_start|>"}])
+def test_each_class_that_decoders_have_encodes_and_decodes_as_in_transformers(class_folder, options):
+    import transformers
+
+    config = json.loads((class_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (class_folder / "tokenizer_config.json").write_text(json.dumps(config | options))
+    tokenizer = same_as_transformers(class_folder, CLASS_TEXTS)
+    (class_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if options.get("add_prefix_space", True):  # without, transformers strips a space that it did not add
+        reference = transformers.AutoTokenizer.from_pretrained(class_folder)
+        for text in CLASS_TEXTS:
+            ids = tokenizer.encode(text).tolist()
+            assert tokenizer.decode(ids) == reference.decode(ids), repr(text)
+
+
+def test_the_table_of_classes_is_that_of_transformers():
+    import transformers
+    from transformers.models.auto import configuration_auto, tokenization_auto
+
+    for name, replaced in TABLE["classes"].items():
+        made = getattr(transformers, name)(vocab={"<unk>": 0}, merges=[])
+        spec = json.loads(made.backend_tokenizer.to_str())
+        steps = {key: spec[key] for key in ("normalizer", "pre_tokenizer")}
+        assert steps == {key: replaced["steps"][key] for key in steps}
+        model = {key: value for key, value in spec["model"].items() if value and key not in ("type", "vocab")}
+        assert model == replaced["model"]
+        assert made.special_tokens_map.items() >= replaced["tokens"].items()
+    backends = {"TokenizersBackend", "MistralCommonBackend"}
+    types = {key: (name or "").removesuffix("Fast") for key, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items()}
+    wrong = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    assert TABLE["fixed_model_types"] == {key: "TokenizersBackend" if name in backends else name
+                                          for key, name in types.items() if name in backends or key in wrong}
+    assert {*types.values()} - backends - {""} <= {*TABLE["classes"], *TABLE["other_classes"]}
+    own = {key: name for key, name in types.items()
+           if name not in {"", *backends} and key in configuration_auto.CONFIG_MAPPING_NAMES}
+    assert own.keys() <= TABLE["model_types"].keys()
+    read = {key: name for key, name in own.items() if name in TABLE["classes"]}
+    # GPT-SW3 has the configuration of GPT-2
+    assert {key: name for key, name in TABLE["model_types"].items() if name in TABLE["classes"]} == {
+        "gpt-sw3": "GPT2Tokenizer", **read}
 
 
 def test_folders_are_read_without_transformers(tmp_path, small, pieces, monkeypatch):
@@ -564,7 +657,7 @@ def test_a_sentencepiece_model_that_joins_no_pairs_is_refused(pieces, tmp_path):
     proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(pieces["llama"])
     proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
     (tmp_path / "x.model").write_bytes(proto.SerializeToString())
-    with pytest.raises(UserError, match="x.model is a SentencePiece model of another type than BPE: use a tokenizer"):
+    with pytest.raises(UserError, match="x.model is no SentencePiece model of type BPE.*: make a tokenizer.json"):
         get_tokenizer(str(tmp_path / "x.model"))
 
 
@@ -599,6 +692,20 @@ def test_what_a_sentencepiece_folder_leaves_out_is_filled_in_as_transformers_doe
     folder = folder_of(tmp_path / "m", None, {"tokenizer_class": "LlamaTokenizer", **config}, model_type)
     (folder / "tokenizer.model").write_bytes(pieces[kind])
     same_as_transformers(folder, FOLDER_TEXTS[::3])
+
+
+@pytest.mark.parametrize("class_name", ["CodeLlamaTokenizer", "GemmaTokenizer", "LlamaTokenizer", "Own"])
+@pytest.mark.parametrize("kind", ["llama", "words"])
+def test_a_sentencepiece_folder_of_each_class_may_name_reserved_pieces(pieces, tmp_path, class_name, kind):
+    listed = {"1": token("<s>"), "2": token("</s>"), "9": token("<|im_start|>", lstrip=True), "10": token("the", False)}
+    config = {"tokenizer_class": class_name, "added_tokens_decoder": listed, "eos_token": "<|im_start|>"}
+    folder = folder_of(tmp_path / "m", None, config)
+    (folder / "tokenizer.model").write_bytes(pieces[kind])
+    tokenizer = same_as_transformers(folder, [*FOLDER_TEXTS[::3], "a TOOLx  y"])
+    assert tokenizer.eos == (9 if class_name == "Own" else 700)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    with pytest.raises(UserError, match="tokenizer.model is no SentencePiece model of type BPE that its class reads"):
+        get_tokenizer(str(folder))
 
 
 def test_a_folder_of_tinyllamas_shape_has_the_bos_of_its_template(pieces, tmp_path):
@@ -680,8 +787,3 @@ def test_fingerprints_tell_apart_whatever_changes_ids(tmp_path, small):
     assert len({tokenizer.fingerprint for tokenizer in made}) == len(made)
     again = tokenizer_module.Tokenizer("another name", tiktoken.Encoding("y", **base))
     assert again.fingerprint == made[0].fingerprint
-
-
-def test_the_tokenizer_class_of_every_family_is_known():
-    types = {family.model_type for family in ARCHITECTURES.values()}
-    assert types <= {*tokenizer_module.FIXED_CLASS, *tokenizer_module.DEFAULT_CLASS}
