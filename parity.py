@@ -255,7 +255,7 @@ def plot(report, path):
         gap_axes.plot(seeds, [y] * len(seeds), "o", ms=4, mfc="white", color=color)
         gap_axes.get_yticklabels()[y].set_color(color)
     gap_axes.set(xlabel=f"gap to bf16 in % of its loss, tolerance ±{tolerance}% shaded",
-                 title="95% interval (bar) and seeds (dots)", ylim=(len(shown) - 0.5, -0.5))
+                 title="95% interval (bar) and seeds (dots)", ylim=(max(len(shown), 1) - 0.5, -0.5))
     for ax in (loss_axes, gap_axes):
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,13 @@ def test_a_variant_with_a_failed_run_is_worse():
     report = judged([*BF16[:2], *good, ("tensorwise", 3, "RuntimeError: no")])
     assert report["verdict"] == "worse" and report["rows"][-1]["error"] == "RuntimeError: no"
     assert sentence(report["intervals"][0], 0.25) == "tensorwise: worse, a run failed"
+
+
+def test_a_picture_of_failed_variants_alone_is_drawn_without_a_warning(tmp_path):
+    report = {"hardware": "a", "max_steps": 1, "tokens_per_step": 1, **judged([BF16[0], ("tensorwise", 1, "no")])}
+    with warnings.catch_warnings(action="error"):  # of an empty axis
+        plot(report, tmp_path / "parity.png")
+    assert (tmp_path / "parity.png").stat().st_size
 
 
 @pytest.mark.parametrize("keys, told", [

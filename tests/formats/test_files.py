@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -158,6 +159,20 @@ def test_links_are_followed_once(tmp_path):
     os.symlink("../big/wiki/w.txt", tmp_path / "links" / "again.txt")
     assert found(tmp_path, "links") == (["links/again.txt", "links/own.txt"], [])  # wiki/w.txt is again.txt
     assert found(tmp_path, "links/wiki") == (["links/wiki/w.txt"], [])
+
+
+def test_a_damaged_arrow_file_is_an_error_and_no_text_from_elsewhere_in_memory(tmp_path):
+    offsets = np.arange(0, 27, 3, "<i4")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file:
+        table = pyarrow.table({"text": ["abc"] * 8})
+        with pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    offsets[4] = 5  # less than the one before; a large one ends the process
+    (tmp_path / "a.arrow").write_bytes(content.replace(np.arange(0, 27, 3, "<i4").tobytes(), offsets.tobytes()))
+    with pytest.raises(UserError, match="a.arrow, after row 0: pyarrow cannot read it: In column 0: Invalid"):
+        read(tmp_path / "a.arrow")
 
 
 def test_a_link_that_leads_nowhere_is_named_among_what_is_not_used(tmp_path):
