@@ -50,8 +50,8 @@ class Tokenizer:
             added = full.get_added_tokens_decoder()
             vocab, self.specials = full.get_vocab(), {token.content: i for i, token in sorted(added.items())}
             self.largest = max(vocab.values())
-            self.words = [token.content for token in added.values() if not token.special]
-            self.words += [unicodedata.normalize("NFC", word) for word in self.words]
+            words = "|".join(re.escape(token.content) for token in added.values() if not token.special) or "(?!)"
+            self.words = re.compile(f"{words}|{unicodedata.normalize('NFC', words)}")
             meaning = full.to_str()
             self.byte_level = '"ByteLevel"' in meaning
             self.space = getattr(full.model, "end_of_word_suffix", None) or SPACE
@@ -69,7 +69,7 @@ class Tokenizer:
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.ranks is None or self.full is not None and (
-                any(word in text for word in self.words) or self.nfc and not unicodedata.is_normalized("NFC", text)):
+                self.words.search(text) or self.nfc and not unicodedata.is_normalized("NFC", text)):
             # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
             return np.array(self.full.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
         text = unicodedata.normalize("NFC", text) if self.nfc else text
