@@ -226,11 +226,11 @@ def replaced_by_class(path, spec, config, model):
     name = (config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
     if not name:
         name = table["model_types"].get(model_type, "")
-    elif model_type in table["fixed_model_types"]:
+    elif model_type in table["fixed_model_types"] and not own_code:
         name = table["fixed_model_types"][model_type]
     elif name == "LlamaTokenizer" and spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
         name = ""  # Llama 3
-    if name in table["other_classes"] or own_code:
+    if name in table["other_classes"] or own_code and name not in table["classes"]:
         raise UserError(f"{path}: tokenizer_class={name} with model_type={model_type} is not known here: save it with "
                         "transformers as a PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)")
     return table["classes"].get(name, {})  # a class that transformers does not have replaces nothing

@@ -494,6 +494,12 @@ def test_a_class_that_is_not_read_is_refused_by_name(tmp_path, small, config, mo
         get_tokenizer(str(folder))
 
 
+def test_a_class_that_is_read_goes_before_code_of_the_folders_own(tmp_path, kinds):
+    config = {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    folder = folder_of(tmp_path / "m", kinds[1], config, "granite")
+    assert same_as_transformers(folder).ranks  # of the class; without the code, steps of the file that tiktoken lacks
+
+
 # What a class needs to have been trained with: a vocabulary of its kind, and names of tokens that are in it
 def metaspace_bpe():
     """A BPE of pieces with SentencePiece's space and byte fallback."""
