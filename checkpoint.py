@@ -247,12 +247,15 @@ def export(out_dir, folder, in_fp8=False):
 
     in_fp8: store the layers that the run trained in FP8 as e4m3 with a scale for each 128 x 128 block, for inference
     engines; lm_head, which they want in high precision, stays as it is. Needs the memory of one exported file. Raises
-    UserError if there is no checkpoint, `folder` is not empty, init_from is gone, or no layer was in FP8.
+    UserError if there is no checkpoint, `folder` is not empty, init_from or chat_template is gone, no layer was in FP8.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty: name a new folder")
     newest, config = open_run(out_dir)
+    template = os.path.expanduser(config.data.chat_template)
+    if template and not Path(template).is_file():
+        raise UserError(f"the run's data.chat_template={template} is gone: put the file there again")
     fp8_config = fp8.leave_out(config.fp8, read_run(newest).get("auto_filtered") or [])
     saved = Reader(newest).read_metadata().state_dict_metadata
     dtype = saved["model.embed.weight"].properties.dtype
@@ -308,8 +311,8 @@ def export(out_dir, folder, in_fp8=False):
             carried.update(Path(config.init_from).glob("generation_config.json"))
         for path in carried:
             shutil.copy(path, temporary)
-        if config.data.chat_template:
-            shutil.copy(os.path.expanduser(config.data.chat_template), temporary / "chat_template.jinja")
+        if template:
+            shutil.copy(template, temporary / "chat_template.jinja")
     print(f"{newest} as {written['architectures'][0]} in {folder}: {len(file_of)} tensors, {total / 1e9:.2f} GB")
     if in_fp8:
         print(f"{len(fp8_weights)} weights in FP8 with a scale for each 128 x 128 block")

@@ -47,12 +47,19 @@ class DataConfig:
     cache_dir: str = "data_cache"  # tokenized shards are kept here
     workers: Natural = 0  # threads that tokenize; 0: one per core
 
-    def resolve_tokenizer(self, init_from):
-        """Replace "auto" by the tokenizer of the folder init_from, or by "bytes" for a model from scratch."""
+    def resolve_paths(self, init_from):
+        """Replace "auto" by the tokenizer of the folder init_from, or by "bytes" for a model from scratch.
+
+        Paths become absolute: sample.py and an export read the run's config, perhaps from another folder.
+        """
         if self.tokenizer == "auto":
             self.tokenizer = "bytes" if init_from == "scratch" else os.path.expanduser(init_from)
             if init_from != "scratch" and not Path(self.tokenizer).is_dir():
                 raise UserError(f"init_from={init_from}: no such folder: name a Hugging Face model folder")
+        for name in ("tokenizer", "chat_template"):
+            path = os.path.expanduser(getattr(self, name))
+            if path not in ("", "bytes") and os.path.exists(path):
+                setattr(self, name, os.path.abspath(path))
 
     def problems(self):
         """Yield a message for each contradiction between these values, with the keys involved."""
@@ -304,7 +311,7 @@ def main():
 
     look = Look()
     config = configurator.load(sys.argv[1:], look)
-    config.data.resolve_tokenizer(config.init_from)
+    config.data.resolve_paths(config.init_from)
     if look.out:
         named, _ = files.find_files([*config.data.train, *config.data.val])
         if Path(look.out).resolve() in [path.resolve() for path in named]:

@@ -52,7 +52,7 @@ def main():
     if not from_scratch:
         config.init_from = os.path.realpath(os.path.expanduser(config.init_from))
         config.model = hf.model_config(config.init_from, config.model)
-    config.data.resolve_tokenizer(config.init_from)
+    config.data.resolve_paths(config.init_from)
     logs.check_trackers(config)
     if config.compile.enabled:
         check_compiler(device)

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import checkpoint
 import configurator
+import data
 import model as models
 import sample
 import train
@@ -93,9 +94,9 @@ def loaded(folder, dtype=torch.float32, wanted=None):
 # weights out
 
 
-def save_run(out_dir, model, init_from="scratch"):
+def save_run(out_dir, model, init_from="scratch", **config):
     """What train.py leaves of a model in out_dir."""
-    config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32")
+    config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32", **config)
     checkpoint.save(out_dir, 1, checkpoint.tensors(model, None), {}, keep=0)
     Path(out_dir, "config.py").write_text(configurator.to_python(config))
     return out_dir
@@ -162,6 +163,9 @@ def test_mistakes_of_an_export_are_told(folders, copy, tmp_path, monkeypatch):
     out = save_run(tmp_path / "moved", loaded(copy("phi_4")), tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy")
     with pytest.raises(ValueError, match="copy is no Hugging Face model folder"):
+        checkpoint.export(out, tmp_path / "new")
+    out = save_run(tmp_path / "untold", build(), data=data.DataConfig(chat_template=str(tmp_path / "gone.jinja")))
+    with pytest.raises(ValueError, match="data.chat_template=.*gone.jinja is gone: put the file there again"):
         checkpoint.export(out, tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
 

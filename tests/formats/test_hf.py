@@ -171,13 +171,13 @@ def test_packed_documents_have_the_logits_that_each_has_alone(folders, family):
 def save_run(out_dir, model, init_from="scratch", run=None, **config):
     """What train.py leaves of a model in out_dir."""
     config = configurator.Config(model=model.cfg, init_from=str(init_from), dtype="float32", **config)
-    config.data.resolve_tokenizer(config.init_from)
+    config.data.resolve_paths(config.init_from)
     checkpoint.save(out_dir, 1, checkpoint.tensors(model), run or {}, keep=0)
     Path(out_dir, "config.py").write_text(configurator.to_python(config))
     return out_dir
 
 
-def test_an_export_has_the_tokenizer_and_the_template_that_the_run_used(copy, tmp_path, capsys):
+def test_an_export_has_the_tokenizer_and_the_template_that_the_run_used(copy, tmp_path, monkeypatch, capsys):
     folder, other, template = copy("llama_2"), tmp_path / "other", tmp_path / "mine.jinja"
     other.mkdir()
     for place, text in ((folder, "of the model"), (other, "of the run")):
@@ -191,6 +191,12 @@ def test_an_export_has_the_tokenizer_and_the_template_that_the_run_used(copy, tm
         checkpoint.export(out, tmp_path / f"exported{i}")
         found = [(tmp_path / f"exported{i}" / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")]
         assert found == expected
+    monkeypatch.chdir(tmp_path)  # where the run was started; and the export is somewhere else
+    out = save_run("relative", model, folder, data=DataConfig(tokenizer="other", chat_template="mine.jinja"))
+    monkeypatch.chdir("/")
+    checkpoint.export(tmp_path / out, tmp_path / "exported2")
+    assert [(tmp_path / "exported2" / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")] == [
+        "of the run", "of a key"]
     checkpoint.export(save_run(tmp_path / "named", model, folder, data=DataConfig(tokenizer="gpt2")), tmp_path / "bare")
     assert not (tmp_path / "bare" / "tokenizer.json").exists()
     assert "it holds no tokenizer: sample.py" in capsys.readouterr().out
