@@ -36,8 +36,12 @@ class HellaSwag:
     def __init__(self, questions, encoding, block_size, ranks):
         self.questions, self.block_size, self.ranks = questions, block_size, ranks
         # of every ending of every question, in order: ids, index of the ending's first id
-        self.sequences = [hellaswag.encode(encoding, question["query"], ending, block_size)[:2]
-                          for question in questions for ending in question["endings"]]
+        encoded = [hellaswag.encode(encoding, question["query"], ending, block_size)
+                   for question in questions for ending in question["endings"]]
+        self.sequences = [(ids, start) for ids, start, _ in encoded]
+        if n_cut := sum(cut > 0 for *_, cut in encoded):
+            ranks.say(f"HellaSwag: {n_cut:,} of {len(encoded):,} endings with their context are longer than "
+                      f"model.block_size={block_size}, and lose their beginning")
         self.largest = max(ids.max() for ids, _ in self.sequences)
 
     def batches(self):

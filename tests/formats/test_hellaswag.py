@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -401,6 +402,15 @@ def test_passes_hold_each_ending_once_in_lengths_that_fp8_takes_and_the_longest_
     for length, batch in batches:
         assert length % 16 == 0 and 0 <= length - max(longest[i] for i in batch) < 16 and len(batch) * length <= 1024
     assert [length for length, _ in batches] == sorted((length for length, _ in batches), reverse=True)
+
+
+def test_what_is_scored_without_its_beginning_is_on_the_screen(file, capsys):
+    questions = hellaswag.read([file])
+    scoring.HellaSwag(questions, BYTES, 512, find_ranks("cpu"))
+    assert not capsys.readouterr().out
+    longest = max(len(hellaswag.encode(BYTES, q["query"], e, 512)[0]) for q in questions for e in q["endings"])
+    scoring.HellaSwag(questions, BYTES, longest - 2, find_ranks("cpu"))
+    assert re.search(rf"HellaSwag: \d+ of 160 endings with .*model.block_size={longest - 2},", capsys.readouterr().out)
 
 
 class Constant(torch.nn.Module):
