@@ -86,7 +86,7 @@ def open_run(out_dir):
     if newest is None or not Path(out_dir, "config.py").is_file():
         raise UserError(f"{out_dir} holds no checkpoint of train.py: give the out_dir of a run that has saved one "
                          "(sample.py and eval.py: or a Hugging Face model folder)")
-    if file := damaged_file(newest):
+    if (file := damaged_file(newest)) and newest.exists():  # the run may go on, and remove it meanwhile
         raise UserError(f"{newest} is damaged, {file} is not as it was saved: delete that folder to use the one before")
     return newest, configurator.read_file(Path(out_dir, "config.py"))
 

@@ -44,6 +44,8 @@ def as_expected(error):
     if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED and error.filename):
         place = error.filename or "the disk"
         return UserError(f"{place}: {error.strerror}: name another path, or make this one usable")
+    if isinstance(error, FileNotFoundError) and "/checkpoints/step_" in str(error.filename):
+        return RunStopped(f"{error.filename} is gone, a run that goes on keeps the newest checkpoints only: try again")
     if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
         return RunStopped(f"lost the connection to another rank, which has ended or is stuck ({str(error)[:200]})")
     return error if isinstance(error, (UserError, RunStopped)) else None

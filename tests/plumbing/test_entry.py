@@ -103,6 +103,15 @@ def test_a_full_disk_is_reported_and_what_is_not_about_a_path_is_a_bug(error, me
     assert not message or done.value.code == 2 and capsys.readouterr().err.startswith(message)
 
 
+def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_no_bug(tmp_path, monkeypatch, capsys):
+    """sample.py beside a run that saves, and keeps the newest checkpoints only."""
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    gone = tmp_path / "checkpoints" / "step_00000002" / "__0_0.distcp"
+    with pytest.raises(SystemExit) as done:
+        entry.run(gone.read_bytes)
+    assert done.value.code == 1 and capsys.readouterr().err.startswith(f"sample.py: {gone} is gone, a run that goes on")
+
+
 def test_characters_that_an_encoding_lacks_are_replaced(monkeypatch):
     """A file name that is not UTF-8, an answer on a terminal of Latin-1: neither ends a run."""
     typed, shown = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"), io.TextIOWrapper(io.BytesIO(), "latin-1")
