@@ -68,8 +68,10 @@ class DataConfig:
                    "set data.format=chat or hellaswag, or model.block_size for the length of rows")
         if self.format in ("chat", "tokens") and not self.train:
             yield f"data.format={self.format} needs data.train: name files or folders"
-        if self.eos_id is not None and self.format != "tokens":
-            yield f"data.eos_id is for data.format=tokens, not {self.format}: leave it"
+        for name, nothing, reader in (("eos_id", None, "tokens"), ("text_key", "text", "text"),
+                                      ("train_on", "assistant", "chat")):
+            if getattr(self, name) != nothing and self.format != reader:
+                yield f"data.{name} is for data.format={reader}, not {self.format}: leave it"
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0
                              or 0 in share_of_block(self.weights)):
             yield (f"data.weights={self.weights} must be positive numbers, one for each of the {len(self.train)} "

@@ -482,6 +482,8 @@ REFUSED = [  # for each condition of each problems(): keys that contradict each 
     (["--data.format=chat"], ["--data.format=chat", "--data.train=['a']"], "data.format=chat needs data.train"),
     (["--data.format=tokens"], ["--data.format=tokens", "--data.train=['a']"], "data.format=tokens needs data.train"),
     (["--data.eos_id=3"], ["--data.eos_id=3", "--data.format=tokens", "--data.train=['a']"], "data.eos_id is for"),
+    (["--data.text_key=a", "--data.format=hellaswag"], ["--data.text_key=a"], "data.text_key is for data.format=text"),
+    (["--data.train_on=all"], ["--data.train_on=all", "--data.format=chat", "--data.train=['a']"], "data.train_on is"),
     (["--data.weights=[1.0]"], ["--data.weights=[1.0]", "--data.train=['a']"], "one for each of the 0 entries"),
     (["--data.weights=[0.0]", "--data.train=['a']"], [], "must be positive numbers"),
     (["--data.weights=[1.0,1e-6]", "--data.train=['a','b']"], [], "each large enough for one row"),
