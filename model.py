@@ -52,7 +52,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0  # Granite's multipliers: of the embedding,
     residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream,
     attention_multiplier: float | None = None  # of attention's scores (None: 1 / sqrt(head_dim)),
-    logit_divisor: float = 1.0  # and the divisor of the logits
+    logit_divisor: PositiveFloat = 1.0  # and the divisor of the logits
 
     def __post_init__(self):
         self.rope_scaling = copy.deepcopy(self.rope_scaling)  # copy: the presets below share one instance
