@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import warnings
 from collections import defaultdict
@@ -320,7 +321,7 @@ def export(out_dir, folder, in_fp8=False):
         print(f"{len(uneven)} of them, such as {min(uneven)}, have sizes that 128 does not divide: their last blocks "
               "are smaller, which eval.py and sample.py read, but not every engine")
     if not tokenizer.is_dir():
-        print(f"it holds no tokenizer: sample.py --from={folder} --tokenizer={config.data.tokenizer}")
+        print(f"it holds no tokenizer: sample.py --from={shlex.quote(str(folder))} --tokenizer={config.data.tokenizer}")
 
 
 def main():

@@ -10,6 +10,7 @@
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -359,7 +360,7 @@ def main():
                 f"{out_dir / 'metrics.jsonl'}")
             if config.checkpoint_interval:
                 chat = " --chat" if config.data.format == "chat" else ""
-                say(f"sample from it: python sample.py --from={out_dir}{chat}")
+                say(f"sample from it: python sample.py --from={shlex.quote(str(out_dir))}{chat}")
     ranks.watchdog.ended.set()
     return 130 if stop == signal.SIGINT else 0
 

@@ -197,9 +197,9 @@ def test_an_export_has_the_tokenizer_and_the_template_that_the_run_used(copy, tm
     checkpoint.export(tmp_path / out, tmp_path / "exported2")
     assert [(tmp_path / "exported2" / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")] == [
         "of the run", "of a key"]
-    checkpoint.export(save_run(tmp_path / "named", model, folder, data=DataConfig(tokenizer="gpt2")), tmp_path / "bare")
-    assert not (tmp_path / "bare" / "tokenizer.json").exists()
-    assert "it holds no tokenizer: sample.py" in capsys.readouterr().out
+    checkpoint.export(save_run(tmp_path / "named", model, folder, data=DataConfig(tokenizer="gpt2")), tmp_path / "a b")
+    assert not (tmp_path / "a b" / "tokenizer.json").exists()
+    assert f"it holds no tokenizer: sample.py --from='{tmp_path / 'a b'}' --tok" in capsys.readouterr().out
 
 
 def tensors(folder):
