@@ -197,8 +197,9 @@ def main():
     fp8.prepare_weights(model, config.fp8, shards=n_shards)
     saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep,
                              background=estimate.saves_in_background(config) and not no_room)
+    on_host = f", and {host_gib:.1f} GiB of host memory" if host_gib >= 0.05 else ""
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gib:.1f} GiB estimated per rank with "
-        "gradients, optimizer and activations" + (f", and {host_gib:.1f} GiB of host memory" if host_gib else ""))
+        f"gradients, optimizer and activations{on_host}")
     say(f"data: {train_rows.description}; {config.max_steps:,} steps see {loader.epochs(config.max_steps)}")
     say(f"step: micro-batch {config.micro_batch_size} x length {row_length} x ranks {world_size} x accumulation "
         f"{accumulation} = {tokens_per_step:,} tokens" + (" without padding, on average" if train_rows.padding else ""))
