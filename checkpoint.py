@@ -321,7 +321,8 @@ def export(out_dir, folder, in_fp8=False):
         print(f"{len(uneven)} of them, such as {min(uneven)}, have sizes that 128 does not divide: their last blocks "
               "are smaller, which eval.py and sample.py read, but not every engine")
     if not tokenizer.is_dir():
-        print(f"it holds no tokenizer: sample.py --from={shlex.quote(str(folder))} --tokenizer={config.data.tokenizer}")
+        print(f"it holds no tokenizer: sample.py --from={shlex.quote(str(folder))} "
+              f"--tokenizer={shlex.quote(config.data.tokenizer)}")
 
 
 def main():

@@ -103,8 +103,9 @@ class Config:
                 yield f"{key}={folder}: {existing} is a file, or a link to nothing: name a folder"
             elif key == "out_dir" and (path / "config.json").is_file():  # sample.py would take its weights
                 yield f"{key}={folder} is a model folder: name another one, such as out/run"
-            elif around := [p for p in entries if p.is_dir() and (
-                    p.resolve() == path or key == "out_dir" and p.resolve() in path.parents)]:
+            elif (key, self.data.format) != ("out_dir", "tokens") and (around := [  # a run writes no token files there
+                    p for p in entries if p.is_dir() and (
+                    p.resolve() == path or key == "out_dir" and p.resolve() in path.parents)]):
                 yield (f"{key}={folder} is part of {around[0]}, a folder of the data, which would have other files at "
                        "each start then: name a folder outside of it")
             elif key == "out_dir" and not os.access(existing, os.W_OK):

@@ -131,7 +131,7 @@ def walk(path, visited):
     elif os.path.realpath(path) not in visited:
         visited.add(os.path.realpath(path))
         for inner in sorted(path.iterdir()):  # glob would skip a folder that may not be read
-            if not inner.name.startswith("."):
+            if not inner.name.startswith(".") and inner.name != "lost+found":  # at the root of a disk, for root only
                 yield from walk(inner, visited)
 
 

@@ -7,6 +7,7 @@ before any slow step. Each rank reads only the rows that it holds. Pickles are n
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_config(folder):
             raise UserError(f"{folder} holds a PEFT adapter, not a model: merge it (merge_and_unload) and save that")
         if Path(folder, "checkpoints").is_dir():
             raise UserError(f"{folder} is the out_dir of a run: make a model folder of it, "
-                            f"python checkpoint.py export {folder} NEW_FOLDER")
+                            f"python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER")
         raise UserError(f"{folder} is no Hugging Face model folder (no config.json in it): "
                          "download the model, or name its folder")
     source = read_json(Path(folder, "config.json"))

@@ -195,13 +195,15 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     iterdir = type(tmp_path).iterdir
 
     def refuse(path):
-        if path.name == "b":
+        if path.name in ("b", "lost+found"):
             raise PermissionError(13, "Permission denied", str(path))
         return iterdir(path)
 
     monkeypatch.setattr(type(tmp_path), "iterdir", refuse)  # root may read all
     with pytest.raises(PermissionError, match="a/b"):
         files.find_files([str(tmp_path / "a")])
+    (tmp_path / "a/b").rename(tmp_path / "a/lost+found")  # which is nobody's data
+    assert found(tmp_path, "a") == (["a/x.txt"], [])
 
 
 NOT_READ = "a[.][a-z]+.* is of a kind that this data.format does not read, expected .txt"

@@ -197,9 +197,11 @@ def test_an_export_has_the_tokenizer_and_the_template_that_the_run_used(copy, tm
     checkpoint.export(tmp_path / out, tmp_path / "exported2")
     assert [(tmp_path / "exported2" / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")] == [
         "of the run", "of a key"]
-    checkpoint.export(save_run(tmp_path / "named", model, folder, data=DataConfig(tokenizer="gpt2")), tmp_path / "a b")
+    checkpoint.export(save_run(tmp_path / "named", model, folder, data=DataConfig(tokenizer="a b.json")),
+                      tmp_path / "a b")
     assert not (tmp_path / "a b" / "tokenizer.json").exists()
-    assert f"it holds no tokenizer: sample.py --from='{tmp_path / 'a b'}' --tok" in capsys.readouterr().out
+    told = f"it holds no tokenizer: sample.py --from='{tmp_path / 'a b'}' --tokenizer='a b.json'"
+    assert told in capsys.readouterr().out
 
 
 def tensors(folder):
@@ -593,8 +595,8 @@ def test_pointers_adapters_and_empty_indices_have_one_message(copy, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     assert "holds a PEFT adapter, not a model" in error(tmp_path / "adapter")
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    assert f"python checkpoint.py export {tmp_path / 'run'} NEW_FOLDER" in error(tmp_path / "run")
+    (tmp_path / "a run/checkpoints").mkdir(parents=True)
+    assert f"python checkpoint.py export '{tmp_path / 'a run'}' NEW_FOLDER" in error(tmp_path / "a run")
 
 
 @torch.no_grad()

@@ -498,6 +498,8 @@ def test_a_class_that_is_read_goes_before_code_of_the_folders_own(tmp_path, kind
     config = {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
     folder = folder_of(tmp_path / "m", kinds[1], config, "granite")
     assert same_as_transformers(folder).ranks  # of the class; without the code, steps of the file that tiktoken lacks
+    for name in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        same_as_transformers(folder_of(tmp_path / name, kinds[1], config | {"tokenizer_class": name}, "llama"))
 
 
 # What a class needs to have been trained with: a vocabulary of its kind, and names of tokens that are in it
