@@ -46,6 +46,10 @@ def main():
     parser.add_argument("folder", type=Path, help="checkpoint to read")
     parser.add_argument("out_dir", type=Path, help="out_dir of the new run")
     args = parser.parse_args()
+    if not (args.folder / ".metadata").is_file():  # an out_dir has a run.json, too
+        raise UserError(f"{args.folder} is no checkpoint: name OUT_DIR/checkpoints/step_N")
+    if (args.out_dir / "checkpoints").exists():
+        raise UserError(f"{args.out_dir} holds checkpoints already: name a new folder")
     run = checkpoint.read_run(args.folder)
     reader = Reader(args.folder)
     metadata = reader.read_metadata().state_dict_metadata

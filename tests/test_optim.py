@@ -362,6 +362,12 @@ def test_a_checkpoint_whose_moments_were_converted_goes_on_with_fp8_moments(tiny
     exact, rounded = (metrics(tmp_path / name).train for name in ("exact", "fp8"))
     assert list(rounded) == [4, 5, 6] and rounded[4]["loss"] == exact[4]["loss"]
     assert rounded[6]["loss"] == pytest.approx(exact[6]["loss"], rel=0.01)
+    again = run("bench/moments_to_fp8.py", start, tmp_path / "fp8", check=False)
+    assert (again.returncode, again.stderr) == (
+        2, f"moments_to_fp8.py: {tmp_path / 'fp8'} holds checkpoints already: name a new folder\n")
+    mistaken = run("bench/moments_to_fp8.py", tmp_path / "exact", tmp_path / "new", check=False)
+    assert (mistaken.returncode, mistaken.stderr) == (
+        2, f"moments_to_fp8.py: {tmp_path / 'exact'} is no checkpoint: name OUT_DIR/checkpoints/step_N\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------
