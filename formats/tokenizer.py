@@ -230,8 +230,7 @@ def replaced_by_class(path, spec, config, model):
         name = table["fixed_model_types"][model_type]
     elif name == "LlamaTokenizer" and spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
         name = ""  # Llama 3
-    read = *table["classes"], "PreTrainedTokenizer", "TokenizersBackend"  # the last two: as the file says
-    if name in table["other_classes"] or own_code and name not in read:
+    if name in table["other_classes"] or own_code and name not in {*table["classes"], *table["as_the_file_says"]}:
         raise UserError(f"{path}: tokenizer_class={name} with model_type={model_type} is not known here: save it with "
                         "transformers as a PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)")
     return table["classes"].get(name, {})  # a class that transformers does not have replaces nothing
