@@ -338,7 +338,7 @@ def convert(model, cfg, *, shards, accumulation=1):
     """Replace linear layers by FP8 layers, in place, each with the recipe that recipe_of says, its name as `.recipe`.
 
     Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step; if there are
-    several and nothing is sharded, torchao's layers whose casts are kept become CastOnce.
+    several and nothing is sharded, tensorwise layers scale their weight once for all of them (ScaledOnce).
     """
     from plumbing import fp8_weights
 
@@ -353,8 +353,8 @@ def convert(model, cfg, *, shards, accumulation=1):
         else:
             layer = torchao_linear(layer, recipe, cfg)
             weight_class, mm_config = fp8_weights.GatherInFP8, layer.linear_mm_config
-            if cfg.keep_casts and recipe.keep_casts and accumulation > 1 and not shards:
-                layer.__class__ = fp8_weights.CastOnce
+            if recipe.keep_casts and accumulation > 1 and not shards:
+                layer.__class__, layer.keep_cast = fp8_weights.ScaledOnce, cfg.keep_casts
         if gathers(name, cfg, shards):
             weight = weight_class(layer.weight, mm_config, recipe.output[1].dtype)
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
@@ -373,12 +373,12 @@ def gathers(name, cfg, shards):
 def prepare_weights(model, cfg, *, shards):
     """Compute what passes of one step share of the FP8 weights. Call it whenever weights change.
 
-    That is the scales of weights gathered in FP8, with one all-reduce, if they are precomputed; and CastOnce's casts.
+    The scales of weights gathered in FP8, with one all-reduce, if they are precomputed; and what ScaledOnce keeps.
     """
     if cfg.enabled and cfg.precompute_float8_dynamic_scale_for_fsdp and shards:
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
         precompute_float8_dynamic_scale_for_fsdp(model)
     for linear in float8_linears(model).values():
-        if hasattr(linear, "cast_weight"):
-            linear.cast_weight()
+        if hasattr(linear, "prepare"):
+            linear.prepare()
