@@ -9,36 +9,27 @@ A linear layer is three matmuls. With x (tokens, in), w (out, in) and g = dloss/
 An H100's tensor cores do each about twice as fast on 8-bit floats. There are two formats: e4m3 (3 mantissa bits, up to
 448) for x and w, e5m2 (2 mantissa bits, up to 57344) for g, whose values spread wider. 448 is little, so every operand
 is first multiplied by a scale that puts its largest absolute value (amax) at the format's maximum, and the product is
-divided by both scales. The recipe, an entry of `RECIPES`, says for each matmul how many values share one scale and
-which formats its operands have:
-
-                            y = x @ w.T        grad_x = g @ w             grad_w = g.T @ x
-    tensorwise              tensor e4m3 both   tensor e5m2, tensor e4m3   tensor e5m2, tensor e4m3
-    tensorwise_with_gw_hp   tensor e4m3 both   tensor e5m2, tensor e4m3   high precision
-    tensorwise_forward      tensor e4m3 both   high precision             high precision
-    rowwise                 row e4m3 both      row e4m3 both              row e4m3 both
-    rowwise_with_gw_hp      row e4m3 both      row e4m3, tensor e4m3      high precision
-    blockwise               block, tile e4m3   block, tile e4m3           block e4m3 both
+divided by both scales. The recipe, a row of `RECIPES`, says for each matmul how many values share one scale and which
+formats its operands have; `fp8.recipes` gives single layers a recipe of their own.
 
 "tensor" is one scale for the whole operand: the fastest, since a scale costs one amax pass and the matmul is cuBLAS's.
 "row" is one scale, a power of two, for each row along the contraction. An outlier then spoils its own row only, but an
 operand is cast once for each matmul that reads it, because they contract different dimensions. "block" is one for each
 128 values of a row, "tile" one for 128 x 128 of a weight: DeepSeek-V3's recipe, whose casts and matmuls are ours
-(plumbing/blockwise.py). `fp8.recipes` gives single layers a recipe of their own.
+(plumbing/blockwise.py). torchao (`Float8Linear`) does the others; this file decides, wires, and checks.
 
 Scales are dynamic: computed from the tensor that is cast, so there is no state to save and resuming is exact.
 The tensor cores want the inner dimension contiguous in both operands, so backward casts into transposed layouts, and
 every dimension must be divisible by 16. The casts cost memory traffic; FP8 only pays when torch.compile fuses them
-into their neighbours. torchao (`Float8Linear`) does the other casts and matmuls; this file decides, wires, and checks.
+into their neighbours.
 
 Under FSDP2 weights are gathered before every use. With all-gather in FP8, each rank casts its shard first and one byte
 a value crosses the wire instead of two. The ranks need one scale for the whole tensor, so each gather takes an
 all-reduce of the weight's amax first; precomputing does all of them in one all-reduce after the optimizer step. Shards
 of whole blocks have scales of their own, which are gathered with the values.
 
-Training with fp8.enabled=True either trains in FP8, exactly as configured, or stops. `check` fails early, before any
-GPU time is spent; checks/proof.py verifies what was converted and what ran; checks/telemetry.py measures what FP8
-loses.
+Training with fp8.enabled=True either trains in FP8, exactly as configured, or stops: `check` fails before any slow
+step, checks/proof.py verifies what was converted and what ran, checks/telemetry.py measures what FP8 loses.
 """
 
 import functools
@@ -102,24 +93,20 @@ class Recipe:
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-TENSOR_E4M3, TENSOR_E5M2, ROW_E4M3 = Cast("tensor", E4M3), Cast("tensor", E5M2), Cast("row", E4M3)
-BLOCK_E4M3, TILE_E4M3 = Cast("block", E4M3), Cast("tile", E4M3)  # 1 x 128 and 128 x 128 values
-RECIPES = {
-    "tensorwise": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
-                         grad_weight=(TENSOR_E5M2, TENSOR_E4M3), gather_rows=1, keep_casts=True),
-    "tensorwise_with_gw_hp": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=(TENSOR_E5M2, TENSOR_E4M3),
-                                    grad_weight=None, gather_rows=1, keep_casts=True),
+TENSOR, ROW, BLOCK, TILE = (Cast(scaling, E4M3) for scaling in ("tensor", "row", "block", "tile"))
+TENSOR_E5M2 = Cast("tensor", E5M2)
+RECIPES = {  # operands of y = x @ w.T, grad_x = g @ w and grad_w = g.T @ x
+    "tensorwise": Recipe((TENSOR, TENSOR), (TENSOR_E5M2, TENSOR), (TENSOR_E5M2, TENSOR),
+                         gather_rows=1, keep_casts=True),
+    "tensorwise_with_gw_hp": Recipe((TENSOR, TENSOR), (TENSOR_E5M2, TENSOR), None, gather_rows=1, keep_casts=True),
     # neither gathered in FP8 nor kept: backward reads the weight in high precision
-    "tensorwise_forward": Recipe(output=(TENSOR_E4M3, TENSOR_E4M3), grad_input=None, grad_weight=None),
+    "tensorwise_forward": Recipe((TENSOR, TENSOR), None, None),
     # without the switch, NaN: https://github.com/pytorch/pytorch/issues/150859
-    "rowwise": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, ROW_E4M3), grad_weight=(ROW_E4M3, ROW_E4M3),
-                      inductor=("emulate_precision_casts",)),
-    "rowwise_with_gw_hp": Recipe(output=(ROW_E4M3, ROW_E4M3), grad_input=(ROW_E4M3, TENSOR_E4M3), grad_weight=None),
-    "blockwise": Recipe(output=(BLOCK_E4M3, TILE_E4M3), grad_input=(BLOCK_E4M3, TILE_E4M3),
-                        grad_weight=(BLOCK_E4M3, BLOCK_E4M3), gather_rows=128, keep_casts=True, multiple=128,
+    "rowwise": Recipe((ROW, ROW), (ROW, ROW), (ROW, ROW), inductor=("emulate_precision_casts",)),
+    "rowwise_with_gw_hp": Recipe((ROW, ROW), (ROW, TENSOR), None),
+    "blockwise": Recipe((BLOCK, TILE), (BLOCK, TILE), (BLOCK, BLOCK), gather_rows=128, keep_casts=True, multiple=128,
                         capability=blockwise.CAPABILITY),
 }
-DEFAULT_RECIPE = "tensorwise"
 
 
 @dataclass(kw_only=True)
@@ -176,7 +163,7 @@ class FP8Config:
 
 def recipe_of(fqn, cfg):
     """The name of the recipe in RECIPES that linear layer `fqn` computes with; None for high precision."""
-    name = cfg.recipe_name or DEFAULT_RECIPE
+    name = cfg.recipe_name or "tensorwise"
     for entry, recipe in [*dict.fromkeys(cfg.filter_fqns).items(), *cfg.recipes.items()]:
         if matches(fqn, entry):
             name = recipe
@@ -250,14 +237,13 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
         errors += [f"recipe {name} needs a GPU of compute capability {RECIPES[name].capability}.x, this one has "
                    f"{major}.x: choose another recipe, or set fp8.emulate=True"
                    for name in used if RECIPES[name].capability not in (None, major)]
-    for key, ability in (("enable_fsdp_float8_all_gather", "gather_rows"), ("keep_casts", "keep_casts")):
-        if recipes and getattr(cfg, key) and not any(getattr(recipe, ability) for recipe in recipes.values()):
+    all_gather = "enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp"
+    for ability, keys in (("gather_rows", all_gather), ("keep_casts", ("keep_casts",))):
+        asked = " and ".join(f"fp8.{key}=True" for key in keys if getattr(cfg, key))
+        if asked and recipes and not any(getattr(recipe, ability) for recipe in recipes.values()):
             able = " or ".join(name for name, recipe in RECIPES.items() if getattr(recipe, ability))
-            off = f"fp8.{key}=False"
-            if key == "enable_fsdp_float8_all_gather" and cfg.precompute_float8_dynamic_scale_for_fsdp:
-                off += " and fp8.precompute_float8_dynamic_scale_for_fsdp=False"
-            errors.append(f"fp8.{key} works with the {able} recipe only, and the layers here have {', '.join(used)}: "
-                          f"set {off}, or change fp8.recipe_name or fp8.recipes")
+            errors.append(f"{asked} is for the {able} recipe only, and the layers here have {', '.join(used)}: turn "
+                          "that off, or change fp8.recipe_name or fp8.recipes")
 
     def refuse(reason, layers):
         """layers: {name: what is said of it}."""
@@ -321,25 +307,15 @@ def torchao_config(recipe, emulate, grad_fast_accum):
                               emulate=emulate, round_scales_to_power_of_2="row" in recipe.scalings)
 
 
-def torchao_linear(linear, recipe, cfg):
-    """torchao's Float8Linear with the parameters of `linear`, computing as a Recipe says."""
-    from torch._inductor.codegen.triton import TritonOverrides
-    from torchao.float8 import convert_to_float8_training
-
-    layer = convert_to_float8_training(linear, config=torchao_config(recipe, cfg.emulate, cfg.grad_fast_accum))
-    # torchao's patch of Inductor (MIN_TORCHAO) does not say so where it finds nothing to patch
-    if not cfg.emulate and "PropagateNan" in TritonOverrides.maximum("a", "b"):
-        raise RunStopped(f"torchao {importlib.metadata.version('torchao')} cannot work around a Triton bug in torch "
-                         f"{torch.__version__}, which makes FP8 values NaN: install the versions in requirements.txt")
-    return layer
-
-
 def convert(model, cfg, *, shards, accumulation=1):
     """Replace linear layers by FP8 layers, in place, each with the recipe that recipe_of says, its name as `.recipe`.
 
     Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step; if there are
     several and nothing is sharded, tensorwise layers scale their weight once for all of them (ScaledOnce).
     """
+    from torch._inductor.codegen.triton import TritonOverrides
+    from torchao.float8 import convert_to_float8_training
+
     from plumbing import fp8_weights
 
     for fqn, layer in linear_layers(model).items():
@@ -351,7 +327,13 @@ def convert(model, cfg, *, shards, accumulation=1):
             layer.__class__, layer.keep_casts, layer.emulate = blockwise.BlockwiseLinear, cfg.keep_casts, cfg.emulate
             weight_class, mm_config = fp8_weights.GatherInBlocks, None
         else:
-            layer = torchao_linear(layer, recipe, cfg)
+            config = torchao_config(recipe, cfg.emulate, cfg.grad_fast_accum)
+            layer = convert_to_float8_training(layer, config=config)
+            # torchao's patch of Inductor (MIN_TORCHAO) does not say so where it finds nothing to patch
+            if not cfg.emulate and "PropagateNan" in TritonOverrides.maximum("a", "b"):
+                raise RunStopped(f"torchao {importlib.metadata.version('torchao')} cannot work around a Triton bug in "
+                                 f"torch {torch.__version__}, which makes FP8 values NaN: install the versions in "
+                                 "requirements.txt")
             weight_class, mm_config = fp8_weights.GatherInFP8, layer.linear_mm_config
             if recipe.keep_casts and accumulation > 1 and not shards:
                 layer.__class__, layer.keep_cast = fp8_weights.ScaledOnce, cfg.keep_casts
