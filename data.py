@@ -315,9 +315,7 @@ def main():
     config = configurator.load(sys.argv[1:], look)
     config.data.resolve_paths(config.init_from)
     if look.out:
-        named, _ = files.find_files([*config.data.train, *config.data.val])
-        if Path(look.out).resolve() in [path.resolve() for path in named]:
-            raise UserError(f"--out={look.out} is a file of the data: name another")
+        files.check_out(look.out, files.find_files([*config.data.train, *config.data.val])[0])
     rows, val_rows, tokenizer = prepare(config.data, config.model.block_size, config.seed)
     if config.init_from == "scratch":
         check_ids(config.model, max(rows.largest, val_rows.largest))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from formats import hellaswag
+from formats import files, hellaswag
 from model import IGNORE, check_ids
 from plumbing import entry, logs
 from plumbing.errors import RunStopped, UserError
@@ -158,12 +158,12 @@ def main():
         mistakes.append(f"--data={args.data}: no such file")
     if out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)):
         mistakes.append(f"--out={out}: name a writable file in a folder that exists")
-    elif out and args.data and os.path.realpath(out) == os.path.realpath(args.data):
-        mistakes.append(f"--out={out} is the file of the questions: name another")
     if mistakes:
         raise UserError("\n".join(mistakes))
     with ranks.node_first():
         path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
+    if out:
+        files.check_out(out, [path])
     questions = hellaswag.read([Path(path)])[: args.limit or None]
     if not questions:
         raise UserError(f"{path} holds no question to score")

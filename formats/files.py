@@ -57,16 +57,20 @@ def resolve(cfg, kinds):
     train, unused = find_files(cfg.train, kinds, skip=cfg.cache_dir)
     val, unused_val = find_files(cfg.val, kinds, held_out=True, skip=cfg.cache_dir)
     train = train if cfg.train else embedded_files()
-    held = {os.path.realpath(p) for p in val}
-    apart, note = [p for p in train if os.path.realpath(p) not in held], ""
+    apart, note = without(train, val), ""
     if not apart:
         apart, note = train, ", all of them validation text too"
     elif len(apart) < len(train):
         note = f", {len(train) - len(apart)} more for validation alone"
-    used = held | {os.path.realpath(p) for p in train}
-    unused = [p for p in dict.fromkeys(unused + unused_val) if os.path.realpath(p) not in used]
+    unused = without(unused + unused_val, train + val)
     source = ", ".join(cfg.train) or "Python's standard library"
     return Files(apart, val, unused, f"{number_of(apart)} of {source}{note}{describe_unused(unused)}")
+
+
+def check_out(out, read):
+    """Raise UserError if the path --out is one of the files that are read, which it would replace."""
+    if not without([out], read):
+        raise UserError(f"--out={out} is a file of the data: name another")
 
 
 def describe_unused(paths):
@@ -88,6 +92,16 @@ def identity(path):
     return os.path.realpath(path), status.st_size, status.st_mtime_ns
 
 
+def without(paths, others=()):
+    """`paths` without the files `others`, each file once. It is the same file under any name (links, "..")."""
+    seen, left = set(map(os.path.realpath, others)), []
+    for path in paths:
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            left.append(path)
+    return left
+
+
 def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
     """(files, unused): the files of these kinds that paths, folders and globs name, sorted within each, each once.
 
@@ -95,7 +109,7 @@ def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
     folders are skipped, and so is the folder `skip`. Where a folder is divided into splits, held_out says which count.
     Raises UserError for an entry without a usable file and for a named file of another kind.
     """
-    files, unused = {}, {}  # by resolved path
+    files, unused = [], []
     for pattern in patterns:
         if not pattern.strip():
             raise UserError(f"data: {pattern!r} is an empty entry (an unset variable?): name a file, folder or glob")
@@ -117,11 +131,10 @@ def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
         if not found:
             raise UserError(f"data: {pattern!r} matches no file that can be used (in a folder: {suffixes(kinds)})"
                             + describe_unused(others))
-        for p in found:
-            files.setdefault(os.path.realpath(p), p)
-        for p in others:
-            unused.setdefault(os.path.realpath(p), p)
-    return list(files.values()), [p for real, p in unused.items() if real not in files]
+        files += found
+        unused += others
+    files = without(files)
+    return files, without(unused, files)
 
 
 def walk(path, visited):

@@ -506,7 +506,7 @@ def test_eval_does_not_write_over_its_questions(runs, file, evaluate, capsys, tm
     before = Path(file).read_text()
     with pytest.raises(SystemExit):
         evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", f"--out={tmp_path / 'link.jsonl'}")
-    assert "link.jsonl is the file of the questions" in capsys.readouterr().err and Path(file).read_text() == before
+    assert "link.jsonl is a file of the data" in capsys.readouterr().err and Path(file).read_text() == before
 
 
 def test_all_mistakes_of_eval_are_told_at_once(evaluate, capsys):
