@@ -12,7 +12,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import sys
 import textwrap
 import traceback
@@ -91,28 +90,26 @@ class Config:
         for name in ("profile_step", "memory_step"):
             if getattr(self, name) > self.max_steps:
                 yield f"{name}={getattr(self, name)} must be a step: 1 to max_steps={self.max_steps}, 0: none"
-        entries = [Path(os.path.expanduser(entry)) for entry in (*self.data.train, *self.data.val) if entry.strip()]
+        entries = map(os.path.expanduser, (*self.data.train, *self.data.val))
+        data_folders = {Path(os.path.realpath(entry)): entry for entry in entries if os.path.isdir(entry)}
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path, link = Path(os.path.realpath(folder)), Path(folder).absolute()
             existing = next(p for p in (link, *link.parents) if os.path.lexists(p))
+            no_data = [path]  # below a folder of the data, its reader knows the cache, and no token file is a run's
+            if key == "out_dir" and self.data.format != "tokens":
+                no_data += path.parents
+            data_folder = next((data_folders[p] for p in no_data if p in data_folders), None)
             if not folder:
                 yield f"{key} is empty: name a folder (is a shell variable not set?)"
             elif path == REPO or REPO / "config" in (path, *path.parents):  # its config.py would hide config/
                 yield f"{key}={folder} is a folder of the code: name another one, such as out/run"
-            elif not existing.is_dir():
-                yield f"{key}={folder}: {existing} is a file, or a link to nothing: name a folder"
             elif key == "out_dir" and (path / "config.json").is_file():  # sample.py would take its weights
                 yield f"{key}={folder} is a model folder: name another one, such as out/run"
-            elif (key, self.data.format) != ("out_dir", "tokens") and (around := [  # a run writes no token files there
-                    p for p in entries if p.is_dir() and (
-                    p.resolve() == path or key == "out_dir" and p.resolve() in path.parents)]):
-                yield (f"{key}={folder} is part of {around[0]}, a folder of the data, which would have other files at "
-                       "each start then: name a folder outside of it")
-            elif key == "out_dir" and not os.access(existing, os.W_OK):
-                yield f"{key}={folder}: {existing} cannot be written to, name another folder"
-        if self.global_batch_size % self.micro_batch_size:
-            yield (f"global_batch_size={self.global_batch_size} must be a multiple of "
-                   f"micro_batch_size={self.micro_batch_size}")
+            elif data_folder:
+                yield (f"{key}={folder} is part of {data_folder}, a folder of the data, which would have other files "
+                       "at each start then: name a folder outside of it")
+            elif not existing.is_dir() or key == "out_dir" and not os.access(existing, os.W_OK):
+                yield f"{key}={folder}: {existing} is no folder to write to: name another one"
         if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
             yield ("optim.weights=stochastic_rounding rounds to bf16, and dtype=float32 has no bf16 weights: set "
                    "optim.weights=plain, or dtype=bfloat16")
@@ -137,14 +134,11 @@ class Config:
 def load(argv, own=None):
     """The Config of `[CONFIG.py] [--key=value ...]`; prints and exits for --help and --print_config.
 
-    own: a dataclass instance with the calling script's own flags, which are set on it; a bool among them needs no value
-    (--gemms). Raises one UserError with all errors of the call, one per line.
+    own: a dataclass instance with the calling script's own flags, which are set on it. Raises one UserError with all
+    errors of the call, one per line.
     """
-    parts = [("", own)] if own is not None else []
-    switches = {f"--{f.name}" for _, section in parts for f in fields(section) if f.type is bool}
     flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
     files = [arg for arg in argv if not arg.startswith("-")]
-
     config, errors = Config(), []
     if len(files) > 1:
         errors = [f"{' '.join(files)}: one config file at most"]
@@ -154,11 +148,12 @@ def load(argv, own=None):
         except UserError as error:
             errors = [str(error)]
     file_is_read = not errors
+    parts = [("", own)] if own is not None else []
     parts += schema.sections(config)
     if "--help" in argv and file_is_read:
         print_and_exit(help_text(parts))
 
-    errors += set_flags(parts, flags, switches)
+    errors += set_flags(parts, flags)
     config.out_dir, config.data.cache_dir = map(os.path.expanduser, (config.out_dir, config.data.cache_dir))
     if file_is_read:
         errors += [message for _, section in parts if hasattr(section, "problems") for message in section.problems()]
@@ -169,42 +164,34 @@ def load(argv, own=None):
     return config
 
 
-def set_flags(parts, flags, switches):
+def set_flags(parts, flags):
     """Set every flag on its section, and return the errors. parts: (prefix, section) pairs."""
     keys = {prefix + f.name: (section, f) for prefix, section in parts for f in fields(section)}
     keys |= {f"fp8.{alias}": keys[f"fp8.{name}"] for alias, name in fp8.ALIASES.items()}
     errors = []
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
-        if flag in switches:
-            equals, text = "=", "True"
-        if name == "config":
-            error = f"name the file without a key: {text}"
-        elif name not in keys:
+        if name not in keys:
             near = schema.suggest(name.lstrip("-"), [*keys, "help", "print_config"], "--{}")
-            error = f"unknown key{near or '.'} See --help"
+            errors.append(f"{flag}: unknown key{near or '.'} See --help")
+            continue
+        section, key = keys[name]
+        value = schema.parse(text, key.type)
+        if not equals and key.type is bool:  # --gemms
+            setattr(section, key.name, True)
+        elif not equals:
+            errors.append(f"{flag}: write {flag}=VALUE")
+        elif schema.fits(value, key.type):
+            setattr(section, key.name, value)
         else:
-            section, key = keys[name]
-            value = schema.parse(text, key.type)
-            if is_dataclass(key.type):
-                error = "a section, set its keys: " + ", ".join(f"{name}.{f.name}" for f in fields(key.type))
-            elif not equals:
-                error = f"write {flag}=VALUE"
-            elif not schema.fits(value, key.type):
-                error = f"expected {schema.type_name(key.type)}"
-                if typing.get_origin(key.type) in (list, tuple, dict):
-                    brackets = "{...}" if typing.get_origin(key.type) is dict else "[...]"
-                    error += f" as a Python literal, in shell quotes: '--{name}={brackets}'"
-            else:
-                setattr(section, key.name, value)
-                continue
-        errors.append(f"{flag}: {error}")
+            brackets = {list: "[...]", tuple: "[...]", dict: "{...}"}.get(typing.get_origin(key.type))
+            literal = f" as a Python literal, in shell quotes: '--{name}={brackets}'" if brackets else ""
+            errors.append(f"{flag}: expected {schema.type_name(key.type)}{literal}")
     return errors
 
 
 def print_and_exit(text):
     """Print on rank 0, and end every rank with exit status 0."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `train.py --help | head` ends without a traceback
     if process_rank() == 0:
         print(text)
     sys.exit(0)
@@ -219,11 +206,7 @@ def read_file(path):
     if not Path(path).is_file():
         folder = os.path.relpath(REPO / "config")
         near = schema.suggest(Path(path).stem, [p.stem for p in REPO.glob("config/*.py")], f"{folder}/{{}}.py")
-        if "=" in path:
-            near = f": write --{path}"
         raise UserError(f"{path}: no such config file{near or f', see {folder}'}")
-    if str(REPO) not in sys.path:  # for `import model` and `from config.llama_fp8 import config`, whatever the cwd
-        sys.path.insert(0, str(REPO))
     try:
         config = runpy.run_path(path).get("config")
     except Exception as error:  # a config file is the user's code: whatever it raises is a user error
@@ -256,10 +239,9 @@ def explain(error, path):
     place, message = [path, *places][-1], f"{type(error).__name__}: {getattr(error, 'msg', error)}"
     misspelt = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if misspelt:
-        kind_name, name = misspelt.groups()
-        modules = [sys.modules[type(section).__module__] for _, section in schema.sections(Config())]
-        kind = next((getattr(module, kind_name) for module in modules if hasattr(module, kind_name)), Config)
-        message = f"{kind_name} has no field {name!r}{schema.suggest(name, [f.name for f in fields(kind)], '{!r}')}"
+        kind, name = misspelt.groups()
+        names = {type(section).__name__: [f.name for f in fields(section)] for _, section in schema.sections(Config())}
+        message = f"{kind} has no field {name!r}{schema.suggest(name, names.get(kind, []), '{!r}')}"
     return f"{place}: {message}"
 
 

@@ -10,7 +10,6 @@ shows what a run would train on: its samples as text, targets marked, and what w
 import hashlib
 import json
 import os
-import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -341,5 +340,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `data.py | head` ends without a traceback
-    entry.run(main)
+    entry.run(main, piped=True)

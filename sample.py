@@ -14,7 +14,6 @@ model.block_size tokens every new one reads the last block_size anew, as trainin
 import codecs
 import math
 import os
-import signal
 import sys
 import time
 from functools import partial
@@ -241,5 +240,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sample.py | head` ends without a traceback
-    entry.run(main)
+    entry.run(main, piped=True)

@@ -51,12 +51,15 @@ def as_expected(error):
     return error if isinstance(error, (UserError, RunStopped)) else None
 
 
-def run(main):
+def run(main, piped=False):
     """Call main(), which returns an exit status or None, print an expected error as one message, and exit.
 
     Exit status 2 for a UserError, a full disk, or a path that the system refuses; 1 for RunStopped. Anything else is a
     bug: it passes through to a traceback and status 1. Of several ranks, the one that fails first prints.
+    piped: end without a message when a reader of the output ends, as in `sample.py | head`.
     """
+    if piped or {"--help", "--print_config"} & {*sys.argv}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdin, sys.stdout):  # what a person types or a terminal shows may not fit its encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

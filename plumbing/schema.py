@@ -47,25 +47,16 @@ def comments(kind):
     return {node.target.id: notes.get(node.end_lineno, "") for node in lines}, headings
 
 
-def closest(name, names):
-    """The most similar of `names`, as a whole or by the part behind the last dot; "" if none is similar."""
+def suggest(name, names, form="{}"):
+    """", did you mean FORM?" with the closest of `names` in place of {}; "" if no last part of any is similar."""
     def similarity(a, b):
         return difflib.SequenceMatcher(None, a, b).ratio()
 
-    def score(other):
-        leaf = other.split(".")[-1]
-        is_part = leaf.startswith(name) or name in leaf.split("_")  # --steps for --max_steps
-        whole = similarity(name, other)
-        return max(whole, similarity(name.split(".")[-1], leaf), 0.9 * is_part), whole
+    def of_last_parts(other):
+        return similarity(name.split(".")[-1], other.split(".")[-1])
 
-    best = max(names, key=score)
-    return best if score(best)[0] > 0.7 else ""
-
-
-def suggest(name, names, form="{}"):
-    """", did you mean FORM?" with the closest of `names` in place of {}; "" if none is similar."""
-    near = closest(name, names)
-    return f", did you mean {form.format(near)}?" if near else ""
+    near = max(names, key=lambda other: of_last_parts(other) + similarity(name, other), default="")
+    return f", did you mean {form.format(near)}?" if of_last_parts(near) > 0.7 else ""
 
 
 def fits(value, kind):

@@ -37,13 +37,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-@pytest.fixture(autouse=True)
-def broken_pipes_raise():
-    """As Python starts. --help leaves them to the system, which ends the process."""
-    yield
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-
 def build(fp8_config=None, device="cpu", dtype=torch.float32, seed=1, **sizes):
     """A small Transformer with weights, converted where an enabled FP8Config is given."""
     with torch.device("meta"):
@@ -126,6 +119,7 @@ def main_here(main, *argv):
             status = int(ended.code or 0)
         finally:
             torch.use_deterministic_algorithms(False)
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts
     return status, out.getvalue(), err.getvalue()
 
 

@@ -972,7 +972,7 @@ def test_sample_from_a_folder_without_a_run_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("args, told", [
     (["--max_stepz=3"], "max_steps"),
-    (["--global_batch_size=6"], "global_batch_size=6 must be a multiple of micro_batch_size=4"),
+    (["--global_batch_size=6"], "global_batch_size=6 must be a multiple of micro_batch_size x ranks = 4 x 1 = 4"),
     ([*FP8[:1]], "set fp8.emulate=True"),
     ([*FP8, '--fp8.filter_fqns=["typo"]'], "'typo' matches no linear layer"),
     (['--data.train=["/nowhere"]'], "matches no file"),
