@@ -36,9 +36,10 @@ def convert(state):
         second = kind == optim.MOMENTS[1]
         blocks = (moment.sqrt() if second else moment).view(-1, optim.fp8_block(moment.shape[1]))
         noise = optim.noise_like(blocks, SEED)[1 + second]
-        values, unit = optim.to_fp8(blocks, noise, nonzero=second)
-        state[f"optim.{kind}_fp8.{weight}"] = values.view(moment.shape).to("cpu", torch.float8_e4m3fn)
-        state[f"optim.{kind}_unit.{weight}"] = unit.view(len(moment), -1).cpu()
+        values, units = torch.empty_like(blocks, dtype=torch.float8_e4m3fn), torch.empty_like(blocks[:, :1])
+        optim.store_moment((values, units), blocks, torch.tensor(True, device=device), noise, nonzero=second)
+        state[f"optim.{kind}_fp8.{weight}"] = values.view(moment.shape).cpu()
+        state[f"optim.{kind}_unit.{weight}"] = units.view(len(moment), -1).cpu()
 
 
 def main():
@@ -53,7 +54,7 @@ def main():
     run = checkpoint.read_run(args.folder)
     reader = Reader(args.folder)
     metadata = reader.read_metadata().state_dict_metadata
-    if any(name.endswith("_fp8") for name in (key.split(".")[1] for key in metadata)):
+    if any(name.startswith("optim.exp_avg_fp8.") for name in metadata):
         raise UserError(f"{args.folder}: its moments are in FP8 already")
     state = {name: torch.empty(saved.size, dtype=saved.properties.dtype) for name, saved in metadata.items()}
     dcp.load(state, storage_reader=reader, no_dist=True)
