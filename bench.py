@@ -31,6 +31,7 @@ from fp8 import RECIPES
 from plumbing import entry, logs
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
+from plumbing.logs import table
 from plumbing.ranks import from_launcher, process_rank
 
 REPO = Path(__file__).parent
@@ -84,9 +85,9 @@ def arguments(default):
 
 
 def prepare(own, default):
-    """(config, path of a config file with it) from the command line. Ends all ranks but 0, which starts the processes.
+    """(config, path of a config file with it) from the command line; FP8 is emulated where there is no GPU.
 
-    own: as for configurator.load. default: as for arguments(). Without a GPU, FP8 is emulated.
+    own, default: as for configurator.load and arguments(). Ends all ranks but 0, which starts the processes.
     """
     config = configurator.load(arguments(default), own)
     if from_launcher("GROUP_WORLD_SIZE", 1) > 1:
@@ -174,15 +175,16 @@ def compare(runs, base, own, path):
         print(f"{name}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
         folder = base.parent / slug(name)
         folder.mkdir(exist_ok=True)
+        rows.append(row := {"variant": name})
         try:
-            row, run = measure(variant, base, folder, own, program)
+            measured, run = measure(variant, base, folder, own, program)
+            row |= measured
+            if "error" not in rows[0]:
+                row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
             print(f"{row['ms_per_step']:.1f} ms", flush=True)
         except RunStopped as error:
-            row = {"error": str(error)}
+            row["error"] = str(error)
             print("failed", flush=True)
-        rows.append({"variant": name, **row})
-        if "error" not in row and "error" not in rows[0]:
-            rows[-1]["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         report = {**header(run), "rows": rows}
         path.write_text(json.dumps(report, indent=1))
     if all("error" in row for row in rows):
@@ -194,17 +196,6 @@ def header(run):
     """What a report begins with. run: the run.json of one of its runs, {} before the first."""
     return {**{key: run.get(key) for key in ("hardware", "versions", "git_commit", "tokens_per_step")},
             "date": datetime.date.today().isoformat(), "command": sys.argv}
-
-
-def table(rows, columns):
-    """Rows as aligned text. columns: {key: format}; the first names the row, and is aligned to the left."""
-    lines = [list(columns)]
-    for row in rows:
-        if "error" not in row:
-            lines.append(["n/a" if row.get(key) is None else format(row[key], columns[key]) for key in columns])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
-    return "\n".join(text + [f"{row['variant']} failed: {row['error']}" for row in rows if "error" in row])
 
 
 def plot(rows, title, path):

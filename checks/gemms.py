@@ -16,6 +16,7 @@ import torch.nn as nn
 
 import fp8
 import model as models
+from plumbing import logs
 from plumbing.ranks import gather, process_rank
 
 
@@ -106,18 +107,15 @@ def choose(config, device, passes):
 def table(rows, step_ms):
     """The rows of time_linears as text, with the step times that they predict from a bf16 step of step_ms."""
     names = list(rows[0]["ms"])
-    lines = [f"{'ms of forward + backward':<32} {'calls':>5}" + "".join(f"  {name:>18}" for name in names)]
-    for row in rows:
-        times = ["{:8.3f} + {:7.3f}".format(*ms) if ms else "not possible" for ms in row["ms"].values()]
-        lines.append(f"{row['layer']:<14} {str(tuple(row['shape'])):<17} {row['calls']:>5}"
-                     + "".join(f"  {time:>18}" for time in times))
-    lines += ["", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with"]
-    chosen = {row["layer"]: best(row) for row in rows}
-    predicted = {f"{name} wherever it can": sum(gain(row, name) for row in rows) for name in names[1:]}
-    predicted["the fastest for each layer"] = sum(gain(row, chosen[row["layer"]]) for row in rows)
-    lines += [f"  {name}: {step_ms - saved:.1f} ms ({step_ms / (step_ms - saved):.2f}x)"
-              for name, saved in predicted.items()]
-    keys = f'--fp8.recipes="{chosen}"'
-    if not any(chosen.values()):
+    shown = [{"layer": row["layer"], "shape": str(tuple(row["shape"])), "calls": row["calls"],
+              **{name: ms and "{:.3f} + {:7.3f}".format(*ms) for name, ms in row["ms"].items()}} for row in rows]
+    fastest = {row["layer"]: best(row) for row in rows}
+    saved = {f"{name} wherever it can": sum(gain(row, name) for row in rows) for name in names[1:]}
+    saved["the fastest for each layer"] = sum(gain(row, best(row)) for row in rows)
+    keys = f'--fp8.recipes="{fastest}"'
+    if not any(fastest.values()):
         keys = "FP8 pays for none of them here: --fp8.enabled=False"
-    return "\n".join([*lines, keys])
+    text = logs.table(shown, {"layer": "", "shape": "", "calls": "d", **dict.fromkeys(names, "")})
+    return "\n".join([
+        "ms of forward + backward", text, "", f"bf16 step, measured: {step_ms:.1f} ms. Predicted with",
+        *(f"  {how}: {step_ms - ms:.1f} ms ({step_ms / (step_ms - ms):.2f}x)" for how, ms in saved.items()), keys])

@@ -54,6 +54,17 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / in_gib
 
 
+def table(rows, columns):
+    """Rows as aligned text. columns: {key: format}; the first names the row, and is aligned to the left."""
+    lines = [list(columns)]
+    for row in rows:
+        if "error" not in row:
+            lines.append(["n/a" if row.get(key) is None else format(row[key], columns[key]) for key in columns])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
+    return "\n".join(text + [f"{row['variant']} failed: {row['error']}" for row in rows if "error" in row])
+
+
 class StepTimer:
     """Training time and speed, without evaluations and checkpoints (`paused`).
 
