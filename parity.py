@@ -128,10 +128,10 @@ def train_all(runs, own):
             row["curves"] = curves
             print(f"validation loss {curves['val_loss'][-1]:.4f}", flush=True)
         except RunStopped as error:
-            row["error"] = str(error)
-            print(error, flush=True)
             if variant == "bf16":
                 raise RunStopped(f"a bf16 run failed, so there is nothing to compare with: {error}") from error
+            row["error"] = str(error)
+            print(error, flush=True)
         rows.append(row)
     return rows
 
@@ -180,15 +180,12 @@ def judge(rows, own):
     intervals: one a variant. noise: the standard deviation of bf16's final losses over seeds; None for one seed.
     verdict: "worse" if a variant is, else "cannot tell" if that holds for one.
     """
-    twins = {}  # final losses of bf16 by seed, whose runs come before those of the variants
+    twins = {}  # final losses of bf16 by seed
     for row in (row for row in rows if "error" not in row):
         loss = statistics.fmean(row["curves"]["val_loss"][-own.last_evals :])
-        row |= {"final_val_loss": loss, "time_s": row["curves"]["time_s"][-1]}
-        if row["variant"] == "bf16":
-            twins[row["seed"]] = loss
-        twin = twins[row["seed"]]
-        row |= {"gap": loss - twin, "gap_percent": 100 * (loss - twin) / twin,
-                "time_to_bf16_loss_s": time_to(twin, row["curves"])}
+        twin = twins.setdefault(row["seed"], loss)  # the first run of a seed is that of bf16
+        row |= {"final_val_loss": loss, "time_s": row["curves"]["time_s"][-1], "gap": loss - twin,
+                "gap_percent": 100 * (loss - twin) / twin, "time_to_bf16_loss_s": time_to(twin, row["curves"])}
     intervals = []
     for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "bf16"):
         of_variant = [row for row in rows if row["variant"] == variant]
