@@ -36,7 +36,7 @@ from plumbing.errors import RunStopped, UserError
 class Cache:
     """Keys and values of a model's context, up to `length` tokens. On a GPU, a new token is one CUDA graph.
 
-    Until close(), attention in every layer of the model goes through here.
+    Attention in every layer of the model goes through here, until its `attend` is deleted.
     """
 
     def __init__(self, model, length):
@@ -45,10 +45,6 @@ class Cache:
         self.token, self.position = weight.new_zeros(2, 1, 1, dtype=torch.int64)
         for layer in model.layers:  # zeros: what attention does not see must be finite
             layer.attn.attend = partial(self.attend, weight.new_zeros(shape), weight.new_zeros(shape))
-
-    def close(self):
-        for layer in self.model.layers:
-            del layer.attn.attend
 
     def attend(self, keys, values, q, k, v, mask, window):
         """attention.attend() of a whole context, or of the token at self.position; keys, values: this layer's cache."""
@@ -110,7 +106,8 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, generator):
             tokens.append(draw(cache.logits(tokens), temperature, top_k, generator))
             yield tokens[-1]
     finally:
-        cache.close()
+        for layer in model.layers:
+            del layer.attn.attend
 
 
 def load_model(folder, device, tokenizer=None):
@@ -118,19 +115,17 @@ def load_model(folder, device, tokenizer=None):
 
     tokenizer: a value for data.tokenizer in place of the run's or the folder's.
     """
-    is_model_folder = Path(folder, "config.json").is_file()
-    if is_model_folder:
+    if Path(folder, "config.json").is_file():
         config = configurator.Config(
             init_from=str(folder), model=hf.model_config(folder), data=data.DataConfig(tokenizer=str(folder)),
             dtype=hf.stored_dtype(folder))  # float16 too, which training has not
+        load = partial(hf.load, folder)
     else:
         newest, config = checkpoint.open_run(folder)
+        load = partial(checkpoint.load, newest)
     model = models.on_meta(config.model).to(getattr(torch, config.dtype)).to_empty(device=device)
     models.init_buffers(model)
-    if is_model_folder:
-        hf.load(folder, model)
-    else:
-        checkpoint.load(newest, model)
+    load(model)
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"{folder}: {name} holds inf or nan: take an earlier checkpoint, or download it again")
@@ -200,12 +195,9 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling (1337)")
     parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder without one")
     args = parser.parse_args()
-    errors = [f"--{name}={getattr(args, name)} must be a number that is not negative"
-              for name in ("max_new_tokens", "temperature", "top_k") if not 0 <= getattr(args, name) < math.inf]
-    if not -(2**63) <= args.seed < 2**63:
-        errors.append(f"--seed={args.seed} must fit in 64 bits")
-    if errors:
-        raise UserError("\n".join(errors))
+    if wrong := [f"--{name}={getattr(args, name)} must be a number that is not negative"
+                 for name in ("max_new_tokens", "temperature", "top_k") if not 0 <= getattr(args, name) < math.inf]:
+        raise UserError("\n".join(wrong))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(args.folder, device, args.tokenizer)
     stops = stop_ids(tokenizer, args.folder, config.data.tokenizer)
