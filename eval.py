@@ -140,33 +140,28 @@ def main():
     parser = entry.Arguments(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="folder", required=True, type=os.path.expanduser,
                         help="out_dir of a run of train.py, or a model folder")
-    parser.add_argument("--data", type=os.path.expanduser,
-                        help="questions as JSONL (default: HellaSwag's validation set, downloaded if need be)")
+    parser.add_argument("--data", help="questions as JSONL (HellaSwag's validation set, downloaded if need be)")
     parser.add_argument("--limit", type=int, default=0, help="score the first N questions; 0: all (0)")
     parser.add_argument("--out", type=os.path.expanduser, help="write a row for each question to this JSONL file")
     parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that has none")
     args = parser.parse_args()
-    ranks = find_ranks()
+    ranks, out = find_ranks(), Path(args.out) if args.out else None
     if ranks.world_size > 1:
         join_process_group(ranks)
-    out, mistakes = Path(args.out) if args.out else None, []
-    if not Path(args.folder).is_dir():
-        mistakes.append(f"--from={args.folder}: no such folder")
     if args.limit < 0:
-        mistakes.append(f"--limit={args.limit} must not be negative")
-    if args.data and not Path(args.data).is_file():
-        mistakes.append(f"--data={args.data}: no such file")
+        raise UserError(f"--limit={args.limit} must not be negative")
     if out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)):
-        mistakes.append(f"--out={out}: name a writable file in a folder that exists")
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    with ranks.node_first():
-        path = args.data or hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)
+        raise UserError(f"--out={out}: name a writable file in a folder that exists")
+    if args.data:
+        paths, _ = files.find_files([args.data], files.ROWS)
+    else:
+        with ranks.node_first():
+            paths = [hellaswag.download("hellaswag_val.jsonl", data.DataConfig().cache_dir)]
     if out:
-        files.check_out(out, [path])
-    questions = hellaswag.read([Path(path)])[: args.limit or None]
+        files.check_out(out, paths)
+    questions = hellaswag.read(paths)[: args.limit or None]
     if not questions:
-        raise UserError(f"{path} holds no question to score")
+        raise UserError(f"{paths[0]} holds no question to score")
     model, encoding, config = load_model(args.folder, ranks.device, args.tokenizer)
     benchmark = HellaSwag(questions, encoding, config.model.block_size, ranks)
     check_ids(config.model, benchmark.largest)
