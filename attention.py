@@ -149,13 +149,6 @@ class RopeScaling:
     long_factors: list[float] = field(default_factory=list)  # longrope: the same beyond the original context
     attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; None: as in the papers
 
-    def problem(self, pairs):
-        """What is wrong with these values in heads with `pairs` rotated pairs, or None."""
-        lengths = {len(self.short_factors), len(self.long_factors)}
-        if self.kind == "longrope" and lengths != {pairs}:
-            return f"model.rope_scaling of kind longrope needs {pairs} short_factors and as many long_factors"
-        return None
-
 
 def rope_tables(cfg, device):
     """cos and sin of each position's rotary angles: two (block_size, turned dims / 2) float32 tensors.

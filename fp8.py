@@ -36,6 +36,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+from collections import defaultdict
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -245,38 +246,35 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
             errors.append(f"{asked} is for the {able} recipe only, and the layers here have {', '.join(used)}: turn "
                           "that off, or change fp8.recipe_name or fp8.recipes")
 
-    def refuse(reason, layers):
-        """layers: {name: what is said of it}."""
-        if layers:
-            kinds = {models.layer_kind(fqn): said for fqn, said in layers.items()}  # each kind of layer once
-            left_out = (f"fp8.recipes={cfg.recipes | dict.fromkeys(kinds)}" if cfg.recipes else
-                        f"fp8.filter_fqns={[*cfg.filter_fqns, *kinds]}")
-            found = ", ".join(f"{kind} {said}".rstrip() for kind, said in kinds.items())
-            errors.append(f"{reason}: {found}. Change that, or leave these layers out: {left_out}")
-
-    refuse("fp8 replaces the forward of a layer, so it takes nn.Linear itself, no subclass",
-           {fqn: f"({type(linears[fqn]).__name__})" for fqn in recipes if type(linears[fqn]) is not nn.Linear})
-    for multiple in sorted({recipe.multiple for recipe in recipes.values()}):
-        layers = {fqn: tuple(linears[fqn].weight.shape) for fqn, recipe in recipes.items()
-                  if recipe.multiple == multiple}
-        which = " or ".join(name for name in used if RECIPES[name].multiple == multiple)
-        refuse(f"fp8 matmuls ({which}) need sizes divisible by {multiple}",
-               {fqn: shape for fqn, shape in layers.items() if any(n % multiple for n in shape)})
-        if tokens is not None:
-            pieces = {tokens // models.calls_per_pass(fqn, loss_chunks) for fqn in layers}
-            errors += [f"fp8 matmuls need the tokens per forward pass and loss chunk to be divisible by {multiple}, "
-                       f"not {n}: set model.block_size or data.packed_sequence_size, micro_batch_size or loss_chunks"
-                       for n in pieces if n % multiple]
-    if cfg.enable_fsdp_float8_all_gather and shards:
-        gathered = {fqn: recipe.gather_rows for fqn, recipe in recipes.items() if recipe.gather_rows}
-        others = {id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(False)}
-        refuse("fp8 all-gather would untie weights that are shared with another module",
-               {fqn: "" for fqn in gathered if id(linears[fqn].weight) in others})
-        for rows in sorted(set(gathered.values())):  # https://github.com/pytorch/ao/issues/3982
-            multiple = f"{shards} shards" if rows == 1 else f"{shards} shards of a multiple of {rows} rows"
-            refuse(f"fp8 all-gather needs rows that divide evenly over {multiple}",
-                   {fqn: f"({linears[fqn].out_features} rows)" for fqn in gathered
-                    if gathered[fqn] == rows and linears[fqn].out_features % (shards * rows)})
+    if tokens is not None:
+        pieces = {(tokens // models.calls_per_pass(fqn, loss_chunks), recipe.multiple)
+                  for fqn, recipe in recipes.items()}
+        errors += [f"fp8 matmuls need the tokens per forward pass and loss chunk to be divisible by {multiple}, not "
+                   f"{n}: set model.block_size or data.packed_sequence_size, micro_batch_size or loss_chunks"
+                   for n, multiple in sorted(pieces) if n % multiple]
+    refused = defaultdict(dict)  # {reason: {kind of layer: its shape}}
+    others = {id(p) for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+    for fqn, recipe in recipes.items():
+        linear, name, shape = linears[fqn], names[fqn], tuple(linears[fqn].weight.shape)
+        in_fp8 = gathers(name, cfg, shards)
+        for reason, holds in {
+            f"fp8 replaces the forward of a layer, so it takes nn.Linear itself, not {type(linear).__name__}":
+                type(linear) is not nn.Linear,
+            f"fp8 matmuls ({name}) need sizes divisible by {recipe.multiple}": any(n % recipe.multiple for n in shape),
+            "fp8 all-gather would untie weights that are shared with another module":
+                in_fp8 and id(linear.weight) in others,
+            # https://github.com/pytorch/ao/issues/3982
+            f"fp8 all-gather needs rows that divide evenly over {shards} shards, in units of {recipe.gather_rows}":
+                in_fp8 and shape[0] % (shards * recipe.gather_rows),
+        }.items():
+            if holds:
+                refused[reason][models.layer_kind(fqn)] = shape
+    for reason, kinds in refused.items():
+        left_out = f"fp8.filter_fqns={[*cfg.filter_fqns, *kinds]}"
+        if cfg.recipes:  # they would count, not filter_fqns
+            left_out = f"fp8.recipes={cfg.recipes | dict.fromkeys(kinds)}"
+        found = ", ".join(f"{kind} {shape}" for kind, shape in kinds.items())
+        errors.append(f"{reason}: {found}. Change that, or leave these layers out: {left_out}")
     if errors:
         raise UserError("\n".join(errors))
 

@@ -10,13 +10,11 @@ do. `optim.weights` chooses the remedy:
     plain                 moments in the weight's dtype, round to nearest: the baseline, or for float32 weights.
 
 `optim.fp8_moments=True` stores the moments of matrices in FP8 instead, 2 bytes per parameter for both, with one scale
-for every 128 values of a row (for a whole row if 128 does not divide it). The second moment is stored as its square
-root, which spans half as many binades. Both are rounded stochastically, since one step changes them by less than FP8
-resolves.
+for every 128 values of a row. The second moment is stored as its square root, which spans half as many binades. Both
+are rounded stochastically, since one step changes them by less than FP8 resolves.
 
 The update of a tensor is one elementwise function, `adamw_`, which torch.compile makes one pass over memory.
-`optim.offload` keeps moments and masters of matrices, or a part of them, in host memory, from where each update streams
-them through the GPU (plumbing/offload.py); what is computed is the same, bit for bit.
+`optim.offload` streams moments and masters from host memory through the GPU (plumbing/offload.py), for the same bits.
 """
 
 import math
@@ -80,7 +78,7 @@ def has_masters(cfg, dtype):
 
 
 def fp8_block(row):
-    """How many neighbours in a row of `row` values share a scale in FP8."""
+    """How many neighbours in a row of `row` values share a scale in FP8: all if 128 does not divide the row."""
     return 128 if row % 128 == 0 else row
 
 
@@ -126,7 +124,6 @@ def pieces(w):
 # ----------------------------------------------------------------------------------------------------------------
 # rounding
 
-SMALLEST_NORMAL = 2.0**-126  # of float32
 # Multiplying by this moves e4m3's smallest normal value, 2^-6, to float32's. Below it both formats have evenly spaced
 # values, above it a fixed number of mantissa bits: so here the last 20 bits of a float32 are, for values of any size,
 # the ones that e4m3 lacks (23 - 3 mantissa bits). Example: 1.1 lies between 1.0 and 1.125 in e4m3. The last 20 bits of
@@ -198,16 +195,6 @@ def store_moment(moment, new, apply, noise, nonzero=False):
 # the update
 
 
-def fast_sqrt(x):
-    """Square root of x >= 0 by one rsqrt, exact to float32 except near 2^-63; the addend keeps 0 from giving nan."""
-    return x * (x + SMALLEST_NORMAL).rsqrt()
-
-
-def fast_reciprocal(x):
-    """1 / x of x > 0 by one rsqrt: fast_reciprocal(4) = (1 / 2)^2."""
-    return x.rsqrt().square()
-
-
 def adamw_(p, g, m, v, master, *, lr, decay, debias1, debias2, clip, apply, seed, beta1, beta2, eps,
            exact_weight=False):
     """Update weight p and moments m, v in place from gradient g; all of one shape.
@@ -220,14 +207,15 @@ def adamw_(p, g, m, v, master, *, lr, decay, debias1, debias2, clip, apply, seed
     Source: Loshchilov & Hutter, arXiv 1711.05101; stochastic rounding of bf16 weights: arXiv 2010.06192.
     """
     # Moments in FP8 take more instructions than memory traffic can hide. So factors that many values share are
-    # multiplied first, and rsqrt, one instruction on a GPU, replaces exact roots (fifteen) and quotients (seven).
+    # multiplied first, and rsqrt, one instruction on a GPU, replaces exact roots (fifteen) and quotients (seven): as
+    # exact, except for a root near 2^-63, where the smallest normal float32, 2^-126, is added so that 0 gives no nan.
     g, w = g.float(), (p if master is None else master).float()
     stores_root = isinstance(v, tuple)
     m_new = load_moment(m, beta1) + g * (clip * (1 - beta1))
     v_old = load_moment(v, math.sqrt(beta2)).square() if stores_root else load_moment(v, beta2)
     v_new = v_old + (g * (clip * math.sqrt(1 - beta2))).square()
-    root = fast_sqrt(v_new)
-    update = m_new * fast_reciprocal(root * debias2 + eps)
+    root = v_new * (v_new + 2.0**-126).rsqrt()
+    update = m_new * (root * debias2 + eps).rsqrt().square()
     w = torch.where(apply, w * (1 - lr * decay) - (lr * debias1) * update, w)
     noise_w, noise_m, noise_v = (None, None, None) if seed is None else noise_like(p, seed)
     store_moment(m, m_new, apply, noise_m)

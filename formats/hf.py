@@ -49,23 +49,23 @@ def read_config(folder):
     folder or family.
     """
     if not Path(folder, "config.json").is_file():
+        problem = "is no Hugging Face model folder (no config.json in it): download the model, or name its folder"
         if Path(folder, "adapter_config.json").is_file():
-            raise UserError(f"{folder} holds a PEFT adapter, not a model: merge it (merge_and_unload) and save that")
-        if Path(folder, "checkpoints").is_dir():
-            raise UserError(f"{folder} is the out_dir of a run: make a model folder of it, "
-                            f"python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER")
-        raise UserError(f"{folder} is no Hugging Face model folder (no config.json in it): "
-                         "download the model, or name its folder")
+            problem = "holds a PEFT adapter, not a model: merge it (merge_and_unload) and save that"
+        elif Path(folder, "checkpoints").is_dir():
+            problem = ("is the out_dir of a run: make a model folder of it, "
+                       f"python checkpoint.py export {shlex.quote(str(folder))} NEW_FOLDER")
+        raise UserError(f"{folder} {problem}")
     source = read_json(Path(folder, "config.json"))
     names, model_type = source.get("architectures") or [], source.get("model_type")
-    by_type = [name for name, family in ARCHITECTURES.items() if family.model_type == model_type]
-    if names and by_type and by_type[0] not in names:
-        raise UserError(f"{folder}: config.json has architectures {names}, but model_type {model_type!r} is "
-                        f"{by_type[0]}: correct the one that is wrong")
-    known = by_type if model_type else [name for name in names if name in ARCHITECTURES]
+    known = [name for name, family in ARCHITECTURES.items()
+             if (family.model_type == model_type if model_type else name in names)]
     if not known:
         raise UserError(f"{folder}: architecture {names[0] if names else model_type!r} is not supported, "
                         f"only {', '.join(ARCHITECTURES)}")
+    if names and known[0] not in names:
+        raise UserError(f"{folder}: config.json has architectures {names}, but model_type {model_type!r} is "
+                        f"{known[0]}: correct the one that is wrong")
     return source, known[0]
 
 
@@ -75,8 +75,7 @@ def stored_dtype(folder):
     name = source.get("dtype") or source.get("torch_dtype")
     if name is None:
         names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-        stored = stored_tensors(folder).values()
-        name = next((names[tensor.dtype] for tensor in stored if tensor.dtype in names), "float32")
+        name = next((names[t.dtype] for t in stored_tensors(folder).values() if t.dtype in names), "float32")
     name = str(name).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"{folder}: dtype={name!r} in config.json is not supported, only float32, bfloat16, float16")
@@ -182,14 +181,13 @@ def stored_tensors(folder):
 def check_weights(stored, expected, quantization, notes):
     """What keeps the tensors of layout() from being read; what else one should know of them goes to notes."""
     anchor = "model.norm.weight"
-    if anchor not in stored:  # all tensors under other names are one problem, not hundreds
-        for name in stored:
-            if name.endswith(f".{anchor}"):
-                return [f"the names of its tensors begin with {name.removesuffix(anchor)!r}, as of a wrapped model "
-                        "(torch.compile, PEFT): save the model inside the wrapper, with adapters merged"]
-        if anchor.removeprefix("model.") in stored:
-            return ["the names of its tensors lack 'model.', as of a model without its lm_head (AutoModel): save the "
-                    "whole model (AutoModelForCausalLM)"]
+    prefix = min((name.removesuffix(anchor) for name in stored if name.endswith(anchor)), key=len, default=None)
+    if prefix:  # all tensors under other names are one problem, not hundreds
+        return [f"the names of its tensors begin with {prefix!r}, as of a wrapped model (torch.compile, PEFT): save "
+                "the model inside the wrapper, with adapters merged"]
+    if prefix is None and anchor.removeprefix("model.") in stored:
+        return ["the names of its tensors lack 'model.', as of a model without its lm_head (AutoModel): save the whole "
+                "model (AutoModelForCausalLM)"]
     if why := quantized.problem(quantization, stored):
         return [why]
     problems, harmless = [], set(expected)

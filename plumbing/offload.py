@@ -47,26 +47,22 @@ def streamed(pieces, device):
     read, written = [], []  # events
     reading.wait_stream(computing)  # whatever had the buffers' memory before, and the last call's writing
 
-    def read_next():
-        i = len(read)
-        if i == len(pieces):
-            return
-        if i >= BUFFERS:
-            reading.wait_event(written[i - BUFFERS])
-        with gpu.stream(reading):
-            for name, tensor in pieces[i].items():
-                copies[i][name].copy_(tensor, non_blocking=True)
-        read.append(reading.record_event())
-
-    for _ in range(BUFFERS - 1):
-        read_next()
-    for i, piece in enumerate(pieces):
-        read_next()
-        computing.wait_event(read[i])
-        yield copies[i]
+    for i in range(len(pieces) + BUFFERS - 1):
+        if i < len(pieces):
+            if i >= BUFFERS:
+                reading.wait_event(written[i - BUFFERS])
+            with gpu.stream(reading):
+                for name, tensor in pieces[i].items():
+                    copies[i][name].copy_(tensor, non_blocking=True)
+            read.append(reading.record_event())
+        current = i - (BUFFERS - 1)  # the caller's, after those that are read ahead
+        if current < 0:
+            continue
+        computing.wait_event(read[current])
+        yield copies[current]
         writing.wait_stream(computing)
         with gpu.stream(writing):
-            for name, tensor in piece.items():
-                tensor.copy_(copies[i][name], non_blocking=True)
+            for name, tensor in pieces[current].items():
+                tensor.copy_(copies[current][name], non_blocking=True)
         written.append(writing.record_event())
     computing.wait_stream(writing)  # before the buffers' memory is used for something else

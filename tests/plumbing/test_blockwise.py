@@ -272,7 +272,7 @@ def test_sizes_tokens_and_shards_that_are_not_whole_blocks_are_named():
         check(emulated(), tokens=192)
     gathers = emulated(enable_fsdp_float8_all_gather=True)
     check(gathers, shards=1)
-    with pytest.raises(UserError, match=r"128 rows.*attn\.out \(128 rows\)"):
+    with pytest.raises(UserError, match=r"in units of 128: attn\.out \(128, 256\)"):
         check(gathers, shards=2)
 
 
