@@ -81,14 +81,13 @@ def last_good(out_dir, say):
 
 def open_run(out_dir):
     """(newest checkpoint folder, Config) of a run of train.py. Raises UserError if there is none, or it is damaged."""
-    if not Path(out_dir).is_dir():
-        raise UserError(f"{out_dir}: no such folder")
     newest = latest(out_dir)
     if newest is None or not Path(out_dir, "config.py").is_file():
         raise UserError(f"{out_dir} holds no checkpoint of train.py: give the out_dir of a run that has saved one "
                          "(sample.py and eval.py: or a Hugging Face model folder)")
-    if (file := damaged_file(newest)) and newest.exists():  # the run may go on, and remove it meanwhile
-        raise UserError(f"{newest} is damaged, {file} is not as it was saved: delete that folder to use the one before")
+    if file := damaged_file(newest):
+        raise UserError(f"{newest} is damaged, {file} is not as it was saved: delete that folder to use the one "
+                        "before, or, if the run goes on and has just removed it, try again")
     return newest, configurator.read_file(Path(out_dir, "config.py"))
 
 
@@ -124,14 +123,15 @@ class Saver:
     """Saves the checkpoints of a run. In the background: training goes on beside it, from a copy in host memory.
 
     A thread makes the copy while the next step's passes run, so that only the update has to wait for it, and then
-    writes it. Every rank must make one, and call the same methods in the same order.
+    writes it. Every rank must make one, and call the same methods in the same order. out_dir, keep: as in save().
     """
 
     def __init__(self, out_dir, model, optimizer, say, *, keep, background):
-        self.out_dir, self.model, self.optimizer, self.say, self.keep = out_dir, model, optimizer, say, keep
+        self.model, self.optimizer, self.say = model, optimizer, say
         self.step = self.copied = self.written = self.thread = self.stream = None
         # the thread's collectives must not meet those of training
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.write = partial(save, out_dir, keep=keep, group=group)
         if background:
             self.stream = torch.cuda.Stream() if next(model.parameters()).is_cuda else None
             self.thread = ThreadPoolExecutor(1)
@@ -140,9 +140,8 @@ class Saver:
     def save(self, step, run):
         """Write checkpoint `step`, or begin to. run: as in save()."""
         state = tensors(self.model, self.optimizer)
-        write = partial(save, self.out_dir, step, run=run, keep=self.keep, group=self.group)
         if self.thread is None:
-            write(state=state)
+            self.write(step, state, run)
             return
         if self.written and not self.written.done():
             self.say(f"step {step}: waiting for the checkpoint of step {self.step}, which is still being written")
@@ -151,7 +150,7 @@ class Saver:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
         copied = self.copied = self.thread.submit(self.copy, state)
-        self.written = self.thread.submit(lambda: write(state=copied.result()))
+        self.written = self.thread.submit(lambda: self.write(step, copied.result(), run))
 
     def make_room(self, state):
         """In the thread: tensors like those of the state, DTensors where these are, but in host memory."""
@@ -183,15 +182,6 @@ class Saver:
         if self.written:
             self.written.result()
         self.copied = self.written = None
-
-    def finish(self):
-        """Wait for the last checkpoint, and free the memory. Afterwards nothing can be saved."""
-        self.wait()
-        if self.thread:
-            self.thread.shutdown()
-            self.room = None
-        if self.group:
-            dist.destroy_process_group(self.group)
 
 
 # ----------------------------------------------------------------------------------------------------------------

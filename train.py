@@ -77,9 +77,8 @@ def main():
         check_shared("out_dir", out_dir)
     ranks.watch(config.timeout_minutes)
 
-    hardware = f"CPU with {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    on_gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
     if replicas > 1:
         say(f"HSDP: {replicas} replicas, each sharded over {n_shards} of {world_size} ranks; --replicas=1 shards one "
@@ -87,7 +86,6 @@ def main():
     logs.check_unused(out_dir)
     resumes = config.resume != "never" or ranks.replace_others()  # torchrun --max-restarts: the run goes on
     resume_from = checkpoint.last_good(out_dir, say) if resumes else None
-    newest_checkpoint = checkpoint.latest(out_dir)
     if config.resume == "must" and resume_from is None:
         raise UserError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
@@ -104,9 +102,6 @@ def main():
     if config.fp8.enabled:
         check_fp8(config.fp8)  # how many tokens a pass has, the data decides: checked below
     if start_step >= config.max_steps:
-        if ranks.is_main and logs.read_metrics(out_dir):  # it may have been killed before its plots
-            logs.plot_losses(out_dir)
-            telemetry.plot_health(out_dir)
         say(f"nothing to do: {resume_from} has {start_step} of {config.max_steps} steps"
             f"{configurator.changed(out_dir / 'config.py', config)}. Raise max_steps to go on, or start anew: another "
             "out_dir, or --resume=never")
@@ -250,8 +245,6 @@ def main():
         say("run.json names no commit: git is not installed, or does not track this code")
     if ranks.is_main:
         metrics = logs.open_metrics(out_dir)
-        if checkpoint.latest(out_dir) != newest_checkpoint:
-            raise UserError(f"another run has saved in {out_dir} since this one started: start again")
         if earlier := logs.continue_metrics(metrics, start_step):
             say(f"the run that was in {out_dir} is now in {earlier}")
         trackers = logs.open_trackers(config)
@@ -263,7 +256,7 @@ def main():
         if ranks.is_main:
             logs.write(rows, metrics, trackers)
 
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     run_pass = forward_backward
     if config.cuda_graph:
@@ -317,7 +310,7 @@ def main():
                     checkpoint.save(folder, bad.step - 1, state, {**record, "time_s": timer.seconds}, keep=0)
                 message += f" To repeat the step: the same command with --out_dir={folder} --resume=must"
             if config.on_nonfinite == "stop" or bad.in_a_row >= 10:
-                saver.finish()
+                saver.wait()
                 raise RunStopped(message)
             say(message)
         if logs_now:
@@ -338,7 +331,7 @@ def main():
             break
     progress.close()
     with ranks.watchdog.patient():
-        saver.finish()
+        saver.wait()
     signals.restore()
     if stop:
         resume = " with --resume=auto" if config.resume == "never" else ""

@@ -97,7 +97,7 @@ def measure(config, mode, ranks, folder, saves):
         step_s = statistics.median(before + undisturbed)
         rows.append({"beside_s": beside_s, "steps": steps, "step_ms": 1000 * step_s,
                      "training_waits_s": beside_s - steps * step_s})
-    in_background.finish()
+    in_background.wait()
     waits = [row["training_waits_s"] for row in rows]
     return {"mode": mode, "parameters": sum(p.numel() for p in model.parameters()), "checkpoint_gb": sum(files) / 1e9,
             "pinning_s": pinning_s, "at_once_s": at_once_s, "saves": rows, "training_waits_s": statistics.mean(waits),

@@ -147,7 +147,7 @@ def test_mistakes_of_an_export_are_told(folders, copy, tmp_path, monkeypatch):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no checkpoint of train.py" in done.stderr
     with pytest.raises(ValueError, match="holds no checkpoint of train.py: give the out_dir of a run"):
         checkpoint.export(folders["phi_4"], tmp_path / "new")
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
+    with pytest.raises(ValueError, match="nowhere holds no checkpoint of train.py"):
         checkpoint.export(tmp_path / "nowhere", tmp_path / "new")
     out = save_run(tmp_path / "out", build())
     with pytest.raises(ValueError, match="exists and is not empty"):
@@ -413,7 +413,7 @@ def test_a_checkpoint_gives_back_every_bit_of_what_was_saved(tmp_path, keys, in_
     wanted = {name: t.clone() for name, t in checkpoint.tensors(*saved).items()}
     saver.save(1, {"seed": 1})
     train(*saved, saver)  # a save in the background is of the state before
-    saver.finish()
+    saver.wait()
     folder = checkpoint.latest(tmp_path)
     checkpoint.load(folder, *other)
     assert checkpoint.read_run(folder) == {"step": 1, "seed": 1} and other[1].step_count == 1
