@@ -146,20 +146,20 @@ def check_memory(config, shards, accumulation, device):
     """
     gib, no_room = memory(config, shards, accumulation), None
     host_gib, copy_gib = host_memory(config, shards)
-    on_node, host_has = from_launcher("LOCAL_WORLD_SIZE", 1), host_capacity()
-    if on_node * host_gib > host_has and config.check_memory:
+    if not config.check_memory:
+        return gib, host_gib + copy_gib, None
+    on_node, host_has, on_gpu = from_launcher("LOCAL_WORLD_SIZE", 1), host_capacity(), device.type == "cuda"
+    if on_node * host_gib > host_has:
         raise UserError(f"optim.offload={config.optim.offload} needs {on_node * host_gib:.1f} GiB of host memory, "
                         f"there are {host_has:.1f}: lower it, or set optim.fp8_moments=True or "
                         "optim.weights=stochastic_rounding")
-    if on_node * (host_gib + copy_gib) > 0.9 * host_has and copy_gib and config.check_memory:
+    if copy_gib and on_node * (host_gib + copy_gib) > 0.9 * host_has:
         no_room = (f"async_checkpoint: {host_has:.1f} GiB of host memory have no room for the "
                    f"{on_node * copy_gib:.1f} GiB that checkpoints are written from: training waits for each")
-    else:
-        host_gib += copy_gib
-    on_gpu = device.type == "cuda"
+        copy_gib = 0.0
     capacity = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else host_has / on_node
-    if gib <= 1.05 * capacity or not config.check_memory:  # the estimate may be 5% off: the GPU decides close calls
-        return gib, host_gib, no_room
+    if gib <= 1.05 * capacity:  # the estimate may be 5% off: the GPU decides close calls
+        return gib, host_gib + copy_gib, no_room
     helps = []
     for key, value in (("fp8.keep_casts", False), ("activation_checkpoint", "selective"),
                        ("activation_checkpoint", "full"), ("loss_chunks", 8), ("micro_batch_size", 1),

@@ -173,8 +173,8 @@ def health(model, run, step):
                 cast = getattr(fp8.RECIPES[m.recipe], matmul)[operand]
                 stats = {"sqnr_db": decibels(signal, noise), "underflow": underflow / values,
                          "saturated": saturated / values, "amax": amax, "scale": -minus_scale}
-                row[name] = {"format": FORMATS[cast.dtype], **{
-                    key: float(f"{x:.6g}") if math.isfinite(x) else None for key, x in stats.items()}}
+                row[name] = {"format": FORMATS[cast.dtype]}
+                row[name] |= {key: logs.number(float(f"{x:.6g}")) for key, x in stats.items()}
         rows.append(row)
     return rows
 
