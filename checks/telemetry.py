@@ -40,19 +40,17 @@ ALLOWED = {"e4m3": 32.5, "e5m2": 26.5}
 def cast_stats(x, data, scale):
     """float64 SUMS and PEAKS of a cast from x to `data` = FP8 of x * scale; over calls and ranks, PEAKS are maxima.
 
-    amax is inf if any value is inf or nan; the smallest scale is that of the row with the amax. Squares are in units of
-    that scale, so that float32 does not overflow.
+    amax is inf if any value is inf or nan; the smallest scale is that of the row with the amax.
     """
-    scaled, cast, unit = x.float() * scale, data.float(), scale.min().double()
+    x, cast = x.float(), data.float()
     # Saturated is what lies more than half a step above the largest value (1.75 * 2^n with steps of eps * 2^n): below
     # that it rounds to the largest value. A fused kernel takes the amax before x is rounded to bf16, up to 0.4% lower.
     limit = torch.finfo(data.dtype).max * (1 + torch.finfo(data.dtype).eps / 3.5)
-    in_units = (unit / scale).float()
-    squares = [(scaled * in_units).square().sum(), ((scaled - cast) * in_units).square().sum()]
-    counts = [((x != 0) & (cast == 0)).sum(), (scaled.abs() > limit).sum()]
     amax = x.abs().max().double().nan_to_num(nan=math.inf, posinf=math.inf)
-    return torch.stack([s.double() / unit.square() for s in squares] + [c.double() for c in counts]
-                       + [unit.new_full((), x.numel()), amax, -unit])
+    stats = [x.double().square().sum(), (x - cast / scale).double().square().sum(),  # float32 would overflow
+             ((x != 0) & (cast == 0)).sum(), ((x * scale).abs() > limit).sum(), amax.new_full((), x.numel()),
+             amax, -scale.min()]
+    return torch.stack([s.double() for s in stats])
 
 
 # An operator, so that the graph of a training pass does not change; compiled on a GPU, as eager takes a dozen passes.
