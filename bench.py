@@ -35,7 +35,7 @@ from plumbing.logs import table
 from plumbing.ranks import from_launcher, process_rank
 
 REPO = Path(__file__).parent
-TRAIN = (REPO / "train.py",)  # the program that trains a variant
+TRAIN = REPO / "train.py"
 FIXED = {"max_steps", "log_interval", "eval_interval", "checkpoint_interval", "resume"}  # set by this script
 NOT_PER_VARIANT = FIXED | {"seed", "out_dir"}
 WINDOW = 5  # steps per timing: to synchronize with the GPU after every step would slow each of them
@@ -128,27 +128,26 @@ def flags(variant):
     return keys + [f"--{key}" for key in more]
 
 
-def train(args, log, program=TRAIN):
-    """Train in new processes, as many as torchrun started of this one, with their output in the file `log`.
+def train(command, log):
+    """Run a script and its arguments in as many processes as torchrun started of this one, their output in file `log`.
 
-    program: a script and its first arguments. Raises RunStopped with the reason of a failure.
+    Raises RunStopped with the reason of a failure.
     """
-    command = [*program, *args]
+    launcher = [sys.executable]
     if ranks := os.environ.get("LOCAL_WORLD_SIZE"):  # a torchrun per variant, which ends all its ranks
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with log.open("w") as output:
-        status = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run([*launcher, *command], stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
         reason = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|\.py): ")
         lines = [line for line in log.read_text().splitlines() if reason.match(line) and "ChildFailedError" not in line]
         raise RunStopped(lines[-1] if lines else f"exit status {status}, see {log}")
 
 
-def measure(variant, base, folder, own, program):
-    """Train a variant: (what the table says of it, its run.json). Raises RunStopped if that fails."""
-    train([base, f"--out_dir={folder}", "--resume=never", "--eval_interval=0", "--checkpoint_interval=0",
-           f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}", *flags(variant)],
-          folder / "log.txt", program)
+def measure(command, folder, own):
+    """Train by a command: (what the table says of it, its run.json). Raises RunStopped if that fails."""
+    train([*command, f"--out_dir={folder}", "--resume=never", "--eval_interval=0", "--checkpoint_interval=0",
+           f"--log_interval={WINDOW}", f"--max_steps={own.warmup + own.steps}"], folder / "log.txt")
     run = json.loads((folder / "run.json").read_text())
     rows = [row for row in logs.read_metrics(folder) if "loss" in row]
     timed = [row for row in rows if row["step"] > own.warmup and row["step"] % WINDOW == 0]
@@ -162,22 +161,20 @@ def measure(variant, base, folder, own, program):
             **{key: run[key] for key in ("compile_s", "fp8_flops", "auto_filtered")}}, run
 
 
-def compare(runs, base, own, path):
-    """Train [(name, variant, program)] one after the other: the report, with a row for each. RunStopped if all fail.
+def compare(runs, own, path):
+    """Train by each command of {name: command}: the report, with a row for each. RunStopped if all fail.
 
     path: the report's file, written after every run, so that an interrupted bench keeps its results.
     """
     report_ignored(FIXED)
-    for _, variant, _ in runs:  # fail early: check all of them before the first runs
-        configurator.load([str(base), *flags(variant)])
     rows, run = [], {}
-    for name, variant, program in runs:
+    for name, command in runs.items():
         print(f"{name}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
-        folder = base.parent / slug(name)
+        folder = path.parent / slug(name)
         folder.mkdir(exist_ok=True)
         rows.append(row := {"variant": name})
         try:
-            measured, run = measure(variant, base, folder, own, program)
+            measured, run = measure(command, folder, own)
             row |= measured
             if "error" not in rows[0]:
                 row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
@@ -231,7 +228,9 @@ def main():
     config, base = prepare(own, "llama_fp8.py")
     report_path = base.parent / ("gemms.json" if own.gemms else "bench.json")
     variants = ["bf16"] if own.gemms else split(own.variants)
-    report = compare([(variant, variant, TRAIN) for variant in variants], base, own, report_path)
+    for variant in variants:  # fail early: check all of them before the first one trains
+        configurator.load([str(base), *flags(variant)])
+    report = compare({variant: [TRAIN, base, *flags(variant)] for variant in variants}, own, report_path)
     rows = report["rows"]
     if own.gemms:
         device = torch.device("cpu" if on_cpu(config) else "cuda")

@@ -121,7 +121,7 @@ def train_all(runs, own):
                 if own.branch_at and variant != "bf16":
                     branch(folder, folder.with_name(f"bf16_seed{seed}"), own.branch_at)
                 replace_text(folder / "wanted.py", configurator.to_python(config))
-                bench.train([folder / "wanted.py"], folder / "log.txt")
+                bench.train([bench.TRAIN, folder / "wanted.py"], folder / "log.txt")
             curves = read(folder)
             if not math.isfinite(sum(curves["val_loss"][-own.last_evals :])):
                 raise RunStopped("its validation loss ends as inf or nan")

@@ -102,10 +102,10 @@ def train_here(*args):
         torch.use_deterministic_algorithms(False)
 
 
-def train_in_process(args, log, program=None):
-    """Takes the place of bench.train, which starts processes: train.py with these arguments, its output in log."""
+def train_in_process(command, log):
+    """Takes the place of bench.train, which starts processes: train.py with its arguments, its output in log."""
     with log.open("w") as file, contextlib.redirect_stdout(file):
-        train_here(*args)
+        train_here(*command[1:])
 
 
 def main_here(main, *argv):

@@ -49,7 +49,7 @@ def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(monkeypatch, tmp_
     (tmp_path / "run.json").write_text(json.dumps({
         "ranks": 2, "flops_per_token": 3e9, "peak_flops": 6e12, "compile_s": 1, "fp8_flops": 0, "auto_filtered": None}))
     monkeypatch.setattr("bench.train", lambda *_: None)
-    row, _ = measure("bf16", "base.py", tmp_path, BenchConfig(warmup=5, steps=15), None)
+    row, _ = measure([], tmp_path, BenchConfig(warmup=5, steps=15))
     # 2,000 tokens a step and rank: 2, 4 and 8 s, the warm-up left out; 2000 x 3e9 FLOP in 4 s on 6e12 FLOP/s
     assert row["ms"] == [2000, 4000, 8000] and (row["ms_per_step"], row["spread_ms"]) == (4000, 6000)
     assert row["slowest_ms"] == 9000  # in the warm-up too
@@ -92,8 +92,8 @@ def test_where_nothing_runs_there_is_one_line_and_no_table(tiny_run, tmp_path):
 
 
 def test_a_baseline_that_failed_gives_no_speedup_and_stops_no_other_variant(tiny_run, tmp_path, monkeypatch):
-    def measure(variant, *_):
-        if variant == "bf16":
+    def measure(command, *_):
+        if "--fp8.enabled=False" in command:
             raise RunStopped("no")
         return {"ms_per_step": 1.0, "tokens_per_s": 1.0, "peak_gib": 1.0}, {"hardware": "this"}
 
@@ -262,20 +262,22 @@ def test_nanochat_is_timed_in_processes_that_use_it(tmp_path, clone, monkeypatch
 
     seen = []
 
-    def measure(variant, base, folder, own, program):
-        seen.append((variant, folder.name, program[0].name, program[1:]))
+    def measure(command, folder, own):
+        script, *arguments = command
+        first = arguments[: arguments.index(tmp_path / "out/base_config.py")]
+        seen.append((arguments, folder.name, script.name, first))
         return {"ms_per_step": 1.0, "tokens_per_s": len(seen)}, {"hardware": "a GPU"}
 
     monkeypatch.setattr(nanochat_fp8.bench, "on_cpu", lambda config: False)
     monkeypatch.setattr(nanochat_fp8.bench, "measure", measure)
     status, out, _ = main_here(nanochat_fp8.main, REPO / "config/llama_100m.py", f"--nanochat={clone}",
                                f"--out_dir={tmp_path / 'out'}", "--variants=tensorwise,tensorwise:fp8.filter_fqns=[]")
-    theirs = (f"--clone={clone}",)
+    theirs = [f"--clone={clone}"]
     assert status == 0 and [rest for _, *rest in seen] == [
-        ["torchao_tensorwise", "train.py", ()], ["nanochat_tensorwise", "nanochat_fp8.py", theirs],
-        ["torchao_tensorwise_fp8.filter_fqns=_", "train.py", ()],
+        ["torchao_tensorwise", "train.py", []], ["nanochat_tensorwise", "nanochat_fp8.py", theirs],
+        ["torchao_tensorwise_fp8.filter_fqns=_", "train.py", []],
         ["nanochat_tensorwise_fp8.filter_fqns=_", "nanochat_fp8.py", theirs]]
-    assert all("all_gather=False" in variant for variant, *_ in seen)
+    assert all("--fp8.enable_fsdp_float8_all_gather=False" in arguments for arguments, *_ in seen)
     rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["torchao, tensorwise", "nanochat, tensorwise",
                                                 "torchao, tensorwise:fp8.filter_fqns=[]",

@@ -63,11 +63,11 @@ def main():
     if bench.on_cpu(config):
         raise UserError("this comparison needs a GPU: nanochat has no emulated FP8 for a CPU")
     bf16_gather = "fp8.enable_fsdp_float8_all_gather=False:fp8.precompute_float8_dynamic_scale_for_fsdp=False"
-    programs = {"torchao": bench.TRAIN, "nanochat": (Path(__file__).resolve(), CLONE + own.nanochat)}
-    runs = [(f"{name}, {variant}", f"{variant}:{bf16_gather}", program) for variant in bench.split(own.variants)
-            for name, program in programs.items()]
+    programs = {"torchao": [bench.TRAIN], "nanochat": [Path(__file__).resolve(), CLONE + own.nanochat]}
+    runs = {f"{name}, {variant}": [*program, base, *bench.flags(f"{variant}:{bf16_gather}")]
+            for variant in bench.split(own.variants) for name, program in programs.items()}
     path = base.parent / "bench.json"
-    rows = bench.compare(runs, base, own, path)["rows"]
+    rows = bench.compare(runs, own, path)["rows"]
     print("", bench.table(rows, bench.COLUMNS), "", sep="\n")
     print(f"speedup is relative to {rows[0]['variant']}; written: {path}")
     sys.exit(any("error" in row for row in rows))

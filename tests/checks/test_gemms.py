@@ -129,8 +129,8 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
 
 
 def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypatch):
-    def train(args, log, program):  # as if on two ranks, each of which makes one pass a step
-        train_here(*args)
+    def train(command, log):  # as if on two ranks, each of which makes one pass a step
+        train_here(*command[1:])
         record = log.with_name("run.json")
         record.write_text(json.dumps(json.loads(record.read_text()) | {"ranks": 2}))
 
@@ -148,7 +148,7 @@ def test_bench_gemms_reports_and_keeps_the_figures(tiny_run, tmp_path, monkeypat
 
 
 def test_bench_gemms_times_the_shapes_that_the_run_has(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "train", lambda args, log, program: train_here(*args))
+    monkeypatch.setattr(bench, "train", lambda command, log: train_here(*command[1:]))
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"ind": i, "activity_label": "A", "ctx_a": f"One {i}", "ctx_b": "then",
                                              "endings": list("abcd"), "label": 0}) + "\n" for i in range(40)))
