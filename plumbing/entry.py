@@ -20,6 +20,7 @@ from plumbing.stopping import SIGNALS
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # these errors name no file
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
            errno.EEXIST}  # the last: a file, or a link to nowhere, where a folder is to be made
+EXIT_STATUS = {UserError: 2, RunStopped: 1, KeyboardInterrupt: 130}
 
 
 class Arguments(argparse.ArgumentParser):
@@ -38,7 +39,7 @@ def leave():
 
 
 def as_expected(error):
-    """The UserError or RunStopped that an exception amounts to, or None for a bug."""
+    """The UserError, RunStopped or KeyboardInterrupt that an exception amounts to, or None for a bug."""
     if isinstance(error, CheckpointException):  # wraps those of all ranks
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and (error.errno in FULL or error.errno in REFUSED and error.filename):
@@ -48,7 +49,9 @@ def as_expected(error):
         return RunStopped(f"{error.filename} is gone, a run that goes on keeps the newest checkpoints only: try again")
     if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
         return RunStopped(f"lost the connection to another rank, which has ended or is stuck ({str(error)[:200]})")
-    return error if isinstance(error, (UserError, RunStopped)) else None
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt("interrupted")
+    return error if type(error) in EXIT_STATUS else None
 
 
 def run(main, piped=False):
@@ -63,24 +66,12 @@ def run(main, piped=False):
     for stream in (sys.stdin, sys.stdout):  # what a person types or a terminal shows may not fit its encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    interrupted = False
-
-    def interrupt(*_):
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
     try:
         status = main()
     except (Exception, KeyboardInterrupt, CheckpointException) as error:  # the last one is no Exception
         for number in SIGNALS:  # torchrun now ends the ranks
             signal.signal(number, signal.SIG_DFL)
         first, expected = fails_first(), as_expected(error)
-        if interrupted:  # libraries turn a KeyboardInterrupt into other exceptions: torch.distributed.checkpoint does
-            if first:
-                print("interrupted", file=sys.stderr)
-            sys.exit(130)
         if not first:  # the first one prints and exits, then torchrun ends this one
             time.sleep(10)
         elif expected is None:
@@ -89,7 +80,7 @@ def run(main, piped=False):
             several = from_launcher("WORLD_SIZE", 1) > from_launcher("LOCAL_WORLD_SIZE", 1)
             where = f": rank {process_rank()} on {socket.gethostname()}" if several else ""
             print(f"{Path(sys.argv[0]).name}{where}: {expected}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(expected, UserError) else 1)
+        sys.exit(EXIT_STATUS.get(type(expected), 1))
     leave()  # not after an error: it would wait for ranks that are stuck in a collective
     if status:
         sys.exit(status)

@@ -176,17 +176,18 @@ def test_help_and_the_resolved_config_come_once():
     assert done.stdout.count("config = Config(") == 1
 
 
-@pytest.mark.parametrize("becomes", [KeyboardInterrupt, RuntimeError, ValueError])
-def test_an_interrupt_ends_quietly_whatever_a_library_makes_of_it(capsys, becomes):
+@pytest.mark.parametrize("becomes", [None, CheckpointException("load", {1: (KeyboardInterrupt(), None)})])
+def test_an_interrupt_ends_quietly_within_a_checkpoint_too(monkeypatch, capsys, becomes):
     def main():
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt as error:
-            raise becomes from error
+            raise becomes or error
 
+    monkeypatch.setattr(sys, "argv", ["/some/train.py"])
     with pytest.raises(SystemExit) as done:
         entry.run(main)
-    assert (done.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    assert (done.value.code, capsys.readouterr().err) == (130, "train.py: interrupted\n")
 
 
 def test_a_process_group_is_destroyed_at_the_end_and_left_alone_after_an_error(tmp_path):
