@@ -20,24 +20,24 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 
 import configurator
 import fp8
 import optim
 from formats import families, hf, quantized
 from plumbing import entry
-from plumbing.disk import replacing, writing
+from plumbing.disk import replacing
 from plumbing.errors import UserError
 from plumbing.offload import host_zeros
 from plumbing.ranks import process_rank
 from plumbing.sharding import like, local_shard, plain_local
 from plumbing.storage import Reader, Writer, damaged_file
 
-SHARD_BYTES = 2**31  # about the size of an exported file, and about the memory that an export needs
+SHARD_BYTES = 2**30  # about the size of an exported file, and half of the memory that an export needs
 # files that an export copies from the folder of the run's tokenizer
 CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*")
 
@@ -237,7 +237,7 @@ def export(out_dir, folder, in_fp8=False):
     """Write the newest checkpoint of a run as a Hugging Face model folder, in the layout of the run's init_from.
 
     in_fp8: store the layers that the run trained in FP8 as e4m3 with a scale for each 128 x 128 block, for inference
-    engines; lm_head, which they want in high precision, stays as it is. Needs the memory of one exported file. Raises
+    engines; lm_head, which they want in high precision, stays as it is. Needs the memory of two exported files. Raises
     UserError if there is no checkpoint, `folder` is not empty, init_from or chat_template is gone, no layer was in FP8.
     """
     folder = Path(folder).resolve()
@@ -270,7 +270,7 @@ def export(out_dir, folder, in_fp8=False):
     for name, (_, _, shape) in layout.items():
         files[size // SHARD_BYTES].append(name)
         size += math.prod(shape) * (1 if name in fp8_weights else dtype.itemsize)
-    with replacing(folder) as temporary, writing(folder.parent):
+    with replacing(folder) as temporary:
         temporary.mkdir()
         file_of, parameter, total = {}, {}, 0  # {tensor in the folder: its file}; the one that was loaded last
         for i, names in enumerate(files.values(), 1):
@@ -287,15 +287,13 @@ def export(out_dir, folder, in_fp8=False):
                     pieces[name], pieces[f"{name}_scale_inv"] = quantized.quantize(rows)
                 else:
                     pieces[name] = rows.clone()  # safetensors wants a storage for each tensor
-            save_file(pieces, temporary / file, metadata={"format": "pt"})
+            temporary.joinpath(file).write_bytes(safetensors.torch.save(pieces, metadata={"format": "pt"}))
             file_of |= dict.fromkeys(pieces, file)
             total += sum(piece.nbytes for piece in pieces.values())
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
             temporary.joinpath("model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         temporary.joinpath("config.json").write_text(json.dumps(source | written, indent=2))
-        for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by their owner only
-            shutil.copymode(temporary / "config.json", file)
         tokenizer = Path(os.path.expanduser(config.data.tokenizer))  # a folder, or a name or file, which is not copied
         carried = {path for pattern in CARRIED for path in tokenizer.glob(pattern) if path.is_file()}
         if config.init_from != "scratch":

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -43,14 +42,12 @@ def writing(path):
     try:
         yield
     except Exception as error:
-        reasons = [error]
-        while reasons[-1].__context__:
-            reasons.append(reasons[-1].__context__)
-        numbers = [reason.errno for reason in reasons if isinstance(reason, OSError)]
-        numbers += map(int, re.findall(r"\(os error (\d+)\)", str(error)))  # as safetensors says it
-        if not numbers:
+        reason = error
+        while reason and not isinstance(reason, OSError):
+            reason = reason.__context__
+        if reason is None:
             raise
-        raise OSError(numbers[0], os.strerror(numbers[0]), str(path)) from error
+        raise OSError(reason.errno, os.strerror(reason.errno), str(path)) from error
 
 
 def check_shared(key, folder):
