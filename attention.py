@@ -79,10 +79,7 @@ def attention_mask(x, cfg, positions, bounds):
 
 
 def select_kernel(model, config, device):
-    """Give a Transformer's blocks the kernel of attention that a configurator.Config asks for, and return its name.
-
-    Raises UserError if it cannot run here.
-    """
+    """Give blocks the kernel that a configurator.Config asks for; return its name. UserError if it cannot run here."""
     if not flash4.usable(config, device):
         return "PyTorch's"
     for block in model.layers:

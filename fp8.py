@@ -68,10 +68,7 @@ class Cast(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a linear layer computes: for each matmul the casts of its two operands, None for high precision.
-
-    Everything that depends on the recipe reads it here: conversion, checks, proof, telemetry, memory estimate, bench.
-    """
+    """How a linear layer computes: for each matmul the casts of its two operands, None for high precision."""
 
     output: tuple[Cast, Cast] | None  # input @ weight.T
     grad_input: tuple[Cast, Cast] | None  # grad_output @ weight
@@ -222,8 +219,7 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     names = {fqn: name for fqn in linears if (name := recipe_of(fqn, cfg))}
     recipes, used = {fqn: RECIPES[name] for fqn, name in names.items()}, list(dict.fromkeys(names.values()))
     if not recipes:
-        errors.append("fp8.filter_fqns and fp8.recipes leave no linear layer to convert: remove an entry, or set "
-                      "fp8.enabled=False")
+        errors.append("fp8.filter_fqns and fp8.recipes leave no linear layer to convert: remove an entry of one")
     if not cfg.emulate and device.type != "cuda":
         errors.append(f"fp8 needs a GPU of compute capability 8.9 or newer, this run is on the {device.type}: "
                       "set fp8.emulate=True for the same numerics without the speed")
@@ -233,8 +229,7 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
             errors.append(f"fp8 needs compute capability 8.9 or newer, {torch.cuda.get_device_name(device)} has "
                           f"{major}.{minor}: set fp8.emulate=True, or fp8.enabled=False")
         elif not compiled and not cfg.allow_eager:
-            errors.append("fp8 without compile is slower than bf16: set compile.enabled=True, or fp8.allow_eager=True "
-                          "to train like that all the same")
+            errors.append("fp8 without compile is slower than bf16: set compile.enabled=True or fp8.allow_eager=True")
         errors += [f"recipe {name} needs a GPU of compute capability {RECIPES[name].capability}.x, this one has "
                    f"{major}.x: choose another recipe, or set fp8.emulate=True"
                    for name in used if RECIPES[name].capability not in (None, major)]
@@ -308,8 +303,7 @@ def torchao_config(recipe, emulate, grad_fast_accum):
 def convert(model, cfg, *, shards, accumulation=1):
     """Replace linear layers by FP8 layers, in place, each with the recipe that recipe_of says, its name as `.recipe`.
 
-    Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step; if there are
-    several and nothing is sharded, tensorwise layers scale their weight once for all of them (ScaledOnce).
+    Call it before fully_shard, on the meta device. shards: as for check(). accumulation: passes per step.
     """
     from torch._inductor.codegen.triton import TritonOverrides
     from torchao.float8 import convert_to_float8_training
@@ -333,7 +327,7 @@ def convert(model, cfg, *, shards, accumulation=1):
                                  f"torch {torch.__version__}, which makes FP8 values NaN: install the versions in "
                                  "requirements.txt")
             weight_class, mm_config = fp8_weights.GatherInFP8, layer.linear_mm_config
-            if recipe.keep_casts and accumulation > 1 and not shards:
+            if recipe.keep_casts and accumulation > 1 and not shards:  # one scale serves all passes of a step
                 layer.__class__, layer.keep_cast = fp8_weights.ScaledOnce, cfg.keep_casts
         if gathers(name, cfg, shards):
             weight = weight_class(layer.weight, mm_config, recipe.output[1].dtype)
@@ -351,14 +345,11 @@ def gathers(name, cfg, shards):
 
 @torch.no_grad()
 def prepare_weights(model, cfg, *, shards):
-    """Compute what passes of one step share of the FP8 weights. Call it whenever weights change.
-
-    The scales of weights gathered in FP8, with one all-reduce, if they are precomputed; and what ScaledOnce keeps.
-    """
+    """Compute what the passes of one step share of the FP8 weights. Call it whenever weights change."""
     if cfg.enabled and cfg.precompute_float8_dynamic_scale_for_fsdp and shards:
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
-        precompute_float8_dynamic_scale_for_fsdp(model)
+        precompute_float8_dynamic_scale_for_fsdp(model)  # one all-reduce for the scales of all weights
     for linear in float8_linears(model).values():
         if hasattr(linear, "prepare"):
             linear.prepare()

@@ -53,14 +53,11 @@ class OptimConfig:
 
 
 def get_lr(cfg, step, max_steps):
-    """Learning rate of a step, counted from 1: linear warm-up, then cosine decay from cfg.lr to cfg.min_lr.
-
-    A min_lr above lr counts as lr, so that lowering lr alone never raises the rate again.
-    """
+    """Learning rate of a step, counted from 1: linear warm-up, then cosine decay from cfg.lr to cfg.min_lr."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps)
-    lowest = min(cfg.min_lr, cfg.lr)
+    lowest = min(cfg.min_lr, cfg.lr)  # lowering lr alone never raises the rate again
     return lowest + 0.5 * (cfg.lr - lowest) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -130,7 +127,6 @@ def pieces(w):
 # 1.1 * 2^-120 are 0.8 * 2^20, so adding a random number below 2^20 carries in 80% of all cases, and cutting them off
 # gives 1.125 then, 1.0 otherwise: 1.1 on average.
 E4M3_SHIFT = 2.0**-120
-E4M3_LACKS = 20
 
 
 def hash32(x):
@@ -170,7 +166,7 @@ def to_fp8(x, noise, nonzero=False):
     amax = x.abs().view(torch.int32).amax(1, keepdim=True).view(torch.float32)
     # puts the largest value just below 448, so that none rounds up to more
     unit = amax.clamp(min=1e-30) * ((1 + 2**-20) / 448)
-    step = 1 << E4M3_LACKS  # between neighbours in e4m3, as integers
+    step = 1 << 20  # between neighbours in e4m3, as integers
     bits = (x * (1 / unit) * E4M3_SHIFT).view(torch.int32) + (noise & (step - 1))
     bits = (bits.clamp(min=step) if nonzero else bits) & -step
     return bits.view(torch.float32) * (1 / E4M3_SHIFT), unit

@@ -43,11 +43,7 @@ def read_json(path):
 
 
 def read_config(folder):
-    """(config.json, architecture) of a model folder.
-
-    model_type decides, as in transformers; UserError where architectures says otherwise, or where there is no such
-    folder or family.
-    """
+    """(config.json, architecture) of a model folder; UserError where there is no such folder or family."""
     if not Path(folder, "config.json").is_file():
         problem = "is no Hugging Face model folder (no config.json in it): download the model, or name its folder"
         if Path(folder, "adapter_config.json").is_file():
@@ -58,7 +54,7 @@ def read_config(folder):
         raise UserError(f"{folder} {problem}")
     source = read_json(Path(folder, "config.json"))
     names, model_type = source.get("architectures") or [], source.get("model_type")
-    known = [name for name, family in ARCHITECTURES.items()
+    known = [name for name, family in ARCHITECTURES.items()  # model_type decides, as in transformers
              if (family.model_type == model_type if model_type else name in names)]
     if not known:
         raise UserError(f"{folder}: architecture {names[0] if names else model_type!r} is not supported, "
@@ -98,10 +94,11 @@ def model_config(folder, wanted=None):
     refuse(folder, list(cfg.problems()))
     stored = stored_tensors(folder)
     problems = check_weights(stored, layout(cfg, architecture), source.get("quantization_config"), notes)
-    if cfg.tie_embeddings and not problems and not head_is_embedding(stored):
-        cfg.tie_embeddings = False
-        notes.append("config.json says tie_word_embeddings, but lm_head.weight has other values than the embedding: "
-                     "not tied, as in transformers 5")
+    if cfg.tie_embeddings and not problems and HEAD in stored:
+        cfg.tie_embeddings = torch.equal(read(stored, HEAD), read(stored, EMBEDDING))
+        if not cfg.tie_embeddings:
+            notes.append("config.json says tie_word_embeddings, but lm_head.weight has other values than the "
+                         "embedding: not tied, as in transformers 5")
     if Path(folder, SINGLE).is_file() and Path(folder, INDEX).is_file():
         notes.append(f"it has both {SINGLE} and an index: the index is ignored, as in transformers")
     if cfg.block_size > longest:
@@ -152,12 +149,9 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(folder):
-    """{name: Stored} of a folder. model.safetensors goes before an index, as in transformers.
-
-    UserError that lists all files that cannot be read.
-    """
+    """{name: Stored} of a folder; UserError that lists all files that cannot be read."""
     files, stored, problems = [SINGLE], {}, []
-    if not Path(folder, SINGLE).is_file():
+    if not Path(folder, SINGLE).is_file():  # it goes before an index, as in transformers
         if not Path(folder, INDEX).is_file():
             raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}. Pickles (.bin, .pt, .pth) can run code, so "
                             "they are never loaded: convert them to safetensors")
@@ -220,13 +214,6 @@ def read(stored, name, rows=None):
     """A tensor of a folder, or a slice of its rows, which is all that is read."""
     with torch.device("cpu"), safe_open(stored[name].path, "pt") as file:
         return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
-
-
-def head_is_embedding(stored):
-    """Whether a tied model's lm_head.weight, if the files have one at all, equals its embedding."""
-    n_rows = stored[HEAD].shape[0] if HEAD in stored else 0
-    pieces = [slice(i, i + 4096) for i in range(0, n_rows, 4096)]
-    return all(torch.equal(read(stored, HEAD, rows), read(stored, EMBEDDING, rows)) for rows in pieces)
 
 
 @torch.no_grad()

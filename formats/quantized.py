@@ -17,10 +17,7 @@ BLOCK = 128
 
 
 def problem(config, stored):
-    """Why this quantization cannot be read, one sentence, or None.
-
-    config: quantization_config of config.json or None. stored: {name: Stored} of the files.
-    """
+    """Why this quantization cannot be read, or None. config: quantization_config of config.json, or None."""
     if config and config.get("quant_method") not in METHODS:
         return (f"quantization {config.get('quant_method')!r} is not supported, only {', '.join(METHODS)} with e4m3 "
                 "weights")

@@ -106,10 +106,7 @@ class MergeRepeatedOps(CustomGraphPass):
 
 
 def recompute(forward, policy=None, eager=True):
-    """`forward` with its intermediates recomputed in backward, except for the ops that `policy` saves.
-
-    eager: whether to recompute without torch.compile too; saved views of gathered weights then keep what FSDP2 frees.
-    """
+    """`forward` with its intermediates recomputed in backward, except what `policy` saves. eager: uncompiled too."""
     context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
 
     def checkpointed(*args):

@@ -1,8 +1,7 @@
 """CUDA-graph capture of a forward and backward pass: one launch instead of hundreds.
 
-Python needs about 10 microseconds to launch each of a pass's kernels, of which FP8 has twice as many as bf16. With 8192
-tokens of an 8B model every kernel runs longer than that, so nothing is lost; with 100M parameters most are shorter, and
-the GPU waits for Python. Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
+Python needs about 10 microseconds to launch a kernel, and FP8 has twice as many as bf16. At 8B they run longer than
+that; at 100M most are shorter, and the GPU waits. Source: "Whole-network capture" in PyTorch's notes on CUDA semantics.
 """
 
 import torch

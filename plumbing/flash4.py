@@ -29,17 +29,15 @@ def usable(config, device):
     try:
         installed = importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
-        installed = None
+        installed = "0"
     if widest is None:
         problem = "it has kernels for Hopper and Blackwell GPUs only"
     elif config.dtype != "bfloat16":
         problem = f"it needs dtype=bfloat16, not {config.dtype}"
     elif width % 8 or width > widest:
         problem = f"it needs heads whose width divides by 8, up to {widest} on this GPU, not model.head_dim={width}"
-    elif installed is None:
-        problem = f"it is not installed: {INSTALL} (cu12 for a torch with CUDA 12)"
     elif TorchVersion(installed) < MIN_VERSION:
-        problem = f"flash-attn-4 {installed} is too old: {INSTALL}"
+        problem = f"it needs flash-attn-4 {MIN_VERSION} or newer: {INSTALL} (cu12 for a torch with CUDA 12)"
     if problem:
         if config.flash4:
             raise UserError(f"flash4=True: {problem}; or set flash4=False")

@@ -33,11 +33,9 @@ def one_pass_cast(x, scale, dtype):
     return (compiled_cast if x.is_cuda else cast_to_fp8)(x, scale, dtype)
 
 
+# changed: a compiled cast, an amax in one pass instead of two, a precomputed scale that __tensor_unflatten__ keeps
 class GatherInFP8(WeightWithDynamicFloat8CastTensor):
-    """A weight shard that FSDP2 casts to FP8 just before each all-gather, with one scale for the whole tensor.
-
-    Changed: a compiled cast, an amax in one pass instead of two, a precomputed scale that __tensor_unflatten__ keeps.
-    """
+    """A weight shard that FSDP2 casts to FP8 just before each all-gather, with one scale for the whole tensor."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
@@ -87,10 +85,7 @@ class AsCast(torch.autograd.Function):
 
 
 class ScaledOnce(Float8Linear):
-    """A tensorwise layer whose weight is scaled, or with `keep_cast` also cast, once per optimizer step, by prepare().
-
-    Every pass of the step reads the result.
-    """
+    """A tensorwise layer whose weight is scaled, or with `keep_cast` also cast, once for all passes of a step."""
 
     cast = scale = None  # of the weight, in FP8 and 0-d float32
 
@@ -104,7 +99,7 @@ class ScaledOnce(Float8Linear):
         return y if self.bias is None else y + self.bias
 
     def prepare(self):
-        """Scale, or cast, the weight as it is now."""
+        """Scale, or cast, the weight as it is now: after each optimizer step."""
         dtype = self.config.cast_config_weight.target_dtype
         if self.scale is None:  # cuda_graph wants the same memory in every step
             self.scale = self.weight.new_empty(()).float()

@@ -125,8 +125,8 @@ GPU = SimpleNamespace(type="cuda")
     ({"dtype": "float32"}, 9, "dtype=bfloat16, not float32"),
     ({"model": ModelConfig(head_dim=36)}, 9, "up to 256 on this GPU, not model.head_dim=36"),
     ({"model": ModelConfig(head_dim=192)}, 10, "up to 128 on this GPU, not model.head_dim=192"),
-    ({}, 9, "it is not installed: pip install --pre flash-attn-4"),
-    ({"installed": "4.0.0b4"}, 9, "flash-attn-4 4.0.0b4 is too old: pip install"),
+    ({}, 9, "it needs flash-attn-4 4.0.0b36 or newer: pip install --pre flash-attn-4"),
+    ({"installed": "4.0.0b4"}, 9, "it needs flash-attn-4 4.0.0b36 or newer: pip install"),
 ])
 def test_flash4_where_it_cannot_run_is_an_error_if_asked_for_and_else_not_used(keys, generation, message, monkeypatch):
     keys = dict(keys)
