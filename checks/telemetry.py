@@ -221,7 +221,7 @@ def plot_health(out_dir):
     if not rows:
         return None
     layers, steps = list(dict.fromkeys(r["fp8_layer"] for r in rows)), sorted({r["step"] for r in rows})
-    figure = Figure(figsize=(11, min(20, 2.5 + 0.24 * len(layers))), layout="constrained")
+    figure = Figure(figsize=(11, min(20, 3.5 + 0.24 * len(layers))), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     for line, title, measure, style in (
             (axes[0], "dB below the format's best", shortfall, {"cmap": "Reds", "vmin": 0, "vmax": 12}),
@@ -236,9 +236,8 @@ def plot_health(out_dir):
         figure.colorbar(image, ax=line, label=title, extend="max")
         every = -(-len(layers) // 40)
         line[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
-    shown = range(0, len(steps), -(-len(steps) // 5))
+    shown = slice(None, None, -(-len(steps) // 5))
     for ax in axes[1]:
-        ax.set_xticks(shown, [steps[i] for i in shown])
-        ax.set_xlabel("step")
+        ax.set(xlabel="step", xticks=range(len(steps))[shown], xticklabels=steps[shown])
     figure.savefig(out_dir / "fp8_health.png", dpi=150)
     return out_dir / "fp8_health.png"
