@@ -252,7 +252,7 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
     for fqn, recipe in recipes.items():
         linear, name, shape = linears[fqn], names[fqn], tuple(linears[fqn].weight.shape)
         in_fp8 = gathers(name, cfg, shards)
-        for reason, holds in {
+        for reason, applies in {
             f"fp8 replaces the forward of a layer, so it takes nn.Linear itself, not {type(linear).__name__}":
                 type(linear) is not nn.Linear,
             f"fp8 matmuls ({name}) need sizes divisible by {recipe.multiple}": any(n % recipe.multiple for n in shape),
@@ -262,7 +262,7 @@ def check(cfg, model, *, device, compiled, shards, tokens=None, loss_chunks=1):
             f"fp8 all-gather needs rows that divide evenly over {shards} shards, in units of {recipe.gather_rows}":
                 in_fp8 and shape[0] % (shards * recipe.gather_rows),
         }.items():
-            if holds:
+            if applies:
                 refused[reason][models.layer_kind(fqn)] = shape
     for reason, kinds in refused.items():
         left_out = f"fp8.filter_fqns={[*cfg.filter_fqns, *kinds]}"
