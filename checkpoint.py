@@ -128,13 +128,13 @@ class Saver:
 
     def __init__(self, out_dir, model, optimizer, say, *, keep, background):
         self.model, self.optimizer, self.say = model, optimizer, say
-        self.step = self.copied = self.written = self.thread = self.stream = None
+        self.step = self.copied = self.written = self.thread = None
         # the thread's collectives must not meet those of training
         group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.write = partial(save, out_dir, keep=keep, group=group)
         if background:
-            self.stream = torch.cuda.Stream() if next(model.parameters()).is_cuda else None
-            self.thread = ThreadPoolExecutor(1)
+            self.device = torch.get_device_module(next(model.parameters()).device)
+            self.stream, self.thread = self.device.Stream(), ThreadPoolExecutor(1)
             self.room = self.thread.submit(self.make_room, tensors(model, optimizer))  # to page-lock memory takes long
 
     def save(self, step, run):
@@ -146,28 +146,23 @@ class Saver:
         if self.written and not self.written.done():
             self.say(f"step {step}: waiting for the checkpoint of step {self.step}, which is still being written")
         self.wait()
-        self.step = step
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        copied = self.copied = self.thread.submit(self.copy, state)
+        self.step, computed = step, self.device.Event()
+        computed.record()
+        copied = self.copied = self.thread.submit(self.copy, state, computed)
         self.written = self.thread.submit(lambda: self.write(step, copied.result(), run))
 
     def make_room(self, state):
         """In the thread: tensors like those of the state, DTensors where these are, but in host memory."""
-        if self.stream:
-            torch.cuda.set_device(self.stream.device)
-        return {name: like(t, host_zeros(local_shard(t).shape, t.dtype, t.device)) for name, t in state.items()}
+        with self.device.stream(self.stream):  # page-locked by the GPU of this rank: a new thread would use the first
+            return {name: like(t, host_zeros(local_shard(t).shape, t.dtype, t.device)) for name, t in state.items()}
 
     @torch.no_grad()
-    def copy(self, state):
-        """In the thread: a copy of the state as it is when the stream has waited."""
-        if self.stream:
-            self.stream.synchronize()  # optimizer state in host memory may still be written by the GPU
-        with torch.cuda.stream(self.stream):
+    def copy(self, state, computed):
+        """In the thread: a copy of the state as it is at the event `computed`."""
+        computed.synchronize()  # optimizer state in host memory may still be written by the GPU
+        with self.device.stream(self.stream):
             for name, copy in self.room.result().items():
-                local_shard(copy).copy_(local_shard(state[name]), non_blocking=True)
-        if self.stream:
-            self.stream.synchronize()
+                local_shard(copy).copy_(local_shard(state[name]))
         return self.room.result()
 
     def before_update(self):

@@ -77,8 +77,7 @@ class Ranks:
 
     def now(self):
         """time.perf_counter() when the device has finished all work it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(self.device).synchronize()
         return time.perf_counter()
 
 

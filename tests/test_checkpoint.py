@@ -453,9 +453,9 @@ def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tm
 def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
     copy = checkpoint.Saver.copy
 
-    def copies_late(self, state):
+    def copies_late(*args):
         time.sleep(0.5)
-        return copy(self, state)
+        return copy(*args)
 
     monkeypatch.setattr(checkpoint.Saver, "copy", copies_late)
     for name, in_background in (("beside", True), ("waits", False)):
