@@ -37,7 +37,7 @@ from plumbing.ranks import process_rank
 from plumbing.sharding import like, local_shard, plain_local
 from plumbing.storage import Reader, Writer, damaged_file
 
-SHARD_BYTES = 2**30  # about the size of an exported file, and half of the memory that an export needs
+SHARD_BYTES = 2**30  # about the size of an exported file; an export holds it up to four times
 # files that an export copies from the folder of the run's tokenizer
 CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*")
 
@@ -232,8 +232,8 @@ def export(out_dir, folder, in_fp8=False):
     """Write the newest checkpoint of a run as a Hugging Face model folder, in the layout of the run's init_from.
 
     in_fp8: store the layers that the run trained in FP8 as e4m3 with a scale for each 128 x 128 block, for inference
-    engines; lm_head, which they want in high precision, stays as it is. Needs the memory of two exported files. Raises
-    UserError if there is no checkpoint, `folder` is not empty, init_from or chat_template is gone, no layer was in FP8.
+    engines; lm_head, which they want in high precision, stays as it is. Raises UserError if there is no checkpoint,
+    `folder` is not empty, init_from or chat_template is gone, no layer was in FP8.
     """
     folder = Path(folder).resolve()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
@@ -267,17 +267,15 @@ def export(out_dir, folder, in_fp8=False):
         size += math.prod(shape) * (1 if name in fp8_weights else dtype.itemsize)
     with replacing(folder) as temporary:
         temporary.mkdir()
-        file_of, parameter, total = {}, {}, 0  # {tensor in the folder: its file}; the one that was loaded last
+        file_of, total = {}, 0  # {tensor in the folder: its file}
         for i, names in enumerate(files.values(), 1):
             file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-            pieces = {}
+            sources, pieces = {f"model.{layout[name][0]}" for name in names}, {}
+            parameters = {source: torch.empty(saved[source].size, dtype=dtype) for source in sources}
+            dcp.load(parameters, storage_reader=Reader(newest), no_dist=True)
             for name in names:
                 source_name, first_row, shape = layout[name]
-                saved_name = f"model.{source_name}"
-                if saved_name not in parameter:
-                    parameter = {saved_name: torch.empty(saved[saved_name].size, dtype=dtype)}
-                    dcp.load(parameter, storage_reader=Reader(newest), no_dist=True)
-                rows = parameter[saved_name][first_row : first_row + shape[0]]
+                rows = parameters[f"model.{source_name}"][first_row : first_row + shape[0]]
                 if name in fp8_weights:
                     pieces[name], pieces[f"{name}_scale_inv"] = quantized.quantize(rows)
                 else:

@@ -139,14 +139,13 @@ def load(argv, own=None):
     """
     flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
     files = [arg for arg in argv if not arg.startswith("-")]
-    config, errors = Config(), []
     if len(files) > 1:
-        errors = [f"{' '.join(files)}: one config file at most"]
-    elif files:
-        try:
-            config = read_file(files[0])
-        except UserError as error:
-            errors = [str(error)]
+        raise UserError(f"{' '.join(files)}: one config file at most")
+    config, errors = Config(), []
+    try:
+        config = read_file(files[0]) if files else config
+    except UserError as error:
+        errors = [str(error)]
     file_is_read = not errors
     parts = [("", own)] if own is not None else []
     parts += schema.sections(config)

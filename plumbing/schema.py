@@ -49,14 +49,12 @@ def comments(kind):
 
 def suggest(name, names, form="{}"):
     """", did you mean FORM?" with the closest of `names` in place of {}; "" if no last part of any is similar."""
-    def similarity(a, b):
-        return difflib.SequenceMatcher(None, a, b).ratio()
+    def similarity(other):
+        last_parts = name.split(".")[-1], other.split(".")[-1]
+        return [difflib.SequenceMatcher(None, *pair).ratio() for pair in (last_parts, (name, other))]
 
-    def of_last_parts(other):
-        return similarity(name.split(".")[-1], other.split(".")[-1])
-
-    near = max(names, key=lambda other: of_last_parts(other) + similarity(name, other), default="")
-    return f", did you mean {form.format(near)}?" if of_last_parts(near) > 0.7 else ""
+    near = max(names, key=lambda other: sum(similarity(other)), default="")
+    return f", did you mean {form.format(near)}?" if similarity(near)[0] > 0.7 else ""
 
 
 def fits(value, kind):

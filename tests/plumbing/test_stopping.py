@@ -164,7 +164,7 @@ class Answering:
     """A store in which every rank but the `dead` ones has written anew whenever it is read."""
 
     def __init__(self, ranks, dead=()):
-        self.rows = {f"rank_{i}": {"rank": i, "host": f"vm{i}", "stack": "", "beats": 0, **row}
+        self.rows = {f"rank_{i}": {"rank": i, "host": f"vm{i}", "stack": "", "time": 0, **row}
                      for i, row in enumerate(ranks)}
         self.dead = dead
 
@@ -176,7 +176,7 @@ class Answering:
 
     def multi_get(self, keys):
         for key in keys:
-            self.rows[key]["beats"] += self.rows[key]["rank"] not in self.dead
+            self.rows[key]["time"] += self.rows[key]["rank"] not in self.dead
         return [json.dumps(self.rows[key]) for key in keys]
 
 
@@ -192,7 +192,7 @@ def test_of_all_ranks_the_one_that_is_named_is_silent_else_behind_else_busy(rank
     monkeypatch.setattr("plumbing.stopping.end", said.append)
     watchdog.store = Answering([{"step": step, "waits": waits} for step, waits in ranks], dead)
     watchdog.rank, watchdog.world_size, watchdog.timeout, watchdog.grace = 0, 2, 5.0, grace
-    watchdog.interval = watchdog.beats = 0
+    watchdog.interval = 0
     watchdog.report()
     assert len(said) == 1 and said[0].startswith(message)
 
