@@ -212,7 +212,7 @@ def plot(rows, title, path):
     axes[1].set(xlabel="peak memory, GiB")
     for ax in axes:
         ax.margins(x=0.5)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # "$" is a character
     figure.savefig(path, dpi=150)
 
 
@@ -226,31 +226,30 @@ def finish(config, *written):
 def main():
     own = BenchConfig()
     config, base = prepare(own, "llama_fp8.py")
-    report_path = base.parent / ("gemms.json" if own.gemms else "bench.json")
-    variants = ["bf16"] if own.gemms else split(own.variants)
+    out_dir, variants = base.parent, ["bf16"] if own.gemms else split(own.variants)
     for variant in variants:  # fail early: check all of them before the first one trains
         configurator.load([str(base), *flags(variant)])
-    report = compare({variant: [TRAIN, base, *flags(variant)] for variant in variants}, own, report_path)
+    written = [out_dir / ("gemms.json" if own.gemms else "bench.json")]
+    report = compare({variant: [TRAIN, base, *flags(variant)] for variant in variants}, own, written[0])
     rows = report["rows"]
     if own.gemms:
         device = torch.device("cpu" if on_cpu(config) else "cuda")
-        run = json.loads((base.parent / "bf16" / "run.json").read_text())
+        run = json.loads((out_dir / "bf16" / "run.json").read_text())
         passes = config.global_batch_size // (config.micro_batch_size * run["ranks"])
-        bf16_config = configurator.read_file(base.parent / "bf16" / "config.py")  # has init_from's model
+        bf16_config = configurator.read_file(out_dir / "bf16" / "config.py")  # has init_from's model
         model = replace(bf16_config.model, block_size=run["block_size"])  # the length of the data's rows
-        recipes = dict.fromkeys(split(variant, ":")[0] for variant in split(own.variants))
-        recipes.pop("bf16", None)
+        recipes = dict.fromkeys(split(v, ":")[0] for v in split(own.variants) if not v.startswith("bf16"))
         report["gemms"] = gemms.time_linears(replace(bf16_config, model=model, fp8=config.fp8), device, passes, recipes)
-        report_path.write_text(json.dumps(report, indent=1))
-        print("", gemms.table(report["gemms"], rows[0]["ms_per_step"]), "", sep="\n")
-        finish(config, report_path)
-        return
-    picture = base.parent / "bench.png"
-    plot(rows, f"{report['hardware']}, {config.model.n_layer} layers x {config.model.n_embd}", picture)
-    print("", f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is relative to "
-          f"{rows[0]['variant']}, mfu to the bf16 peak", table(rows, COLUMNS), "", sep="\n")
-    finish(config, report_path, picture)
-    sys.exit(any("error" in row for row in rows))
+        written[0].write_text(json.dumps(report, indent=1))
+        text = gemms.table(report["gemms"], rows[0]["ms_per_step"])
+    else:
+        written.append(out_dir / "bench.png")
+        plot(rows, f"{out_dir.name}, {report['hardware']}", written[1])
+        text = (f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is relative to "
+                f"{rows[0]['variant']}, mfu to the bf16 peak\n{table(rows, COLUMNS)}")
+    print("", text, "", sep="\n")
+    finish(config, *written)
+    return int(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

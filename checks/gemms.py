@@ -95,10 +95,9 @@ def choose(config, device, passes):
     if process_rank() == 0:
         linears = fp8.linear_layers(models.on_meta(config.model))
         recipes = {fqn: name for fqn in linears if (name := fp8.recipe_of(fqn, config.fp8))}
-        rows = time_linears(config, device, passes, list(dict.fromkeys(recipes.values())))
-        pays = {(row["layer"], name): gain(row, name) > 0 for row in rows for name in row["ms"]}
         kinds = {fqn: models.layer_kind(fqn) for fqn in recipes}
-        slow = [fqn for fqn, name in recipes.items() if not pays[kinds[fqn], name]]
+        rows = {row["layer"]: row for row in time_linears(config, device, passes, dict.fromkeys(recipes.values()))}
+        slow = [fqn for fqn, name in recipes.items() if gain(rows[kinds[fqn]], name) <= 0]
         mixed = {kinds[fqn] for fqn in recipes if fqn not in slow}
         chosen = list(dict.fromkeys(fqn if kinds[fqn] in mixed else kinds[fqn] for fqn in slow))
     return gather(chosen)[0]
