@@ -76,6 +76,7 @@ class Config:
     replicas: Natural = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node
     reshard_after_forward: bool = True  # free gathered weights between forward and backward (ZeRO-3; False: ZeRO-2)
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradient reduction over ranks; bfloat16: half the bytes
+    reduce_each_pass: bool = True  # False: reduce gradients once a step, and hold whole ones until then
     shard_one_rank: bool = False  # run FSDP2 on a single rank too, which takes 7 to 17% of the step
     timeout_minutes: PositiveFloat = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
     # when something is wrong

@@ -281,6 +281,8 @@ def main():
         for i, micro_batch in enumerate(batch, 1):
             if n_shards and not config.reshard_after_forward:  # gather, and cast to FP8, once for all passes of a step
                 model.set_reshard_after_backward(i == accumulation)
+            if n_shards and not config.reduce_each_pass:
+                model.set_requires_gradient_sync(i == accumulation)
             loss += run_pass(*micro_batch, n_targets)
             if accumulation > 1:
                 optimizer.accumulate()

@@ -99,6 +99,9 @@ def memory(config, shards, accumulation):
         gathered += blocks * min(1, 2 / m.n_layer) if config.reshard_after_forward else blocks
 
     begins = gathered + activations + max(loss, working)
+    if shards and accumulation > 1 and not config.reduce_each_pass:  # whole ones wait, and are reduced block by block
+        waiting = sum(p.numel() for p in model.parameters()) * getattr(torch, config.reduce_dtype).itemsize
+        return (always + max(waiting + max(begins, gathered + working), gradients + reducing)) / 2**30
     ends = gradients + max(gathered + working, reducing)
     if accumulation > 1:
         begins += gradients
@@ -164,7 +167,7 @@ def check_memory(config, shards, accumulation, device):
     for key, value in (("fp8.keep_casts", False), ("activation_checkpoint", "selective"),
                        ("activation_checkpoint", "full"), ("loss_chunks", 8), ("micro_batch_size", 1),
                        ("optim.fp8_moments", True), ("optim.weights", "stochastic_rounding"), ("optim.offload", 1.0),
-                       ("reshard_after_forward", True), ("reduce_dtype", "bfloat16"),
+                       ("reshard_after_forward", True), ("reduce_each_pass", True), ("reduce_dtype", "bfloat16"),
                        ("fp8.force_recompute_fp8_weight_in_bwd", True)):
         changed = copy.deepcopy(config)
         *section, name = key.split(".")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, build, main_here, metrics, needs_rows_on_a_cpu, run, run_many, train_here
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_param_group
 
 import checkpoint
 import configurator
@@ -94,6 +95,8 @@ def fleet(tiny_run, tmp_path_factory):
         "selective_fp8": [*FP8, *PRECOMPUTE, "--activation_checkpoint=selective", "--loss_chunks=4"],
         "full_fp8": [*FP8, *PRECOMPUTE, "--activation_checkpoint=full"],
         "accumulation_fp8": [*FP8, *PRECOMPUTE, "--micro_batch_size=1"],
+        "reduced_once": ["--micro_batch_size=1", "--reduce_each_pass=False", "--reshard_after_forward=False"],
+        "reduced_once_fp8": [*FP8, *PRECOMPUTE, "--micro_batch_size=1", "--reduce_each_pass=False"],
         "tied_fp8": [*FP8, *PRECOMPUTE, "--model.tie_embeddings=True"],
     }
     one_only = {  # the sharded ones last: their process group stays
@@ -151,7 +154,8 @@ def test_two_ranks_train_as_one_does(fleet, name, bound):
     ("full_fp8", "fp8_precompute", 0), ("hsdp", "fp32", FLOAT_NOISE), ("hsdp_fp8", "fp8", FP8_NOISE),
     # compiled kernels keep float32 where eager rounds between ops; chunks of the loss have scales of their own
     ("fp8_compiled", "fp8", FP8_NOISE), ("fp8_precompute_compiled", "fp8", FP8_NOISE), ("keep_casts", "fp8", FP8_NOISE),
-    ("selective_fp8", "fp8", FP8_NOISE), ("accumulation_fp8", "fp8", FP8_NOISE)])
+    ("selective_fp8", "fp8", FP8_NOISE), ("accumulation_fp8", "fp8", FP8_NOISE),
+    ("reduced_once", "accumulation", FLOAT_NOISE), ("reduced_once_fp8", "accumulation_fp8", FP8_NOISE)])
 def test_switches_of_a_sharded_run_do_not_change_the_training(fleet, name, reference, bound):
     _, two = fleet
     assert largest_gap(two[name], two[reference]) <= bound
@@ -987,3 +991,15 @@ def test_kept_weights_are_gathered_once_for_all_passes_of_a_step(reshards, gathe
     train_here(*tiny_run, *keys, "--max_steps=2", "--resume=never")
     layers = 2 * 4
     assert len(seen) - 2 * one_step == gathers * layers  # forward and backward of each of two passes, if freed
+
+
+@pytest.mark.parametrize("each_pass, reductions", [(True, 2), (False, 1)])
+def test_gradients_are_reduced_after_each_pass_or_once_a_step(each_pass, reductions, tiny_run, tmp_path, monkeypatch):
+    seen, reduce = [], fsdp_param_group.foreach_reduce
+    monkeypatch.setattr(fsdp_param_group, "foreach_reduce", lambda *args: seen.append(None) or reduce(*args))
+    keys = [*ONE_SHARD, f"--reduce_each_pass={each_pass}", "--micro_batch_size=4", "--eval_interval=0",
+            "--checkpoint_interval=0", f"--out_dir={tmp_path / 'out'}"]
+    train_here(*tiny_run, *keys, "--max_steps=1")
+    one_step = len(seen)
+    train_here(*tiny_run, *keys, "--max_steps=2", "--resume=never")
+    assert len(seen) - 2 * one_step == reductions * 3  # groups: two blocks, and the rest

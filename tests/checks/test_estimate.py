@@ -153,6 +153,10 @@ TABLE, MLP = M.vocab_size * M.n_embd, 3 * M.n_layer * M.n_embd * M.ffn_dim
     ({"optim": OptimConfig(weights="fp32_master")},
      {"activation_checkpoint": "full", "model": models.llama3_1_8b(block_size=256), "loss_chunks": 1}, 0, 2,
      (14 - 6 + 6 - 2) * 8030261248),
+    # whole gradients in the dtype of the reduction wait for the last pass, where shards of bf16 added up
+    ({"reduce_each_pass": False}, {"reduce_dtype": "bfloat16"}, 2, 2, (2 - 1) * 8030261248),
+    ({"reduce_each_pass": False}, {}, 2, 2, (4 - 1) * 8030261248),
+    ({"reduce_each_pass": False}, {}, 2, 1, 0),
 ])
 def test_what_a_key_changes_is_exact(change, base, shards, passes, values):
     before = gathering(**base)
