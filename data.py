@@ -21,6 +21,7 @@ import torch
 
 import attention
 from formats import chat, files, hellaswag, text, tokens
+from formats.tokenizer import get_tokenizer
 from model import IGNORE, check_ids
 from plumbing import entry
 from plumbing.errors import UserError
@@ -84,7 +85,8 @@ class DataConfig:
 class Rows(Protocol):
     """What a format makes of its files: rows of one length, each a function of its number. `row` is all a batch needs.
 
-    A new format is a function prepare(cfg, block_size, seed) in a file of formats/, and an entry in FORMATS.
+    A new format is a function prepare(cfg, tokenizer, block_size, seed), which gives the Rows for training and those for
+    validation, in a file of formats/, and an entry in FORMATS.
     """
 
     n_rows: int
@@ -111,21 +113,22 @@ def prepare(cfg, block_size, seed):
 
     block_size: the longest row that the model takes. Raises UserError for files that cannot be found, read or used.
     """
+    tokenizer = get_tokenizer(cfg.tokenizer)
     if not cfg.weights:
-        return FORMATS[cfg.format](cfg, block_size, seed)
+        return *FORMATS[cfg.format](cfg, tokenizer, block_size, seed), tokenizer
     named = Counter(path.resolve() for entry in cfg.train for path in files.find_files([entry])[0])
     (path, n), *_ = named.most_common(1)
     if n > 1:
         raise UserError(f"data.weights: {path} is in several entries of data.train: name each file in one entry")
-    prepared = [FORMATS[cfg.format](replace(cfg, train=[entry], weights=[]), block_size, seed) for entry in cfg.train]
-    train, val, tokenizers = zip(*prepared, strict=True)
+    entries = [replace(cfg, train=[entry], weights=[]) for entry in cfg.train]
+    train, val = zip(*(FORMATS[cfg.format](entry, tokenizer, block_size, seed) for entry in entries), strict=True)
     row_length = max(part.block_size for part in train)
     for part in train + val:
         part.block_size = row_length  # rows of one sample each differ from part to part: all are padded to the longest
     mixture = Mixture(train, cfg)
     mixture.description = "a mixture of" + "".join(f"\n  {weight / sum(cfg.weights):.1%} {part.description}"
                                                    for weight, part in zip(cfg.weights, train, strict=True))
-    return mixture, val[0] if cfg.val else Mixture(val, cfg), tokenizers[0]
+    return mixture, val[0] if cfg.val else Mixture(val, cfg), tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -170,40 +173,34 @@ class Mixture:
             i -= part.n_samples
 
 
-class Shuffled:
-    """The order of training on one entry: [k] is the number of the k-th row. Each epoch has an order of its own."""
-
-    def __init__(self, n_rows, *seed):
-        self.n_rows, self.seed, self.epoch = n_rows, seed, None
-
-    def __getitem__(self, k):
-        epoch, i = divmod(k, self.n_rows)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((*self.seed, epoch)).permutation(self.n_rows)
-        return int(self.order[i])
-
-
 class Order:
-    """The order of training on a Mixture: [k] is the number of the k-th row.
+    """The order of training: [k] is the number of the k-th row. Each epoch has its own order, drawn from the seed.
 
-    Each block of BLOCK rows holds the same number of rows of each part, spread over it evenly with some chance, so what
-    came before k is known without counting. Each part goes through its own epochs.
+    Each part of a Mixture goes through its own epochs, and each block of BLOCK rows holds the same number of rows of
+    each part, spread over it evenly with some chance, so what came before k is known without counting.
     """
 
-    def __init__(self, mixture, seed):
-        self.shares, n_parts = share_of_block(mixture.weights), len(mixture.parts)
-        self.starts = np.cumsum([0, *(part.n_rows for part in mixture.parts)])
-        self.orders = [Shuffled(part.n_rows, seed, i) for i, part in enumerate(mixture.parts)]
-        rng = np.random.default_rng((seed, n_parts, 0))
+    def __init__(self, rows, seed):
+        parts, weights, self.seeds = [rows], [1], [(seed,)]
+        if isinstance(rows, Mixture):
+            parts, weights, self.seeds = rows.parts, rows.weights, [(seed, i) for i in range(len(rows.parts))]
+        self.shares, self.sizes = share_of_block(weights), [part.n_rows for part in parts]
+        self.starts = np.cumsum([0, *self.sizes])
+        self.epochs, self.orders = [None] * len(parts), [None] * len(parts)  # of each part: the epoch it is in
+        rng = np.random.default_rng((seed, len(parts), 0))
         places = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.shares])
         order = np.argsort(places, kind="stable")
-        self.part = np.repeat(np.arange(n_parts), self.shares)[order]
+        self.part = np.repeat(np.arange(len(parts)), self.shares)[order]
         self.nth = np.concatenate([np.arange(n) for n in self.shares])[order]  # of its part, in a block
 
     def __getitem__(self, k):
         block, i = divmod(k, BLOCK)
         part = self.part[i]
-        return int(self.starts[part]) + self.orders[part][block * self.shares[part] + int(self.nth[i])]
+        epoch, nth = divmod(block * self.shares[part] + int(self.nth[i]), self.sizes[part])
+        if epoch != self.epochs[part]:
+            rng = np.random.default_rng((*self.seeds[part], epoch))
+            self.epochs[part], self.orders[part] = epoch, rng.permutation(self.sizes[part])
+        return int(self.starts[part] + self.orders[part][nth])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -219,14 +216,13 @@ def stack(rows, *shape):
 class Loader:
     """Training batches as a function of the step: nothing to save, and the same global batch for any number of ranks.
 
-    An epoch is all of the rows in an order shuffled by (seed, epoch); batches run over epoch borders. Of a Mixture,
-    each part has its own epochs. Raises UserError if there is less than one global batch.
+    Batches run over the borders of epochs. Raises UserError if there is less than one global batch.
     """
 
     def __init__(self, rows, *, global_batch_size, micro_batch_size, seed, rank=0, world_size=1):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rows, self.rank, self.world_size = rows, rank, world_size
-        self.order = Order(rows, seed) if isinstance(rows, Mixture) else Shuffled(rows.n_rows, seed)
+        self.order = Order(rows, seed)
         if rows.n_rows < global_batch_size:
             raise UserError(f"the training data fills {rows.n_rows} rows of {rows.block_size} tokens, one step needs "
                             f"global_batch_size={global_batch_size}: give more text, or lower global_batch_size, "
@@ -244,11 +240,11 @@ class Loader:
 
     def epochs(self, steps):
         """How often these steps go through the data, as text: "0.42 epochs", of a Mixture for each entry."""
-        n = steps * self.global_batch_size
+        epochs = [steps * self.global_batch_size * share / BLOCK / size
+                  for share, size in zip(self.order.shares, self.order.sizes, strict=True)]
         if not isinstance(self.rows, Mixture):
-            return f"{n / self.rows.n_rows:.2f} epochs"
-        return ", ".join(f"{n * share / BLOCK / part.n_rows:.2f} epochs of {name}"
-                         for share, part, name in zip(self.order.shares, self.rows.parts, self.rows.names, strict=True))
+            return f"{epochs[0]:.2f} epochs"
+        return ", ".join(f"{n:.2f} epochs of {name}" for n, name in zip(epochs, self.rows.names, strict=True))
 
 
 def eval_batches(rows, *, n, micro_batch_size, rank=0, world_size=1):

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from formats import files, text
+from formats.tokenizer import get_tokenizer
 from plumbing import entry
 from plumbing.disk import replace_text
 
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both (all cores)")
     parser.add_argument("--out", default="tokenization.json", help="the results (tokenization.json)")
     args = parser.parse_args()
-    tokenizer = text.get_tokenizer(args.tokenizer)
+    tokenizer = get_tokenizer(args.tokenizer)
     paths = files.find_files(args.data, files.TEXT)[0] or files.embedded_files()
     documents = ["".join(pieces) for pieces in files.documents(paths, "text")]
     megabytes = sum(len(document.encode()) for document in documents) / 1e6

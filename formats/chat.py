@@ -23,7 +23,6 @@ from formats.files import check
 from formats.packing import make_rows, sample_limit, split
 from formats.template import Template
 from formats.text import in_order
-from formats.tokenizer import get_tokenizer
 from plumbing import disk
 from plumbing.errors import UserError
 
@@ -159,13 +158,12 @@ def read_template(cfg, tokenizer):
     return Template(tokenizer, source, cfg.chat_template)
 
 
-def prepare(cfg, block_size, seed):
-    """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
-    tokenizer, limit = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size)
-    template, found = read_template(cfg, tokenizer), files.resolve(cfg, files.ROWS)
+def prepare(cfg, tokenizer, block_size, seed):
+    """(training Samples, validation Samples) of a DataConfig, see data.prepare."""
+    limit, found = sample_limit(cfg, block_size), files.resolve(cfg, files.ROWS)
+    template = read_template(cfg, tokenizer)
     train, counts, remarks = stored(found.train, template, cfg, limit)
     val, val_counts, val_remarks = stored(found.val, template, cfg, limit) if found.val else (None, {}, [])
     counts = {what: n + val_counts.get(what, 0) for what, n in counts.items()}
     about = "; ".join([f"tokenizer {tokenizer.name}, {template.name}", *dict.fromkeys(remarks + val_remarks)])
-    rows = make_rows(*split(train, val), cfg, block_size, seed, found=found, counts=counts, about=about)
-    return *rows, tokenizer
+    return make_rows(*split(train, val), cfg, block_size, seed, found=found, counts=counts, about=about)

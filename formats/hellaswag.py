@@ -17,7 +17,6 @@ import numpy as np
 
 from formats import files
 from formats.packing import make_rows, sample_limit, split
-from formats.tokenizer import get_tokenizer
 from plumbing.disk import replacing
 from plumbing.errors import UserError
 
@@ -95,15 +94,14 @@ def encode(encoding, query, ending, limit):
     return np.delete(ids, np.s_[len(bos) : len(bos) + cut]), max(start - cut, 1), cut
 
 
-def prepare(cfg, block_size, seed):
-    """(training Samples, validation Samples, tokenizer) of a DataConfig. With several ranks, on rank 0 first."""
-    tokenizer, limit, n_cut = get_tokenizer(cfg.tokenizer), sample_limit(cfg, block_size), 0
+def prepare(cfg, tokenizer, block_size, seed):
+    """(training Samples, validation Samples) of a DataConfig, see data.prepare."""
+    limit, n_cut = sample_limit(cfg, block_size), 0
     *parts, found = questions(cfg)
     for part in parts:
         for k, item in enumerate(part):
             ids, start, cut = encode(tokenizer, item["query"], item["endings"][item["label"]], limit)
             part[k] = ids, np.arange(len(ids)) >= start
             n_cut += cut > 0
-    rows = make_rows(*parts, cfg, block_size, seed, found=found, counts={"samples cut at the beginning": n_cut},
+    return make_rows(*parts, cfg, block_size, seed, found=found, counts={"samples cut at the beginning": n_cut},
                      about=f"tokenizer {tokenizer.name}")
-    return *rows, tokenizer

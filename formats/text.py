@@ -24,7 +24,6 @@ import numpy as np
 from tqdm import tqdm
 
 from formats import files
-from formats.tokenizer import get_tokenizer
 from formats.tokens import open_splits, open_tokens, survey
 from plumbing.disk import replace_text
 from plumbing.errors import UserError
@@ -188,9 +187,8 @@ def work_folder(folder):
             raise
 
 
-def prepare(cfg, block_size, seed):
-    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. Tokenizes what cfg.cache_dir does not hold."""
-    tokenizer = get_tokenizer(cfg.tokenizer)
+def prepare(cfg, tokenizer, block_size, seed):
+    """(training Tokens, validation Tokens), see data.prepare. Tokenizes what cfg.cache_dir does not hold."""
     found = files.resolve(cfg, files.TEXT)
     made_from = [[files.identity(path) for path in paths] for paths in (found.train, found.val)]
     made_by = cfg.text_key, tokenizer.fingerprint, tokenizer.bos, tokenizer.eos, VERSION
@@ -217,4 +215,4 @@ def prepare(cfg, block_size, seed):
     for what in ("empty documents dropped", "forced cuts"):
         if train.counts.get(what):
             train.description += f", {train.counts[what]:,} {what}"
-    return train, val, tokenizer
+    return train, val

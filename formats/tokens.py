@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from formats import files
-from formats.tokenizer import get_tokenizer
 from model import IGNORE
 from plumbing.disk import replace_text
 from plumbing.errors import UserError
@@ -188,12 +187,11 @@ def open_split(paths, cfg, block_size, split, **part):
     return tokens
 
 
-def prepare(cfg, block_size, seed):
-    """(training Tokens, validation Tokens, Tokenizer) of a DataConfig. With several ranks call it on rank 0 first.
+def prepare(cfg, tokenizer, block_size, seed):
+    """(training Tokens, validation Tokens) of a DataConfig, see data.prepare.
 
     Raises UserError for files that are not token files, or that hold negative ids.
     """
-    tokenizer = get_tokenizer(cfg.tokenizer)
     found = files.resolve(cfg, {"tokens"})
     train, val = open_splits(found.train, found.val, cfg, block_size, found)
     train.description += f", ids up to {train.largest}, "
@@ -205,4 +203,4 @@ def prepare(cfg, block_size, seed):
     if train.largest > tokenizer.largest:
         train.description += (f"; tokenizer {tokenizer.name} has no ids above {tokenizer.largest}: name the one that "
                               "made them (data.tokenizer) for sample.py and data.py")
-    return train, val, tokenizer
+    return train, val

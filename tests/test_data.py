@@ -126,7 +126,7 @@ def test_half_a_character_in_jsonl_becomes_the_replacement_character(tmp_path):
 
 
 def test_a_tokenizer_without_an_end_cannot_close_documents(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: single_bytes("endless", {}))
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: single_bytes("endless", {}))
     with pytest.raises(ValueError, match="tokenizer endless has no end-of-text token"):
         prepare(config(tmp_path, corpus))
 
@@ -134,7 +134,7 @@ def test_a_tokenizer_without_an_end_cannot_close_documents(tmp_path, corpus, mon
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path, corpus, monkeypatch):
     large = single_bytes("large", {END: 100_000})
     large.eos = 100_000
-    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: large)
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: large)
     train, _, _ = prepare(config(tmp_path, corpus))
     assert train.arrays[0].dtype == np.uint32 and train.largest == 100_000 and train.slice(0, 10**6).max() == 100_000
 
@@ -266,7 +266,7 @@ def test_documents_begin_with_bos_where_the_tokenizer_has_one(tmp_path, monkeypa
     with_bos = single_bytes("llama", {END: 256, "<s>": 257})
     with_bos.bos, with_bos.eos = 257, 256
     monkeypatch.setattr(text_format, "PIECE", 100)
-    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: with_bos)
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: with_bos)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "", "two " * 99)))
     train, val, _ = prepare(config(tmp_path, tmp_path / "a.jsonl"))
     ids = [*everything(train), *everything(val)]
@@ -274,7 +274,7 @@ def test_documents_begin_with_bos_where_the_tokenizer_has_one(tmp_path, monkeypa
     assert train.sample(0)[0][0] == 257 and not train.sample(0)[1][0]
     without = single_bytes("llama", {END: 256, "<s>": 257})
     without.eos = 256
-    monkeypatch.setattr(text_format, "get_tokenizer", lambda name: without)
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: without)
     assert prepare(config(tmp_path, tmp_path / "a.jsonl"))[0].digest != train.digest  # shards of its own
 
 

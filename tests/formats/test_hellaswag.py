@@ -16,6 +16,7 @@ import torch
 from conftest import build, metrics, run, run_many, train_here
 
 import attention
+import data
 import eval as scoring
 from checks import estimate
 from configurator import Config
@@ -109,13 +110,13 @@ def test_every_20th_question_is_for_validation(file, tmp_path):
     train, val, _ = hellaswag.questions(config(file, val=[str(write(tmp_path / "v.jsonl", [question(90)]))]))
     assert [q["ind"] for q in val] == [190] and len(train) == 40
     with pytest.raises(ValueError, match="0 for validation are too few"):
-        hellaswag.prepare(config(tmp_path / "v.jsonl"), 64, 1)
+        data.prepare(config(tmp_path / "v.jsonl"), 64, 1)
 
 
 def test_the_screen_names_the_files_also_those_that_were_downloaded(tmp_path):
     for name in ("train", "val"):
         write(tmp_path / f"hellaswag_{name}.jsonl", [question(i) for i in range(20)])
-    rows, val_rows, _ = hellaswag.prepare(config(cache_dir=str(tmp_path)), 128, 1)
+    rows, val_rows, _ = data.prepare(config(cache_dir=str(tmp_path)), 128, 1)
     assert f"tokenizer bytes; 1 file of {tmp_path / 'hellaswag_train.jsonl'}" in rows.description
     assert (rows.n_samples, val_rows.n_samples) == (20, 20)
 
@@ -193,10 +194,10 @@ def test_an_endings_tokens_are_those_of_the_joint_text_beyond_the_query():
 
 
 def test_too_long_samples_are_reported(file):
-    train, _, _ = hellaswag.prepare(config(file), 64, 1)
+    train, _, _ = data.prepare(config(file), 64, 1)
     n = sum(len(f"{q['query']} {q['endings'][q['label']]}") > 65 for q in hellaswag.read([file]))
     assert n > 5 and f"{n} samples cut at the beginning" in train.description
-    assert "cut at" not in hellaswag.prepare(config(file), 512, 1)[0].description
+    assert "cut at" not in data.prepare(config(file), 512, 1)[0].description
 
 
 def documents(x, y, positions):
@@ -206,7 +207,7 @@ def documents(x, y, positions):
 
 
 def test_packed_rows_hold_every_sample_once_and_targets_stay_within(file):
-    train, val, _ = hellaswag.prepare(config(file, packed_sequence_size=512), 512, 5)
+    train, val, _ = data.prepare(config(file, packed_sequence_size=512), 512, 5)
     items, found, filler = hellaswag.questions(config(file))[0], [], 0
     for x, y, positions in map(train.row, range(train.n_rows)):
         for ids, targets, at in documents(x, y, positions):
@@ -222,14 +223,14 @@ def test_packed_rows_hold_every_sample_once_and_targets_stay_within(file):
     assert sorted(found) == sorted((q["query"], " " + q["endings"][q["label"]]) for q in items)
     assert train.padding == pytest.approx(filler / (train.n_rows * 512)) and train.padding < 0.05
     assert train.n_rows < len(items) / 3
-    same, other = (hellaswag.prepare(config(file, packed_sequence_size=512), 512, s)[0] for s in (5, 6))
+    same, other = (data.prepare(config(file, packed_sequence_size=512), 512, s)[0] for s in (5, 6))
     assert same.digest == train.digest != other.digest
     assert all((same.row(i)[0] == train.row(i)[0]).all() for i in range(train.n_rows))
     assert any((a != b).any() for a, b in ((other.row(i)[0], train.row(i)[0]) for i in range(2)))
 
 
 def test_unpacked_rows_are_one_sample_of_one_length_that_fp8_can_take(file):
-    train, val, _ = hellaswag.prepare(config(file), 512, 1)
+    train, val, _ = data.prepare(config(file), 512, 1)
     assert train.block_size == val.block_size == -(-max(train.longest, val.longest) // 16) * 16 < 512
     assert train.n_rows == 38 and val.n_rows == 2
     x, y, positions = val.row(1)
@@ -241,7 +242,7 @@ def test_unpacked_rows_are_one_sample_of_one_length_that_fp8_can_take(file):
 
 @pytest.mark.parametrize("size", [0, 256])
 def test_the_global_batch_is_the_same_on_any_number_of_ranks(file, size):
-    rows = hellaswag.prepare(config(file, packed_sequence_size=size), 256, 1)[0]
+    rows = data.prepare(config(file, packed_sequence_size=size), 256, 1)[0]
     batches = []
     for n in (1, 2, 4):
         parts = [Loader(rows, global_batch_size=4, micro_batch_size=1, seed=1, rank=r, world_size=n)
@@ -252,7 +253,7 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(file, size):
 
 
 def test_a_packed_batch_gives_the_loss_and_gradients_of_its_samples_one_by_one(file):
-    rows = hellaswag.prepare(config(file, packed_sequence_size=320), 320, 1)[0]
+    rows = data.prepare(config(file, packed_sequence_size=320), 320, 1)[0]
     model = build(block_size=320)
     x, y, positions = (torch.from_numpy(np.stack(c)) for c in zip(rows.row(0), rows.row(1), strict=True))
     packed = model(x, y, 1, positions, attention.document_bounds(positions))
@@ -308,7 +309,7 @@ def test_tokens_count_no_padding(runs, file):
     n_tokens = sum(len(f"{q['query']} {q['endings'][q['label']]}") - 1 for q in items)  # a byte each, the last no input
     for name, m in one.items():
         size = 256 if name == "packed" else 0
-        rows, _, _ = hellaswag.prepare(config(file, packed_sequence_size=size), 256, 1337)
+        rows, _, _ = data.prepare(config(file, packed_sequence_size=size), 256, 1337)
         per_step = 4 * n_tokens / rows.n_rows
         assert [row["tokens"] for row in m.train.values()] == pytest.approx([per_step * s for s in m.train], rel=1e-3)
         assert per_step < 0.95 * 4 * rows.block_size  # there is padding
@@ -350,7 +351,7 @@ def test_packed_fp8_fine_tuning_on_a_gpu_stays_close_to_the_cpu(runs, tmp_path):
 
 def test_mistakes_about_packing_are_told(file):
     with pytest.raises(ValueError, match="packed_sequence_size=512 is more than model.block_size=256"):
-        hellaswag.prepare(config(file, packed_sequence_size=512), 256, 1)
+        data.prepare(config(file, packed_sequence_size=512), 256, 1)
     assert "text has no padding" in next(DataConfig(packed_sequence_size=64).problems())
 
 
