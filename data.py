@@ -85,8 +85,8 @@ class DataConfig:
 class Rows(Protocol):
     """What a format makes of its files: rows of one length, each a function of its number. `row` is all a batch needs.
 
-    A new format is a function prepare(cfg, tokenizer, block_size, seed), which gives the Rows for training and those for
-    validation, in a file of formats/, and an entry in FORMATS.
+    A new format is a file of formats/ with a function prepare(cfg, tokenizer, block_size, seed), which gives the Rows
+    for training and those for validation, and an entry in FORMATS.
     """
 
     n_rows: int

@@ -80,13 +80,12 @@ class Tokens:
     def measure_documents(self):
         """(whether EOS is among the ids; mean length over ids, longest, most in a row of the documents that attention
         sees). Reads all ids."""
-        found = bool(self.slice(len(self) - 1, len(self))[0] == self.eos)  # the last id is in no row of inputs
-        squares, longest, most, step = 0, 0, 0, max(1, PIECE // self.block_size)
+        found, squares, longest, most, step = False, 0, 0, 0, max(1, PIECE // self.block_size)
         for first in range(0, self.n_rows, step):
-            ids = self.slice(first * self.block_size, min((first + step) * self.block_size, len(self) - 1))
-            ids = np.append(ids, np.full(-len(ids) % self.block_size, self.eos + 1)).reshape(-1, self.block_size)
-            begins = self.begins(ids)
+            ids = self.slice(first * self.block_size, (first + step) * self.block_size + 1)
             found |= bool((ids == self.eos).any())
+            ids = np.append(ids[:-1], np.full(-(len(ids) - 1) % self.block_size, self.eos + 1))  # inputs, padding
+            begins = self.begins(ids.reshape(-1, self.block_size))
             lengths = np.diff(np.append(np.flatnonzero(begins), begins.size))
             squares += int((lengths**2).sum())
             longest, most = max(longest, int(lengths.max())), max(most, int(begins.sum(1).max()))
@@ -194,12 +193,11 @@ def prepare(cfg, tokenizer, block_size, seed):
     """
     found = files.resolve(cfg, {"tokens"})
     train, val = open_splits(found.train, found.val, cfg, block_size, found)
-    train.description += f", ids up to {train.largest}, "
-    if cfg.eos_id is None:
-        train.description += "attention sees whole rows (data.eos_id is not set)"
-    else:
-        train.description += (f"documents of {train.document:,.0f} tokens (mean over tokens, within rows), borders at "
-                              f"id {cfg.eos_id}")
+    documents = "attention sees whole rows (data.eos_id is not set)"
+    if cfg.eos_id is not None:
+        documents = (f"documents of {train.document:,.0f} tokens (mean over tokens, within rows), borders at id "
+                     f"{cfg.eos_id}")
+    train.description += f", ids up to {train.largest}, {documents}"
     if train.largest > tokenizer.largest:
         train.description += (f"; tokenizer {tokenizer.name} has no ids above {tokenizer.largest}: name the one that "
                               "made them (data.tokenizer) for sample.py and data.py")
