@@ -286,10 +286,6 @@ class Look:
     show: Natural = 3  # samples to print, the first of the files
     out: str = ""  # JSONL file to write a row for each training sample to: ids, and loss (1: that token is a target)
 
-    def problems(self):
-        if self.out and (Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir()):
-            yield f"--out={self.out}: name a file in a folder that exists"
-
 
 def marked(ids, loss, tokenizer, colour):
     """Token ids as text: targets in colour, or between {+ and +}; an id that the tokenizer does not have as <id>."""

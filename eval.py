@@ -150,8 +150,6 @@ def main():
         join_process_group(ranks)
     if args.limit < 0:
         raise UserError(f"--limit={args.limit} must not be negative")
-    if out and (out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK)):
-        raise UserError(f"--out={out}: name a writable file in a folder that exists")
     if args.data:
         paths, _ = files.find_files([args.data], files.ROWS)
     else:

@@ -38,10 +38,6 @@ TYPE_NAMES = {type(None): "null or missing", bool: "true or false", int: "a numb
               list: "a list", dict: "an object"}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# finding files
-
-
 class Files(NamedTuple):
     train: list  # of Path
     val: list  # of Path; empty: some of train's documents are for validation
@@ -68,7 +64,10 @@ def resolve(cfg, kinds):
 
 
 def check_out(out, read):
-    """Raise UserError if the path --out is one of the files that are read, which it would replace."""
+    """Raise UserError if a command cannot write rows to the path --out, or reads that file."""
+    out = Path(out)
+    if out.is_dir() or not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
+        raise UserError(f"--out={out}: name a writable file in a folder that exists")
     if not without([out], read):
         raise UserError(f"--out={out} is a file of the data: name another")
 
@@ -191,10 +190,6 @@ def embedded_files():
     return [p for p in sorted(root.rglob("*.py")) if not skip.intersection(p.relative_to(root).parts)]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# opening files
-
-
 class CountedFile(io.FileIO):
     """A file that reports the bytes read from it to a progress bar."""
 
@@ -241,10 +236,6 @@ def damage_named(path):
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# rows and documents
-
-
 def rows(files, bar=None):
     """Yield (place, dict) of each row. place is for messages: "x.jsonl, line 7", "x.parquet, row 7".
 
@@ -269,23 +260,20 @@ def check(value, what, *kinds):
 
 def json_values(path, file):
     """Yield (place, value) of a file of JSON lines, or of a JSON list, whatever its suffix says."""
-    if not file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}, line {number}", parse_json(line, path, number)
-        return
-    for number, value in enumerate(parse_json(file.read(), path, 1), 1):
-        yield f"{path}, row {number}", value
-
-
-def parse_json(content, path, line):
-    """The value of the JSON text, as bytes, that begins in this line of a file."""
-    try:
-        return json.loads(content.decode("utf-8-sig"))  # editors may write a byte order mark
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of thousands of digits, deep nesting
-        line += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}, line {line} is not JSON: {getattr(error, 'msg', error)} (expected one object per "
-                        "line, or a list of objects)") from error
+    is_list = file.peek(PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    for line, content in enumerate([file.read()] if is_list else file, 1):
+        if not content.strip():
+            continue
+        try:
+            value = json.loads(content.decode("utf-8-sig"))  # editors may write a byte order mark
+        except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of thousands of digits, deep nesting
+            line += getattr(error, "lineno", 1) - 1
+            raise UserError(f"{path}, line {line} is not JSON: {getattr(error, 'msg', error)} (expected one object per "
+                            "line, or a list of objects)") from error
+        if is_list:
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(value, 1))
+        else:
+            yield f"{path}, line {line}", value
 
 
 def table_rows(path, file):

@@ -817,7 +817,7 @@ def test_targets_are_green_on_a_terminal():
 
 
 @pytest.mark.parametrize("argv, told", [
-    (["--show=-1"], "--show=-1: expected int >= 0"), (["--out=/nowhere/x"], "name a file in a folder that exists"),
+    (["--show=-1"], "--show=-1: expected int >= 0"), (["--out=/nowhere/x"], "a writable file in a folder"),
     (["--data.train=['']"], "is an empty entry"), (["--data.format=tokens"], "needs data.train"),
     (["--init_from=Qwen3-8B"], "init_from=Qwen3-8B: no such folder: name a Hugging Face"),
     (["--data.eos_id=3"], "data.eos_id is for data.format=tokens"), (["--model.vocab_size=64"], "has token id")])
