@@ -72,7 +72,7 @@ def main():
     # Ranks that share one copy of the weights. 0: no FSDP2, whose copies cost a single rank 7 to 17% of the step.
     n_shards = world_size // replicas if world_size > 1 or config.shard_one_rank else 0
     if n_shards:
-        join_process_group(ranks, config.timeout_minutes)
+        join_process_group(ranks)
         check_same(flat(replace(config, data=None, init_from="")))  # data is checked below: its paths may differ
         check_shared("out_dir", out_dir)
     ranks.watch(config.timeout_minutes)

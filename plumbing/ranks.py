@@ -47,12 +47,11 @@ class Ranks:
     def node_first(self):
         """One rank of each node runs the block before the others, which find what it has made on the node's disk."""
         self.watchdog.grace = PREPARATION
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PREPARATION)) if self.world_size > 1 else None
         if self.local_rank > 0:
-            dist.barrier(group)
+            gather(None)  # waits for all
         yield
-        if group and self.local_rank == 0:
-            dist.barrier(group)
+        if self.local_rank == 0:
+            gather(None)
         self.watchdog.grace = STARTUP
 
     def watch(self, timeout_minutes):
@@ -166,11 +165,11 @@ def fails_first():
     return launcher_store().add(f"failed_{from_launcher('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
 
 
-def join_process_group(ranks, timeout_minutes=10.0):
+def join_process_group(ranks):
     """Start torch.distributed among the ranks of torchrun, or with this process alone. A running group is kept."""
     if not dist.is_initialized():
         store = shared_store() if "RANK" in os.environ else dist.HashStore()
-        timeout = timedelta(minutes=timeout_minutes, seconds=2 * STARTUP)  # longer than the watchdog's, which says more
+        timeout = timedelta(seconds=PREPARATION)  # the watchdog's is shorter, and it says more
         dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", store=store,
                                 rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
