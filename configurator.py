@@ -96,7 +96,8 @@ class Config:
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path, link = Path(os.path.realpath(folder)), Path(folder).absolute()
             existing = next(p for p in (link, *link.parents) if os.path.lexists(p))
-            no_data = [path]  # below a folder of the data, its reader knows the cache, and no token file is a run's
+            # A run's files would be data of the next start. The reader knows the cache, and no token file is a run's.
+            no_data = [path]
             if key == "out_dir" and self.data.format != "tokens":
                 no_data += path.parents
             data_folder = next((data_folders[p] for p in no_data if p in data_folders), None)
@@ -107,8 +108,7 @@ class Config:
             elif key == "out_dir" and (path / "config.json").is_file():  # sample.py would take its weights
                 yield f"{key}={folder} is a model folder: name another one, such as out/run"
             elif data_folder:
-                yield (f"{key}={folder} is part of {data_folder}, a folder of the data, which would have other files "
-                       "at each start then: name a folder outside of it")
+                yield f"{key}={folder} is part of {data_folder}, a folder of the data: name one outside of it"
             elif not existing.is_dir() or key == "out_dir" and not os.access(existing, os.W_OK):
                 yield f"{key}={folder}: {existing} is no folder to write to: name another one"
         if self.dtype == "float32" and self.optim.weights == "stochastic_rounding":
@@ -118,9 +118,8 @@ class Config:
             return
         if (self.fp8.force_recompute_fp8_weight_in_bwd and self.fp8.enable_fsdp_float8_all_gather
                 and not self.reshard_after_forward):
-            yield ("fp8.force_recompute_fp8_weight_in_bwd=True keeps no fp8 weight for the backward pass, "
-                   "reshard_after_forward=False with fp8.enable_fsdp_float8_all_gather=True keeps every gathered one: "
-                   "change one of the three")
+            yield ("reshard_after_forward=False keeps the weights that fp8.enable_fsdp_float8_all_gather=True gathers, "
+                   "fp8.force_recompute_fp8_weight_in_bwd=True keeps none: change one of the three")
         if self.fp8.keep_casts and not self.compile.enabled:
             yield "fp8.keep_casts=True needs compile.enabled=True: without compile, torchao casts again in backward"
         if self.fp8.keep_casts and self.activation_checkpoint == "full":

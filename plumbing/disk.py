@@ -50,20 +50,20 @@ def writing(path):
         raise OSError(reason.errno, os.strerror(reason.errno), str(path)) from error
 
 
-def check_shared(key, folder):
-    """Raise UserError on every rank if `folder`, the value of the config's `key`, is not one folder for all ranks."""
-    marker = Path(folder, f".seen_by_all_{secrets.token_hex(8)}")
+def check_shared(out_dir):
+    """Raise UserError on every rank if out_dir is not one folder for all ranks."""
+    marker = Path(out_dir, gather(f".seen_by_all_{secrets.token_hex(8)}")[0])
     if process_rank() == 0:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
-    marker = marker.with_name(gather(marker.name)[0])
+    gather(None)  # waits for rank 0
     deadline = time.monotonic() + 5  # network file systems show a new file with some delay
     while not (seen := marker.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     hosts = gather((seen, socket.gethostname()))
     if process_rank() == 0:
         marker.unlink()
-    if blind := [f"rank {rank} on {host}" for rank, (seen, host) in enumerate(hosts) if not seen]:
-        raise UserError(f"{key}={folder} must be one folder for all nodes, for checkpoints to be complete: what rank 0 "
-                        f"on {hosts[0][1]} writes to {marker.parent.resolve()} is not seen by {', '.join(blind[:3])}"
-                        f"{' and others' if len(blind) > 3 else ''}. Name a folder on a disk that they share")
+    if blind := sorted({host for seen, host in hosts if not seen}):
+        raise UserError(f"out_dir={out_dir} must be one folder for all nodes, for checkpoints to be complete: what "
+                        f"{hosts[0][1]} writes to {marker.parent.resolve()} is not seen on {', '.join(blind)}. Name a "
+                        "folder on a disk that they share")

@@ -302,8 +302,7 @@ def test_an_out_dir_in_a_folder_of_the_data_is_refused(tmp_path, monkeypatch):
         entry = "." if "val" in key else "link"
         for out_dir in ("text", "text/out", "link/a/b"):
             assert errors_of(f"--out_dir={out_dir}", key) == [
-                f"out_dir={out_dir} is part of {entry}, a folder of the data, which would have other files at "
-                "each start then: name a folder outside of it"]
+                f"out_dir={out_dir} is part of {entry}, a folder of the data: name one outside of it"]
         load(["--out_dir=../out", "--data.cache_dir=text/cache", key])  # the data is read without its cache
     assert "data.cache_dir=text is part of link" in errors_of("--data.cache_dir=text", '--data.train=["link"]')[0]
 

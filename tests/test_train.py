@@ -299,7 +299,7 @@ def test_a_sharded_run_asks_whether_all_ranks_see_its_out_dir(tiny_run, tmp_path
     monkeypatch.setattr(train, "check_shared", refuse)
     with pytest.raises(UserError) as error:
         train_here(*tiny_run, *ONE_SHARD, f"--out_dir={tmp_path}")
-    assert str(error.value) == repr(("out_dir", tmp_path))
+    assert str(error.value) == repr((tmp_path,))
 
 
 def test_ranks_that_would_train_in_different_ways_are_an_error(tiny_run, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ ranks.join_process_group(ranks.find_ranks("cpu"))
 socket.gethostname = lambda: f"node-{{os.environ['GROUP_RANK']}}"
 for folder in sys.argv[1:]:
     try:
-        disk.check_shared("out_dir", Path(folder))
+        disk.check_shared(Path(folder))
         print("one folder")
     except disk.UserError as error:
         print(error)
@@ -95,5 +95,5 @@ def test_two_nodes_without_a_common_folder_are_told_so_with_their_names(tmp_path
     assert [node.returncode for node in nodes] == [0, 0]
     for (own, _), (refused, accepted) in zip(folders, told, strict=True):
         assert refused.startswith(f"out_dir={own} must be one folder for all nodes") and accepted == "one folder"
-        assert "rank 0 on node-0" in refused and "not seen by rank 1 on node-1. Name" in refused
+        assert "what node-0 writes to" in refused and "not seen on node-1. Name" in refused
     assert not list(tmp_path.glob("*/.seen*"))
