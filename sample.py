@@ -11,7 +11,6 @@ of the context are cached, so a new token costs one pass over one token: one rea
 model.block_size tokens every new one reads the last block_size anew, as training has shown the model nothing longer.
 """
 
-import codecs
 import math
 import os
 import sys
@@ -168,18 +167,27 @@ def read_messages(prompt):
     yield prompt
 
 
-def show(tokens, tokenizer, stops):
-    """Print tokens as they come, until one of `stops` or one that only pads the vocabulary: (ids, times of arrival)."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end in the middle of a character
-    ids, times = [], []
+def show(tokens, tokenizer, stops, prompt=()):
+    """Print tokens as they come, until one of `stops` or one that only pads the vocabulary: (ids, times of arrival).
+
+    prompt: ids before them, which decide whether their text begins with a space.
+    """
+    def text_of_waiting():
+        return tokenizer.decode([*context, *waiting])[len(tokenizer.decode(context)) :]
+
+    ids, times, context, waiting = [], [], prompt, []
     for token in tokens:
         times.append(time.perf_counter())
         if token in stops or token > tokenizer.largest:
             break
         ids.append(token)
-        sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token)))
-        sys.stdout.flush()
-    print(decoder.decode(b"", final=True))
+        waiting.append(token)
+        text = text_of_waiting()
+        if not text.endswith("\ufffd"):  # else in the middle of a character
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            context, waiting = waiting, []
+    print(text_of_waiting())
     return ids, times
 
 
@@ -223,7 +231,7 @@ def main():
             print(f"the prompt has {len(prompt):,} tokens: the model reads the last {config.model.block_size:,}",
                   file=sys.stderr)
         tokens = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator)
-        reply, times = show(tokens, tokenizer, stops)
+        reply, times = show(tokens, tokenizer, stops, prompt[-8:])
         conversation.append({"role": "assistant", "content": tokenizer.decode(reply)})
         n_tokens += len(times[2:])  # the first reads the prompt, the second captures the graph
         seconds += times[-1] - times[1] if times[2:] else 0

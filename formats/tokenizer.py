@@ -1,14 +1,17 @@
 """Tokenizers: files of every kind behind one class, with the ids of the library that a file belongs to.
 
-Rank files, tekken.json and tiktoken's names belong to tiktoken; Hugging Face folders and SentencePiece models to
-`tokenizers`, set up as transformers 5.24 does it (tokenization_utils_*.py). tiktoken encodes what it can of a folder,
-too: it is four times as fast (bench/tokenizer_libraries.py).
+Rank files, tekken.json and tiktoken's names belong to tiktoken, Hugging Face folders and SentencePiece models to
+transformers. The tokenizer.json of common decoders is set up here, by `tokenizers` alone, as transformers 5.24 does it
+(tokenization_utils_*.py); transformers itself reads what is left. tiktoken encodes what it can of a folder, too: it is
+four times as fast (bench/tokenizer_libraries.py).
 """
 
 import base64
 import hashlib
 import json
 import re
+import tempfile
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -20,7 +23,6 @@ from formats.hf import read_json
 from plumbing.errors import UserError
 
 END = "<|endoftext|>"
-SPACE = "\u2581"  # as SentencePiece writes one
 DATA = Path(__file__).with_name("tokenizer_data.json")  # what files do not hold: of rank files, of folders' classes
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's encoder.py
 TOKENS = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]  # in order of ids
@@ -37,29 +39,33 @@ class Tokenizer:
     added tokens; fingerprint: changes whenever ids could; named_tokens: {"eos_token": text, ...};
     chat_template: Jinja, a list of {"name", "template"}, or None. ranks: a tiktoken.Encoding, or None. full: a
     tokenizers.Tokenizer, or None; with both, `full` encodes text that `ranks` cannot. nfc: `ranks` takes text in NFC.
+    python: in place of both, a tokenizer that transformers has in Python only.
     """
 
-    def __init__(self, name, ranks=None, full=None, *, nfc=False, bos=None, named_tokens=None, chat_template=None):
-        self.name, self.ranks, self.full, self.nfc, self.bos = name, ranks, full, nfc, bos
+    def __init__(self, name, ranks=None, full=None, python=None, *, nfc=False, bos=None, named_tokens=None,
+                 chat_template=None):
+        self.name, self.ranks, self.full, self.python, self.nfc, self.bos = name, ranks, full, python, nfc, bos
         self.named_tokens, self.chat_template = named_tokens or {}, chat_template
-        if full is None:
-            vocab = self.specials = dict(ranks._special_tokens)
-            self.largest = ranks.max_token_value
-            meaning = repr((nfc, ranks._pat_str, sorted(vocab.items()), sorted(ranks._mergeable_ranks.items())))
-        else:
+        if python:
+            vocab, self.specials, self.lock = python.get_vocab(), python.get_added_vocab(), threading.Lock()
+            names = sorted({*python.vocab_files_names.values(), "tokenizer_config.json"})
+            files = [Path(python.name_or_path, name) for name in names]
+            meaning = repr((sorted(vocab.items()), [file.read_bytes() for file in files if file.is_file()]))
+        elif full:
             added = full.get_added_tokens_decoder()
             vocab, self.specials = full.get_vocab(), {token.content: i for i, token in sorted(added.items())}
-            self.largest = max(vocab.values())
             words = "|".join(re.escape(token.content) for token in added.values() if not token.special) or "(?!)"
             self.words = re.compile(f"{words}|{unicodedata.normalize('NFC', words)}")
             meaning = full.to_str()
-            self.byte_level = '"ByteLevel"' in meaning
-            self.space = getattr(full.model, "end_of_word_suffix", None) or SPACE
             full.encode_special_tokens = True  # as text
+        else:
+            vocab = self.specials = dict(ranks._special_tokens)
+            self.known = {*ranks._mergeable_ranks.values(), *vocab.values()}
+            meaning = repr((nfc, ranks._pat_str, sorted(vocab.items()), sorted(ranks._mergeable_ranks.items())))
+        self.largest = max(vocab.values()) if python or full else ranks.max_token_value
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
         endings = self.named_tokens.get("eos_token"), END, "<|end_of_text|>", "</s>"
         self.eos = next((vocab[text] for text in endings if text in vocab), None)
-        self.prefix = full and "".join(full.encode("a", add_special_tokens=False).tokens) == f"{SPACE}a"
 
     def encode(self, text):
         """Ids of ordinary text, 1-d uint32: no BOS, no EOS. Half of a character (a lone surrogate) counts as U+FFFD.
@@ -68,6 +74,10 @@ class Tokenizer:
         """
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self.python:
+            with self.lock:
+                ids = self.python.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            return np.array(ids, np.uint32)
         if self.ranks is None or self.full is not None and (
                 self.words.search(text) or self.nfc and not unicodedata.is_normalized("NFC", text)):
             # a batch of one: unlike `encode` (tokenizers 0.23), it lets other threads run
@@ -81,26 +91,10 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of ids, with special tokens visible; bytes that are not UTF-8 become U+FFFD."""
-        text = b"".join(self.decode_bytes(int(i)) for i in ids).decode(errors="replace")
-        if self.full and self.space != SPACE:
-            return text.removesuffix(" ")  # that ended the last word
-        return text.removeprefix(" ") if self.prefix else text  # SentencePiece begins a text with a space
-
-    def decode_bytes(self, token):
-        """The bytes of one id in the middle of a text, b"" for an id without a token."""
-        if self.full is None:
-            try:
-                return self.ranks.decode_single_token_bytes(token)
-            except KeyError:  # cl100k_base, for one, has gaps between its special tokens
-                return b""
-        text = self.full.id_to_token(token) or ""
-        if text in self.specials:
-            return text.encode()
-        if self.byte_level:
-            return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= set(text) else text.encode()
-        if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):  # byte fallback
-            return bytes.fromhex(byte[1])
-        return text.replace(self.space, " ").encode()
+        whole = self.full or self.python
+        if whole:
+            return whole.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.ranks.decode([int(i) for i in ids if i in self.known])  # cl100k_base, for one, has gaps
 
 
 def get_tokenizer(name):
@@ -126,15 +120,21 @@ def get_tokenizer(name):
     if path.is_dir():
         found = [n for n in ("tokenizer.json", "tokenizer.model", "tekken.json") if (path / n).is_file()]
         if not found:
-            raise UserError(f"{path} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
-                            "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
+            return read_with_transformers(path, path.resolve().name, path)
         file, name = path / found[0], path.resolve().name  # tokenizer.json wins, as in transformers
     with open_binary(file) as opened:
         start = opened.read(1)
-    if start not in (b"{", b"\n"):
+    if start == b"\n":  # the first field of a SentencePiece model
+        package("sentencepiece", file)
+        if path.is_dir():
+            return read_with_transformers(file, name, path)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "tokenizer.model").symlink_to(file.resolve())
+            return read_with_transformers(file, name, Path(folder))
+    if start != b"{":
         return read_ranks(file, name)
-    spec = read_json(file) if start == b"{" else None  # else the first field of a SentencePiece model
-    if spec is None or isinstance(spec.get("model"), dict):
+    spec = read_json(file)
+    if isinstance(spec.get("model"), dict):
         return read_hugging_face(file, name, spec, path)
     return read_tekken(file, name, spec)
 
@@ -177,63 +177,94 @@ def read_tekken(path, name, spec):
 
 
 def read_hugging_face(path, name, spec, folder):
-    """The Tokenizer of a tokenizer.json that holds `spec`, or of a SentencePiece model (None), and of its folder."""
+    """The Tokenizer of a tokenizer.json that holds `spec`, and of its folder."""
     tokenizers = package("tokenizers", path)
-    beside = [folder / f"{n}.json" for n in ("config", "tokenizer_config", "special_tokens_map", "added_tokens")]
-    model, config, token_map, older = (read_json(file) if file.is_file() else {} for file in beside)
-    replaced = replaced_by_class(path, spec, config, model)
+    beside = [folder / f"{n}.json" for n in ("config", "tokenizer_config", "special_tokens_map")]
+    model, config, token_map = (read_json(file) if file.is_file() else {} for file in beside)
+    replaced, listed = replaced_by_class(spec, config, model), config.get("added_tokens_decoder")
+    if replaced is None or listed is None and (folder / "added_tokens.json").is_file():
+        return read_with_transformers(path, name, folder)
     extra = config.pop("extra_special_tokens", None)
     extra = extra or config.pop("additional_special_tokens", extra)  # the older name
     if isinstance(extra, dict):
-        config, extra = config | extra, None
-    if "added_tokens_decoder" not in config:  # as older versions of transformers saved it
+        config, extra = config | extra, config.get("additional_special_tokens")
+    if listed is None:  # as older versions of transformers saved it
         config |= token_map
-        special = [added_token(token).content for token in extra or []]
-        config["added_tokens_decoder"] = {i: {"content": text, "special": text in special} for text, i in older.items()}
-    elif replaced and spec:
+    elif replaced:
         spec["added_tokens"] = []  # the configuration lists them all
-    listed = {int(i): token for i, token in config["added_tokens_decoder"].items()}
-    own = config.get("additional_special_tokens") or []
-    if spec is None:
-        spec, own = read_sentencepiece(path, config, listed, replaced)
-    else:
-        config.pop("add_bos_token", None)  # the post-processor decides
-    if replaced:  # Code Llama's names beyond TOKENS are special tokens, whatever else the folder calls by them
-        own += [text for key, text in replaced["tokens"].items() if key not in TOKENS and config.get(key, text)]
-        config = replaced["tokens"] | replaced["settings"] | config
+    if replaced:
+        config = replaced["tokens"] | config
         follow_class(spec, replaced, config)
     try:
-        full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "padding": None, "truncation": None}))
-        named = add_tokens(full, config, listed, own if extra is None else extra)
-        probe = full.encode("a")  # the post-processor puts BOS around it
+        full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        named = add_tokens(full, config, listed or {}, extra or [])
     except Exception as error:  # the library raises no narrower class
         raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
-    bos, *more = probe.ids[: (probe.special_tokens_mask + [0]).index(0)] or [None]
-    if more:
-        raise UserError(f"{path} puts {probe.tokens[: len(more) + 1]} before a text: one token at most can be used")
-    if config.get("add_bos_token") and "bos_token" in named:
-        bos = full.token_to_id(named["bos_token"])
     jinja = folder / "chat_template.jinja"  # wins
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
+    return from_tokenizers(path, name, full, named, template)
+
+
+def read_with_transformers(path, name, folder):
+    """The Tokenizer of a folder as AutoTokenizer reads it; path: for messages. Code of the folder's own is not run."""
+    if not any(file for pattern in ("*token*", "*vocab*", "*.model") for file in folder.glob(pattern)):
+        raise UserError(f"{path} holds no tokenizer: expected a tokenizer.json, tokenizer.model or tekken.json. "
+                        "Name another: data.tokenizer in train.py, --tokenizer in sample.py and eval.py")
+    transformers = package("transformers", path)
+    try:
+        read = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
+                                                          mistral_format=False)
+        probe = read("a", return_special_tokens_mask=True)
+    except Exception as error:  # of whatever class
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers {transformers.__version__} cannot read {path}: {reason}") from error
+    if len(read) <= len(read.get_added_vocab()):
+        raise UserError(f"{path} lacks the vocabulary of its {type(read).__name__}")
+    template = read.chat_template
+    if isinstance(template, dict):
+        template = [{"name": key, "template": source} for key, source in template.items()]
+    if read.is_fast:
+        return from_tokenizers(path, name, read.backend_tokenizer, read.special_tokens_map, template)
+    bos = bos_of(path, probe.input_ids, probe.special_tokens_mask)
+    return Tokenizer(name, python=read, bos=bos, named_tokens=read.special_tokens_map, chat_template=template)
+
+
+def from_tokenizers(path, name, full, named_tokens, chat_template=None):
+    """The Tokenizer of a tokenizers.Tokenizer; path: for messages."""
+    full.no_padding()
+    full.no_truncation()
+    probe = full.encode("a")  # the post-processor puts BOS around it
+    bos = bos_of(path, probe.ids, probe.special_tokens_mask)
     ranks, nfc = to_tiktoken(name, full)
-    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, named_tokens=named, chat_template=template)
+    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, named_tokens=named_tokens, chat_template=chat_template)
 
 
-def replaced_by_class(path, spec, config, model):
-    """What the class of a folder puts in place of the file's: an entry of DATA, or {}. Source: tokenization_auto.py."""
-    table = read_json(DATA)
-    model_type, own_code = model.get("model_type"), "Tokenizer" in str(config.get("auto_map"))
+def bos_of(path, ids, special_tokens_mask):
+    """The special token before a text's ids, or None. Raises UserError where there are several."""
+    bos, *more = ids[: (special_tokens_mask + [0]).index(0)] or [None]
+    if more:
+        raise UserError(f"{path} puts the tokens {[bos, *more]} before a text: one token at most can be used")
+    return bos
+
+
+def replaced_by_class(spec, config, model):
+    """What a folder's class puts in place of its tokenizer.json's steps: an entry of DATA, or None for other classes.
+
+    Source: tokenization_auto.py.
+    """
+    table, model_type = read_json(DATA), model.get("model_type") or ""
+    classes, types, fixed = table["classes"], table["model_types"], table["fixed_model_types"]
     name = (config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
+    if any(config.get(option) for option in ("auto_map", "fast_tokenizer_files", "fix_mistral_regex")):
+        return None
+    if model_type in fixed:
+        return classes.get(fixed[model_type])
     if not name:
-        name = table["model_types"].get(model_type, "")
-    elif model_type in table["fixed_model_types"] and not own_code:
-        name = table["fixed_model_types"][model_type]
-    elif name == "LlamaTokenizer" and spec and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
-        name = ""  # Llama 3
-    if name in table["other_classes"] or own_code and name not in {*table["classes"], *table["as_the_file_says"]}:
-        raise UserError(f"{path}: tokenizer_class={name} with model_type={model_type} is not known here: save it with "
-                        "transformers as a PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)")
-    return table["classes"].get(name, {})  # a class that transformers does not have replaces nothing
+        return classes.get(types.get(model_type))
+    if name == "LlamaTokenizer" and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
+        return {}  # Llama 3
+    replaced = classes.get(name)
+    return None if replaced and model_type not in types else replaced
 
 
 def follow_class(spec, replaced, config):
@@ -241,60 +272,12 @@ def follow_class(spec, replaced, config):
     model = replaced["model"] | {"type": "BPE", **{key: spec["model"].get(key) for key in ("vocab", "merges")}}
     if "unk_token" in model:
         model["unk_token"] = config["unk_token"] and added_token(config["unk_token"]).content
-    spec |= replaced["steps"] | {"model": model, "decoder": None}  # decode() needs none
+    spec |= {"model": model} | {key: replaced[key] for key in ("normalizer", "pre_tokenizer")}
     space = config.get("add_prefix_space")
-    scheme = "always" if "legacy" in replaced["settings"] and config["legacy"] else "first"
+    scheme = "always" if config.get("legacy") else "first"
     options = {"add_prefix_space": bool(space), "prepend_scheme": "never" if space is False else scheme}
     for step in spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]]):
         step |= {key: options[key] for key in options.keys() & step.keys()}
-
-
-def read_sentencepiece(path, config, listed, replaced):
-    """The tokenizer.json that encodes as a SentencePiece model does, and the model's own special tokens.
-
-    Without a class (`replaced`), tokens that the model names go to `config`. Source: build_tokenizer_from_spm_proto.
-    """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
-        raise UserError(f"{path} is a SentencePiece model, which needs: pip install sentencepiece protobuf") from error
-    try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    except DecodeError as error:
-        raise UserError(f"{path} is not a SentencePiece model: {error}") from error
-    pieces, trainer, normalizer = proto.pieces, proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type != trainer.BPE or replaced and "byte_fallback" not in replaced["model"]:
-        raise UserError(f"{path} is no SentencePiece model of type BPE that its class reads: make a tokenizer.json")
-    own = [{"content": piece.piece, "special": piece.type == piece.CONTROL, "normalized": False} for piece in pieces
-           if piece.type == piece.CONTROL or piece.type == piece.USER_DEFINED and replaced]
-    if not replaced:
-        config |= {f"{name}_token": getattr(trainer, f"{name}_piece") for name in ("bos", "eos", "unk")
-                   if getattr(trainer, f"{name}_id") >= 0} | config
-        kept = {piece.piece for i, piece in enumerate(pieces) if i not in listed}
-        for i, token in listed.items():
-            if i < len(pieces) and token["content"] not in kept:  # the name of a reserved piece
-                pieces[i].piece = token["content"]
-            token["normalized"] = not normalizer.add_dummy_prefix and token.get("normalized", False)
-    scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL or replaced}
-    merges = [(text[:i], text[i:]) for text in sorted(scores, key=scores.get, reverse=True)
-              for i in range(1, len(text)) if text[:i] in scores and text[i:] in scores]
-    words = sorted((piece.piece for piece in pieces if piece.type == piece.USER_DEFINED), key=len, reverse=True)
-    legacy = config.get("legacy", True)  # a space goes before the text between added tokens, too
-    edits = [(r"\A +| +\z", ""), (" {2,}", " ")] if normalizer.remove_extra_whitespaces else []
-    edits += [(" ", SPACE)] + [(rf"\A{SPACE}", SPACE * 2)] * bool(normalizer.add_dummy_prefix and legacy)
-    steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in edits]
-    if normalizer.precompiled_charsmap:
-        steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
-    prefix = pre_tokenizers.Metaspace(prepend_scheme="always" if legacy else "first", split=False)
-    split = pre_tokenizers.Split(Regex("|".join(map(re.escape, words))), "isolated")
-    full = Tokenizer(models.BPE({piece.piece: i for i, piece in enumerate(pieces)}, merges, fuse_unk=True,
-                                unk_token=trainer.unk_piece, byte_fallback=trainer.byte_fallback,
-                                ignore_merges=bool(words)))
-    full.normalizer = normalizers.Sequence(steps)
-    full.pre_tokenizer = pre_tokenizers.Sequence([prefix] * normalizer.add_dummy_prefix + [split] * bool(words))
-    return json.loads(full.to_str()), own
 
 
 def added_token(token):
@@ -308,7 +291,7 @@ def add_tokens(full, config, listed, extra):
     """Add the tokens of a configuration to a tokenizers.Tokenizer. Returns {"eos_token": text, ...}."""
     named = {key: added_token(config[key]) for key in dict.fromkeys([*TOKENS, *config])
              if key.endswith("_token") and isinstance(config.get(key), str | dict)}
-    tokens = [*full.get_added_tokens_decoder().values(), *(added_token(listed[i]) for i in sorted(listed))]
+    tokens = [*full.get_added_tokens_decoder().values(), *(added_token(listed[i]) for i in sorted(listed, key=int))]
     known = {token.content for token in tokens}
     tokens += [token for token in [*named.values(), *map(added_token, extra)] if token.content not in known]
     named = {key: token.content for key, token in named.items()}
