@@ -37,21 +37,20 @@ class Tokenizer:
 
     bos, eos: ids that begin and end a document, or None; largest: the largest id; specials: {text: id} of special and
     added tokens; fingerprint: changes whenever ids could; named_tokens: {"eos_token": text, ...};
-    chat_template: Jinja, a list of {"name", "template"}, or None. ranks: a tiktoken.Encoding, or None. full: a
-    tokenizers.Tokenizer, or None; with both, `full` encodes text that `ranks` cannot. nfc: `ranks` takes text in NFC.
-    python: in place of both, a tokenizer that transformers has in Python only.
+    chat_template: Jinja, a list of {"name", "template"}, or None. What encodes: ranks, a tiktoken.Encoding (of text in
+    NFC where `nfc` says so); or full, a tokenizers.Tokenizer, with `ranks` if tiktoken can do the same for all but
+    unusual text; or python, a tokenizer that transformers has in Python only.
     """
 
     def __init__(self, name, ranks=None, full=None, python=None, *, nfc=False, bos=None, named_tokens=None,
                  chat_template=None):
-        self.name, self.ranks, self.full, self.python, self.nfc, self.bos = name, ranks, full, python, nfc, bos
-        self.named_tokens, self.chat_template = named_tokens or {}, chat_template
         if python:
             vocab, self.specials, self.lock = python.get_vocab(), python.get_added_vocab(), threading.Lock()
             names = sorted({*python.vocab_files_names.values(), "tokenizer_config.json"})
             files = [Path(python.name_or_path, name) for name in names]
             meaning = repr((sorted(vocab.items()), [file.read_bytes() for file in files if file.is_file()]))
         elif full:
+            ranks, nfc = to_tiktoken(name, full)
             added = full.get_added_tokens_decoder()
             vocab, self.specials = full.get_vocab(), {token.content: i for i, token in sorted(added.items())}
             words = "|".join(re.escape(token.content) for token in added.values() if not token.special) or "(?!)"
@@ -62,6 +61,8 @@ class Tokenizer:
             vocab = self.specials = dict(ranks._special_tokens)
             self.known = {*ranks._mergeable_ranks.values(), *vocab.values()}
             meaning = repr((nfc, ranks._pat_str, sorted(vocab.items()), sorted(ranks._mergeable_ranks.items())))
+        self.name, self.ranks, self.full, self.python, self.nfc, self.bos = name, ranks, full, python, nfc, bos
+        self.named_tokens, self.chat_template = named_tokens or {}, chat_template
         self.largest = max(vocab.values()) if python or full else ranks.max_token_value
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
         endings = self.named_tokens.get("eos_token"), END, "<|end_of_text|>", "</s>"
@@ -196,13 +197,15 @@ def read_hugging_face(path, name, spec, folder):
         config = replaced["tokens"] | config
         follow_class(spec, replaced, config)
     try:
-        full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "padding": None, "truncation": None}))
         named = add_tokens(full, config, listed or {}, extra or [])
+        probe = full.encode("a")
     except Exception as error:  # the library raises no narrower class
         raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
     jinja = folder / "chat_template.jinja"  # wins
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
-    return from_tokenizers(path, name, full, named, template)
+    bos = bos_of(path, probe.ids, probe.special_tokens_mask)
+    return Tokenizer(name, full=full, bos=bos, named_tokens=named, chat_template=template)
 
 
 def read_with_transformers(path, name, folder):
@@ -223,24 +226,13 @@ def read_with_transformers(path, name, folder):
     template = read.chat_template
     if isinstance(template, dict):
         template = [{"name": key, "template": source} for key, source in template.items()]
-    if read.is_fast:
-        return from_tokenizers(path, name, read.backend_tokenizer, read.special_tokens_map, template)
+    backend = {"full": read.backend_tokenizer} if read.is_fast else {"python": read}
     bos = bos_of(path, probe.input_ids, probe.special_tokens_mask)
-    return Tokenizer(name, python=read, bos=bos, named_tokens=read.special_tokens_map, chat_template=template)
-
-
-def from_tokenizers(path, name, full, named_tokens, chat_template=None):
-    """The Tokenizer of a tokenizers.Tokenizer; path: for messages."""
-    full.no_padding()
-    full.no_truncation()
-    probe = full.encode("a")  # the post-processor puts BOS around it
-    bos = bos_of(path, probe.ids, probe.special_tokens_mask)
-    ranks, nfc = to_tiktoken(name, full)
-    return Tokenizer(name, ranks, full, nfc=nfc, bos=bos, named_tokens=named_tokens, chat_template=chat_template)
+    return Tokenizer(name, **backend, bos=bos, named_tokens=read.special_tokens_map, chat_template=template)
 
 
 def bos_of(path, ids, special_tokens_mask):
-    """The special token before a text's ids, or None. Raises UserError where there are several."""
+    """The special token that a tokenizer puts before a text, or None. ids: of a text with what is put around it."""
     bos, *more = ids[: (special_tokens_mask + [0]).index(0)] or [None]
     if more:
         raise UserError(f"{path} puts the tokens {[bos, *more]} before a text: one token at most can be used")
