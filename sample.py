@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -173,9 +174,11 @@ def show(tokens, tokenizer, stops, prompt=()):
     prompt: ids before them, which decide whether their text begins with a space.
     """
     def text_of_waiting():
-        return tokenizer.decode([*context, *waiting])[len(tokenizer.decode(context)) :]
+        before = [i for part in printed for i in part]
+        return tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
 
-    ids, times, context, waiting = [], [], prompt, []
+    ids, times, waiting = [], [], []
+    printed = deque([prompt[-64:]], maxlen=8)  # tokens of whole characters, as far back as the next text depends on
     for token in tokens:
         times.append(time.perf_counter())
         if token in stops or token > tokenizer.largest:
@@ -186,7 +189,8 @@ def show(tokens, tokenizer, stops, prompt=()):
         if not text.endswith("\ufffd"):  # else in the middle of a character
             sys.stdout.write(text)
             sys.stdout.flush()
-            context, waiting = waiting, []
+            printed.append(waiting)
+            waiting = []
     print(text_of_waiting())
     return ids, times
 
@@ -231,7 +235,7 @@ def main():
             print(f"the prompt has {len(prompt):,} tokens: the model reads the last {config.model.block_size:,}",
                   file=sys.stderr)
         tokens = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator)
-        reply, times = show(tokens, tokenizer, stops, prompt[-8:])
+        reply, times = show(tokens, tokenizer, stops, prompt)
         conversation.append({"role": "assistant", "content": tokenizer.decode(reply)})
         n_tokens += len(times[2:])  # the first reads the prompt, the second captures the graph
         seconds += times[-1] - times[1] if times[2:] else 0

@@ -12,6 +12,7 @@ import tiktoken
 from conftest import REPO
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import sample
 from formats import tokenizer as tokenizer_module
 from formats.template import Template
 from formats.text import PIECE
@@ -691,6 +692,95 @@ def test_tokens_of_older_folders_are_added_from_their_own_files(pieces, tmp_path
                        special_tokens_map={"bos_token": token("<s>"), "eos_token": "<|im_end|>"})
     (folder / "tokenizer.model").write_bytes(pieces["llama"])
     assert same_as_transformers(folder).eos == 700
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# folders that only transformers reads
+
+
+def wordpiece(path, pieces):
+    """BERT's, as saved with padding and truncation, which are no part of a text's ids."""
+    import transformers
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,()=:_"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "de", *letters, *(f"##{x}" for x in letters)]
+    tokenizer = transformers.BertTokenizerFast(vocab={token: i for i, token in enumerate(vocab)})
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.save_pretrained(path)
+
+
+def unigram(path, pieces):
+    folder_of(path, None, {"tokenizer_class": "T5Tokenizer"}).joinpath("spiece.model").write_bytes(pieces["unigram"])
+
+
+def ctrl(path, pieces):
+    """Of a class in Python: words that are no tokens go by pairs."""
+    tokens = ["<unk>", "the", "th@@", "e", "he@@", "l@@", "lo", "a", "d@@", "e@@", "f"]
+    folder_of(path, None, {"tokenizer_class": "CTRLTokenizer"}, vocab={token: i for i, token in enumerate(tokens)})
+    (path / "merges.txt").write_text("#version\nt h\nth e</w>\nh e\nl o</w>\n")
+
+
+def byt5(path, pieces):
+    folder_of(path, None, {"tokenizer_class": "ByT5Tokenizer"})
+
+
+def mistral(path, pieces):
+    """With the flag that replaces a pattern in vocabularies of more than 100,000 tokens."""
+    tokenizer = trained(split(r"\p{L}+|\p{N}+|\s+"))
+    spec = json.loads(tokenizer.to_str())
+    spec["model"]["vocab"] |= {f"word{i}": 600 + i for i in range(100_000)}
+    folder_of(path, Tokenizer.from_str(json.dumps(spec)), {"fix_mistral_regex": True})
+    (path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+
+
+def versioned(path, pieces):
+    folder_of(path, trained(DIGITS), {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]})
+    trained(byte_level(True)).save(str(path / "tokenizer.4.0.0.json"))
+
+
+def with_own_code(path, pieces):
+    auto_map = {"AutoTokenizer": ["own.OwnTokenizer", None]}  # goes behind a class of transformers
+    folder_of(path, trained(DIGITS), {"tokenizer_class": "GPT2Tokenizer", "auto_map": auto_map}, "granite")
+
+
+@pytest.mark.parametrize("make, bos, eos", [
+    (wordpiece, 2, None), (unigram, None, 2), (ctrl, None, None), (byt5, None, 1), (mistral, None, 0),
+    (versioned, None, 0), (with_own_code, None, 0)])
+def test_a_folder_of_another_class_has_the_ids_and_the_text_of_transformers(tmp_path, capsys, pieces, make, bos, eos):
+    import transformers
+
+    make(tmp_path / "m", pieces)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    tokenizer = same_as_transformers(tmp_path / "m")
+    assert (tokenizer.bos, tokenizer.eos) == (bos, eos)
+    assert (tokenizer.python is not None) == (make in (ctrl, byt5))
+    for text in ["the def f", "h\u00e9llo \u5317\u4eac \U0001f680.", *FOLDER_TEXTS[::7]]:
+        ids = tokenizer.encode(text).tolist()
+        assert tokenizer.decode(ids) == reference.decode(ids)
+        if make is not ctrl:  # whose tokens say that the next one goes on with the word
+            sample.show(iter(ids), tokenizer, set())
+            assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+
+
+def test_a_fingerprint_of_a_class_in_python_changes_with_its_files_and_not_with_its_place(tmp_path, pieces):
+    for name in "ab":
+        ctrl(tmp_path / name, pieces)
+    first, again = (get_tokenizer(str(tmp_path / name)).fingerprint for name in "ab")
+    (tmp_path / "b/merges.txt").write_text("#version\nt h\nh e</w>\n")
+    assert first == again != get_tokenizer(str(tmp_path / "b")).fingerprint
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"tokenizer_class": "LlamaTokenizer"}, "m lacks the vocabulary of its LlamaTokenizer$"),
+    ({"tokenizer_class": "CTRLTokenizer"}, "transformers .* cannot read .*m: "),
+    ({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}, "contains custom code"),
+    ({"tokenizer_class": "WhisperTokenizer"}, "one token at most can be used")])
+def test_a_folder_that_transformers_cannot_read_either_is_one_line(tmp_path, small, config, message):
+    folder = folder_of(tmp_path / "m", small if "Whisper" in str(config) else None, config)
+    with pytest.raises(UserError, match=message) as caught:
+        get_tokenizer(str(folder))
+    assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------
