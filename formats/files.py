@@ -215,12 +215,13 @@ def open_binary(path, bar=None):
     return file
 
 
-def package(name, path):
-    """An optional package that a file needs. Raises UserError if it is not installed."""
+def package(name, path, to_install=None):
+    """An optional package that a file needs. Raises UserError if it is not installed; to_install: what pip calls it."""
     try:
         return __import__(name)
     except ImportError as error:
-        raise UserError(f"{path} needs {name}, which is not installed: pip install {name}") from error
+        missing = to_install or name
+        raise UserError(f"{path} needs {missing}, which is not installed: pip install {missing}") from error
 
 
 @contextlib.contextmanager

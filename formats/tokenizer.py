@@ -126,12 +126,7 @@ def get_tokenizer(name):
     with open_binary(file) as opened:
         start = opened.read(1)
     if start == b"\n":  # the first field of a SentencePiece model
-        package("sentencepiece", file)
-        if path.is_dir():
-            return read_with_transformers(file, name, path)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "tokenizer.model").symlink_to(file.resolve())
-            return read_with_transformers(file, name, Path(folder))
+        return read_sentencepiece(file, name, path)
     if start != b"{":
         return read_ranks(file, name)
     spec = read_json(file)
@@ -206,6 +201,17 @@ def read_hugging_face(path, name, spec, folder):
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
     bos = bos_of(path, probe.ids, probe.special_tokens_mask)
     return Tokenizer(name, full=full, bos=bos, named_tokens=named, chat_template=template)
+
+
+def read_sentencepiece(path, name, folder):
+    """The Tokenizer of a SentencePiece model and of its folder, or of the model alone where `folder` is a file, too."""
+    package("sentencepiece", path)
+    package("google.protobuf", path, "protobuf")
+    if folder.is_dir():
+        return read_with_transformers(path, name, folder)
+    with tempfile.TemporaryDirectory() as alone:
+        Path(alone, "tokenizer.model").symlink_to(path.resolve())
+        return read_with_transformers(path, name, Path(alone))
 
 
 def read_with_transformers(path, name, folder):
