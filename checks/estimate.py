@@ -57,10 +57,10 @@ def memory(config, shards, accumulation):
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
 
     # What blocks keep for backward: values per token, and bytes of FP8 copies; full recompute keeps their inputs only.
-    recompute, values, copies = config.activation_checkpoint, m.n_layer * m.n_embd, 0
-    if recompute != "full":
-        # outputs of linear layers (not the last one's, but the block's input, of the same size) and of attention
-        values = sum(layer.out_features for layer in linears.values()) + m.n_layer * m.n_head * m.head_dim
+    # outputs of linear layers (not the last one's, but the block's input, of the same size) and of attention
+    outputs = sum(layer.out_features for layer in linears.values()) + m.n_layer * m.n_head * m.head_dim
+    recompute, copies = config.activation_checkpoint, 0
+    values = m.n_layer * m.n_embd if recompute == "full" else outputs
     if recompute == "none":
         values += m.n_layer * (m.n_head + m.n_kv_head) * m.head_dim  # rotated queries and keys
     gathered_fp8 = 0  # values
@@ -85,6 +85,8 @@ def memory(config, shards, accumulation):
         loss += 2 * size * head.weight.numel()
     # temporaries of the one block whose backward runs
     working = 4 * size * tokens * max((layer.in_features for layer in linears.values()), default=0)
+    if recompute == "full":  # and what it computes again
+        working += size * tokens * outputs / m.n_layer
 
     gathered = reducing = 0
     if shards:

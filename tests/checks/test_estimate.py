@@ -136,6 +136,17 @@ def test_few_activations_put_the_peak_where_gradients_are_reduced(recipe):
     assert estimate.memory(config, shards=2, accumulation=1) == pytest.approx(measured, rel=0.05)
 
 
+RECIPES = json.loads((REPO / "docs/results/h200_2_gpus_recipes.json").read_text())["runs"][1:]
+
+
+@pytest.mark.parametrize("run", RECIPES, ids=lambda run: run["out_dir"])
+def test_memory_of_recipes_with_several_passes_over_two_gpus_is_within_5_percent(run):
+    _, config, *keys = run["command"]
+    config = configurator.load([str(REPO / config), *(key for key in keys if not key.startswith("--data.")),
+                                "--optim.offload=0"])
+    assert estimate.memory(config, shards=2, accumulation=4) == pytest.approx(run["peak_gib"], rel=0.05)
+
+
 M = models.llama3_1_8b()
 TABLE, MLP = M.vocab_size * M.n_embd, 3 * M.n_layer * M.n_embd * M.ffn_dim
 
