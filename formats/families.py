@@ -99,7 +99,7 @@ IGNORED = {
 KEYS = {"follow": FIELDS | FOLLOWED, "check": CHECKED, "report": REPORTED, "ignore": IGNORED}
 FIELD_TYPES = {f.name: f.type for f in fields(models.ModelConfig)}
 TYPES = {key: FIELD_TYPES[field] for key, field in FIELDS.items()} | FOLLOWED
-TYPES |= {"sliding_window": int}  # its range counts where windows are on
+TYPES["sliding_window"] = int  # its range counts where windows are on
 
 # config.json's name of each field of RopeScaling that a kind has
 LENGTHS = {"factor": "factor", "original_max_position": "original_max_position_embeddings"}

@@ -89,8 +89,7 @@ def model_config(folder, wanted=None):
     values, problems, notes = read_switches(source, architecture)
     refuse(folder, problems)
     longest = source.get("max_position_embeddings") or 2048
-    block_size = wanted.block_size if wanted else min(longest, 8192)
-    cfg = models.ModelConfig(**values, block_size=block_size)
+    cfg = models.ModelConfig(**values, block_size=wanted.block_size if wanted else min(longest, 8192))
     refuse(folder, list(cfg.problems()))
     stored = stored_tensors(folder)
     problems = check_weights(stored, layout(cfg, architecture), source.get("quantization_config"), notes)

@@ -83,7 +83,8 @@ def compile_and_checkpoint(model, compile_cfg, activation_checkpoint, fp8_copies
         if activation_checkpoint == "full":
             forward = recompute(forward)
         elif policy:
-            # FP8 copies exist in compiled graphs only: eager torchao saves high-precision tensors and casts again
+            # FP8 copies exist in compiled graphs only: eager torchao saves high-precision tensors and casts again, and
+            # saved views of gathered weights would keep what FSDP2 frees
             forward = recompute(forward, partial(save_or_not, policy, model.saved_ops),
                                 eager=activation_checkpoint == "selective")
         block.forward = torch.compile(forward, **options) if compile_cfg.enabled else forward
