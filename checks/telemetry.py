@@ -16,10 +16,10 @@ import functools
 import math
 
 import torch
-import torch.distributed as dist
 
 import fp8
 from plumbing import blockwise, logs
+from plumbing.ranks import gather
 from plumbing.sharding import local_shard
 
 # The casts of a layer: name of the operand, its tensor in backward, where the recipe has it (matmul, operand), and the
@@ -51,6 +51,12 @@ def cast_stats(x, data, scale):
              ((x != 0) & (cast == 0)).sum(), ((x * scale).abs() > limit).sum(), amax.new_full((), x.numel()),
              amax, -scale.min()]
     return torch.stack([s.double() for s in stats])
+
+
+def merge(a, b):
+    """The stats of two calls or ranks as one."""
+    n = len(SUMS)
+    return torch.cat([a[..., :n] + b[..., :n], a[..., n:].maximum(b[..., n:])], -1)
 
 
 # An operator, so that the graph of a training pass does not change; compiled on a GPU, as eager takes a dozen passes.
@@ -114,9 +120,8 @@ class ReportCasts(torch.autograd.Function):
                 continue
             if casts[operand].scaling in ("tensor", "tile"):  # a second matmul reads the same cast
                 done.add((name, casts[operand]))
-            parts = cast_as_recipe(t, casts[operand], dim, ctx.recipe)
-            sums, peaks = torch.ops.nanofp8.cast_stats(*parts).split((len(SUMS), len(PEAKS)))
-            ctx.seen[i].copy_(torch.cat([ctx.seen[i, :len(SUMS)] + sums, ctx.seen[i, len(SUMS):].maximum(peaks)]))
+            stats = torch.ops.nanofp8.cast_stats(*cast_as_recipe(t, casts[operand], dim, ctx.recipe))
+            ctx.seen[i].copy_(merge(ctx.seen[i], stats))
         return g, None, None, None, None
 
 
@@ -157,12 +162,7 @@ def health(model, run, step):
         for m, kind in classes.items():
             m.__class__ = kind
             del m.seen
-    if dist.is_initialized():
-        sums, peaks = (part.contiguous() for part in seen.split((len(SUMS), len(PEAKS)), dim=-1))
-        dist.all_reduce(sums)
-        dist.all_reduce(peaks, dist.ReduceOp.MAX)
-        seen = torch.cat((sums, peaks), -1)
-    rows = []
+    seen, rows = functools.reduce(merge, gather(seen.cpu())), []
     for (fqn, m), layer in zip(linears.items(), seen.tolist(), strict=True):
         row = {"step": step, "fp8_layer": fqn}
         for (name, _, matmul, operand, _), numbers in zip(CASTS, layer, strict=True):

@@ -891,12 +891,6 @@ def test_a_kill_while_metrics_are_cut_loses_no_row(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text().startswith(rows[:rows.index('{"step": 4')])
 
 
-def test_a_line_that_is_no_row_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\n{"step": 2}\n')
-    with logs.open_metrics(tmp_path) as file, pytest.raises(UserError, match="line 2 is not JSON .*delete that line"):
-        logs.continue_metrics(file, 1)
-
-
 def test_a_damaged_config_of_an_earlier_run_is_no_reason_to_stop(tiny_run, tmp_path, capsys):
     train_here(*tiny_run, f"--out_dir={tmp_path}", "--max_steps=3")
     (tmp_path / "config.py").write_text("")
