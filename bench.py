@@ -162,10 +162,7 @@ def measure(command, folder, own):
 
 
 def compare(runs, own, path):
-    """Train by each command of {name: command}: the report, with a row for each. RunStopped if all fail.
-
-    path: the report's file, written after every run, so that an interrupted bench keeps its results.
-    """
+    """Train by each command of {name: command}: the report, which is also written to `path`. RunStopped if all fail."""
     report_ignored(FIXED)
     rows, run = [], {}
     for name, command in runs.items():
@@ -183,7 +180,7 @@ def compare(runs, own, path):
             row["error"] = str(error)
             print("failed", flush=True)
         report = {**header(run), "rows": rows}
-        path.write_text(json.dumps(report, indent=1))
+        path.write_text(json.dumps(report, indent=1))  # after every run: an interrupted bench keeps its results
     if all("error" in row for row in rows):
         raise RunStopped(f"nothing ran: {rows[0]['error']}")
     return report
