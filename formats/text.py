@@ -5,7 +5,6 @@
 A document is BOS (where the tokenizer's configuration puts one), its text, EOS. Memory holds one shard at a time.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -163,13 +162,14 @@ def build(folder, train, val, cfg, tokenizer):
             raise UserError(f"data.{split}: no text in {', '.join(map(str, paths[:3]))}")
 
 
-@contextlib.contextmanager
-def work_folder(folder):
-    """The path to build `folder` at, with what a killed run left there. Processes that share a cache take turns.
+def make_once(folder, make):
+    """Make `folder` by make(path) unless it is there, with what a killed run left at `path`. Processes take turns.
 
-    It is deleted after an error, but not when the process is interrupted. On a file system without locks each process
-    has a path of its own, and a killed run is not resumed.
+    After an error what was made is deleted, but not when the process is interrupted. On a file system without locks
+    each process has a path of its own, and a killed run is not resumed.
     """
+    if folder.is_dir():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f"{folder.name}.partial")
     with open(folder.parent / ".lock", "w") as lock:
@@ -181,7 +181,10 @@ def work_folder(folder):
         except OSError:
             work = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
         try:
-            yield work
+            if not folder.is_dir():  # else another process has made it meanwhile
+                make(work)
+            if not folder.is_dir():  # the same, without locks
+                work.rename(folder)
         except Exception:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -195,12 +198,7 @@ def prepare(cfg, tokenizer, block_size, seed):
     key = hashlib.blake2b(repr((made_from, made_by)).encode(), digest_size=8).hexdigest()
     source = re.sub(r"[^\w.-]+", "_", Path(cfg.train[0]).stem if cfg.train else "python_stdlib")
     folder = Path(cfg.cache_dir, f"{source}-{tokenizer.name}-{key}")
-    if not folder.is_dir():
-        with work_folder(folder) as work:
-            if not folder.is_dir():  # else another process has made it meanwhile
-                build(work, found.train, found.val, cfg, tokenizer)
-            if not folder.is_dir():  # the same, where the file system has no locks
-                work.rename(folder)
+    make_once(folder, lambda work: build(work, found.train, found.val, cfg, tokenizer))
     try:
         index = json.loads((folder / "index.json").read_text())
         for name, digest in index["shards"].items():
