@@ -97,16 +97,6 @@ def read(folder):
             "time_s": np.interp([*losses], [*times], [*times.values()]).tolist()}
 
 
-def branch(folder, trunk, step):
-    """Give a run, unless it has begun, the checkpoint of a step of another one to start from."""
-    start = Path("checkpoints", f"step_{step:08}")
-    if (folder / "checkpoints").exists():
-        return
-    if not (trunk / start).exists():
-        raise UserError(f"{trunk / start} is missing, from which --branch_at={step} starts: remove {trunk} to make it")
-    shutil.copytree(trunk / start, folder / start, copy_function=os.link)  # no second copy on disk: none is written to
-
-
 def train_all(runs, own):
     """Train what is not finished: a row of each run, {variant, seed, out_dir, curves as of read()}.
 
@@ -118,8 +108,10 @@ def train_all(runs, own):
         row = {"variant": variant, "seed": seed, "out_dir": str(folder)}
         try:
             if read(folder)["step"][-1:] != [config.max_steps]:
-                if own.branch_at and variant != "bf16":
-                    branch(folder, folder.with_name(f"bf16_seed{seed}"), own.branch_at)
+                if own.branch_at and variant != "bf16" and not (folder / "checkpoints").exists():
+                    start = f"checkpoints/step_{own.branch_at:08}"
+                    shutil.copytree(folder.with_name(f"bf16_seed{seed}") / start, folder / start,
+                                    copy_function=os.link)  # no second copy on disk: none is written to
                 replace_text(folder / "wanted.py", configurator.to_python(config))
                 bench.train([bench.TRAIN, folder / "wanted.py"], folder / "log.txt")
             curves = read(folder)
@@ -236,9 +228,8 @@ def plot(report, path):
         times, losses = row["curves"]["time_s"], row["curves"]["val_loss"]
         loss_axes.plot(times, losses, color=colors[row["variant"]], lw=1.2)
         late += losses[len(losses) // 5 :]
-    margin = 0.05 * (max(late) - min(late))
     loss_axes.set(xlabel=f"seconds of training, {report['hardware']}", ylabel="validation loss, nats per token",
-                  ylim=(min(late) - margin, max(late) + margin),
+                  ylim=(0.99 * min(late), 1.01 * max(late)),
                   title=f"{report['max_steps']:,} steps of {report['tokens_per_step']:,} tokens; bf16 in black")
     tolerance, shown = report["tolerance"], [result for result in report["intervals"] if "gap_percent" in result]
     gap_axes.axvspan(-tolerance, tolerance, color="0.9")

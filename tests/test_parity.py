@@ -270,9 +270,6 @@ def test_a_branch_shares_the_first_steps_of_its_bf16_run(compared, tiny_run, tmp
     assert "3 steps done" in (out / "tensorwise_seed1337" / "log.txt").read_text()
     assert 0 < abs(fp8.train[4]["loss"] - bf16.train[4]["loss"]) < 5e-3
     assert report["rows"][1]["gap"] == pytest.approx(fp8.val[6] - bf16.val[6])
-    shutil.rmtree(out / "bf16_seed1337" / "checkpoints")
-    with pytest.raises(ValueError, match="step_00000003 is missing, from which --branch_at=3 starts"):
-        compare(*args, "--variants=bf16,rowwise", "--branch_at=3")
 
 
 def test_without_bf16_there_is_nothing_to_compare_with(tiny_run, tmp_path):
