@@ -255,9 +255,8 @@ def main():
     every = config.eval_interval
     n_evals = math.ceil(config.max_steps / every) - own.branch_at // every if every else 0
     if n_evals < own.last_evals:
-        raise UserError(f"a final loss is the mean of last_evals={own.last_evals} evaluations, and max_steps="
-                        f"{config.max_steps} with eval_interval={every} and branch_at={own.branch_at} has {n_evals}: "
-                        "set eval_interval to about max_steps / 20, or --last_evals")
+        raise UserError(f"a final loss is the mean of last_evals={own.last_evals} evaluations, these runs have "
+                        f"{n_evals}: set eval_interval to about max_steps / 20, or --last_evals")
     bench.report_ignored({"resume"})
     out_dir = base.parent
     rows = train_all(plan(own, config, base), own)
