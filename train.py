@@ -81,7 +81,7 @@ def main():
     hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     say(f"nanofp8 on {world_size} x {hardware}, torch {torch.__version__}, {config.dtype}")
     if replicas > 1:
-        say(f"HSDP: {replicas} replicas, each sharded over {n_shards} of {world_size} ranks; --replicas=1 shards one")
+        say(f"HSDP: {replicas} replicas, each sharded over {n_shards} of {world_size} ranks (--replicas=1: over all)")
     logs.check_unused(out_dir)
     resumes = config.resume != "never" or ranks.replace_others()  # torchrun --max-restarts: the run goes on
     resume_from = checkpoint.last_good(out_dir, say) if resumes else None
