@@ -306,6 +306,8 @@ def test_ranks_that_would_train_in_different_ways_are_an_error(tiny_run, tmp_pat
     """As a config with a seed of the clock, or with a file for each rank, has it."""
     for name, changed in (("seed", lambda value: value + 1), ("training data", lambda value: "0" * 32)):
         def two_ranks(mine, name=name, changed=changed):
+            if mine is None:  # only waits
+                return [mine, mine]
             return [mine, {key: changed(value) if key == name else value for key, value in mine.items()}]
 
         monkeypatch.setattr(ranks, "gather", two_ranks)
