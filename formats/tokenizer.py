@@ -175,16 +175,15 @@ def read_tekken(path, name, spec):
 def read_hugging_face(path, name, spec, folder):
     """The Tokenizer of a tokenizer.json that holds `spec`, and of its folder."""
     tokenizers = package("tokenizers", path)
-    beside = [folder / f"{n}.json" for n in ("config", "tokenizer_config", "special_tokens_map")]
-    model, config, token_map = (read_json(file) if file.is_file() else {} for file in beside)
-    replaced, listed = replaced_by_class(spec, config, model), config.get("added_tokens_decoder")
-    if replaced is None or listed is None and (folder / "added_tokens.json").is_file():
+    beside = [folder / f"{n}.json" for n in ("config", "tokenizer_config", "special_tokens_map", "added_tokens")]
+    model, config, token_map, words = (read_json(file) if file.is_file() else {} for file in beside)
+    listed, replaced = config.get("added_tokens_decoder"), replaced_by_class(spec, config, model)
+    if listed is None and (words or any(isinstance(value, list) for value in token_map.values())):
+        replaced = None  # as transformers saved tokens before 4.34, more of them than bos_token, eos_token, ...
+    if replaced is None or (folder / "additional_chat_templates").is_dir():
         return read_with_transformers(path, name, folder)
-    extra = config.pop("extra_special_tokens", None)
-    extra = extra or config.pop("additional_special_tokens", extra)  # the older name
-    if isinstance(extra, dict):
-        config, extra = config | extra, config.get("additional_special_tokens")
-    if listed is None:  # as older versions of transformers saved it
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []  # the older name
+    if listed is None:
         config |= token_map
     elif replaced:
         spec["added_tokens"] = []  # the configuration lists them all
@@ -193,7 +192,7 @@ def read_hugging_face(path, name, spec, folder):
         follow_class(spec, replaced, config)
     try:
         full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "padding": None, "truncation": None}))
-        named = add_tokens(full, config, listed or {}, extra or [])
+        named = add_tokens(full, config, listed or {}, extra)
         probe = full.encode("a")
     except Exception as error:  # the library raises no narrower class
         raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
@@ -253,7 +252,8 @@ def replaced_by_class(spec, config, model):
     table, model_type = read_json(DATA), model.get("model_type") or ""
     classes, types, fixed = table["classes"], table["model_types"], table["fixed_model_types"]
     name = (config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
-    if any(config.get(option) for option in ("auto_map", "fast_tokenizer_files", "fix_mistral_regex")):
+    options = any(config.get(option) for option in ("auto_map", "fast_tokenizer_files", "fix_mistral_regex"))
+    if options or isinstance(config.get("extra_special_tokens"), dict):
         return None
     if model_type in fixed:
         return classes.get(fixed[model_type])

@@ -574,7 +574,7 @@ def test_an_added_token_gets_the_id_that_transformers_gives_it(tmp_path, small, 
 
 
 @pytest.mark.parametrize("config", [
-    {"eos_token": "<tool>"}, {"extra_special_tokens": ["<tool>"]}, {"extra_special_tokens": {"image_token": "<image>"}},
+    {"eos_token": "<tool>"}, {"extra_special_tokens": ["<tool>"]}, {"extra_special_tokens": {"image": "<image>"}},
     {"pad_token": "<pad>", "image_token": "<image>", "unk_token": "<unk>", "bos_token": "<b>"}])
 @pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
 def test_tokens_that_a_folder_names_get_the_ids_and_flags_of_transformers(tmp_path, class_name, config):
@@ -686,11 +686,13 @@ def test_a_folder_of_tinyllamas_shape_has_the_bos_of_its_template(pieces, tmp_pa
     assert tokenizer.decode(tokenizer.encode("x  y")) == "x  y"
 
 
-def test_tokens_of_older_folders_are_added_from_their_own_files(pieces, tmp_path):
-    folder = folder_of(tmp_path / "m", None, LLAMA, added_tokens={"<|im_end|>": 700, "<tool>": 701},
-                       special_tokens_map={"bos_token": token("<s>"), "eos_token": "<|im_end|>"})
-    (folder / "tokenizer.model").write_bytes(pieces["llama"])
-    assert same_as_transformers(folder).eos == 700
+@pytest.mark.parametrize("files", [
+    {}, {"added_tokens": {"<|im_end|>": 600, "self": 601}},
+    {"special_tokens_map": {"bos_token": token("<s>"), "eos_token": "<|im_end|>"}},
+    {"special_tokens_map": {"additional_special_tokens": ["<|im_end|>"], "extra_special_tokens": ["<tool>"]}}])
+@pytest.mark.parametrize("config", [{}, {"eos_token": "<|im_end|>", "additional_special_tokens": ["<a>"]}])
+def test_tokens_of_older_folders_are_added_from_their_own_files(tmp_path, small, files, config):
+    same_as_transformers(folder_of(tmp_path / "m", small, {"tokenizer_class": "GPT2Tokenizer", **config}, **files))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -816,6 +818,9 @@ def test_a_folders_chat_template_is_read_from_each_place_where_transformers_look
         assert not config or Template(get_tokenizer(str(tmp_path))).sources == expected
     (tmp_path / "chat_template.jinja").write_text("j")
     assert Template(get_tokenizer(str(tmp_path))).sources == ("j", "j")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("t")
+    assert Template(get_tokenizer(str(tmp_path))).sources == ("j", "t")
 
 
 def test_tokenizer_json_wins_over_other_files(tmp_path, small):
