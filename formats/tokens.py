@@ -23,24 +23,36 @@ PIECE = 2**22  # ids looked at together
 
 
 class Tokens:
-    """A stream of token ids over several arrays, or a part of one, as rows: windows of block_size, in order.
+    """The token ids of files, or a part of them, as one stream, and as rows: windows of block_size, in order.
 
-    arrays: 1-d integer arrays, usually memory maps. content: a hash of each. eos: id at the border of two documents,
-    which attention then does not cross; None: attention sees the whole row. eos_first: whether it begins a document
-    (else it ends one). len(); slice(start, stop) gives int64 numpy. Every id but the first is a target in one row.
+    len(); slice(start, stop) gives int64 numpy. Every id but the first is a target in one row. With eos_id in the
+    DataConfig attention does not cross from one document to the next, else it sees the whole row. name: of the split,
+    for messages. Raises UserError for files that hold no token ids, or whose documents cannot be told apart.
     """
 
     padding = 0.0
 
-    def __init__(self, arrays, content, block_size, *, largest, start=0, stop=None, eos=None, eos_first=False):
-        self.arrays, self.block_size, self.start, self.largest = arrays, block_size, start, largest
-        self.eos, self.eos_first = eos, eos_first
-        self.ends = np.cumsum([len(array) for array in arrays])
-        self.stop = int(self.ends[-1]) if stop is None else stop
-        self.digest = hashlib.blake2b(repr([*content, self.start, self.stop]).encode(), digest_size=16).hexdigest()
+    def __init__(self, paths, cfg, block_size, name, *, start=0, stop=None):
+        self.arrays, firsts = zip(*map(open_tokens, paths), strict=True)
+        surveys = [survey(path, ids, cfg.cache_dir) for path, ids in zip(paths, self.arrays, strict=True)]
+        largest, hashes = zip(*surveys, strict=True)
+        self.largest, self.block_size = max(largest), block_size
+        self.ends = np.cumsum([len(array) for array in self.arrays])
+        self.start, self.stop = start, int(self.ends[-1]) if stop is None else stop
+        self.digest = hashlib.blake2b(repr([*hashes, self.start, self.stop]).encode(), digest_size=16).hexdigest()
         self.n_rows = self.n_samples = -(-(len(self) - 1) // block_size)
-        self.document, self.longest, self.most_documents = None, block_size, 1
         self.counts = {"tokens": len(self), "targets": len(self) - 1}
+        self.document, self.longest, self.most_documents = None, block_size, 1
+        self.eos, self.eos_first = cfg.eos_id, firsts[0]  # eos_first: EOS begins a document (else it ends one)
+        if self.eos is None or len(self) < 2:
+            return
+        if len(set(firsts)) > 1:
+            raise UserError(f"data.{name} mixes files of llm.c, where EOS begins a document, with others, where it "
+                            "ends one: train on one kind, or set data.eos_id=None")
+        found, self.document, self.longest, self.most_documents = remembered(
+            cfg.cache_dir, (self.digest, block_size, self.eos, self.eos_first), self.measure_documents)
+        if not found and not start:  # the end of a stream may be within a document
+            raise UserError(f"data.eos_id={self.eos} is nowhere in data.{name}: name the id between its documents")
 
     def __len__(self):
         return self.stop - self.start
@@ -159,8 +171,8 @@ def open_splits(train, val, cfg, block_size, found):
     if not val:
         n = sum(len(open_tokens(path)[0]) for path in train)
         val, cut = train, n - n // files.VAL_EVERY
-    splits = (open_split(train, cfg, block_size, "train", stop=cut),
-              open_split(val, cfg, block_size, "val", start=cut or 0))
+    splits = (Tokens(train, cfg, block_size, "train", stop=cut),
+              Tokens(val, cfg, block_size, "val", start=cut or 0))
     if min(map(len, splits)) < 2:
         raise UserError(f"data: {len(splits[0])} tokens for training and {len(splits[1])} for validation are too few: "
                         "give more, or name data.val")
@@ -169,28 +181,8 @@ def open_splits(train, val, cfg, block_size, found):
     return splits
 
 
-def open_split(paths, cfg, block_size, split, **part):
-    """The Tokens of files, or a part of them (start, stop)."""
-    arrays, firsts = zip(*map(open_tokens, paths), strict=True)
-    surveys = [survey(path, ids, cfg.cache_dir) for path, ids in zip(paths, arrays, strict=True)]
-    largest, hashes = zip(*surveys, strict=True)
-    if len(set(firsts)) > 1 and cfg.eos_id is not None:
-        raise UserError(f"data.{split} mixes files of llm.c, where EOS begins a document, with others, where it ends "
-                        "one: train on one kind, or set data.eos_id=None")
-    tokens = Tokens(arrays, hashes, block_size, eos=cfg.eos_id, eos_first=firsts[0], largest=max(largest), **part)
-    if cfg.eos_id is not None and len(tokens) > 1:
-        found, tokens.document, tokens.longest, tokens.most_documents = remembered(
-            cfg.cache_dir, (tokens.digest, block_size, cfg.eos_id, firsts[0]), tokens.measure_documents)
-        if not found and not tokens.start:  # the end of a stream may be within a document
-            raise UserError(f"data.eos_id={cfg.eos_id} is nowhere in data.{split}: name the id between its documents")
-    return tokens
-
-
 def prepare(cfg, tokenizer, block_size, seed):
-    """(training Tokens, validation Tokens) of a DataConfig, see data.prepare.
-
-    Raises UserError for files that are not token files, or that hold negative ids.
-    """
+    """(training Tokens, validation Tokens) of a DataConfig, see data.prepare."""
     found = files.resolve(cfg, {"tokens"})
     train, val = open_splits(found.train, found.val, cfg, block_size, found)
     documents = "attention sees whole rows (data.eos_id is not set)"

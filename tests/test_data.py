@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,11 +65,15 @@ def single_bytes(name, special_tokens):
     return Tokenizer(name, tiktoken.Encoding(name, pat_str=r".", mergeable_ranks=ranks, special_tokens=special_tokens))
 
 
-def stream(n, name="numbers", block_size=8, shard=10**6):
+SCRATCH = tempfile.TemporaryDirectory()
+
+
+def stream(n, block_size=8, shard=10**6):
     """A Tokens of n tokens. Token i is i modulo 65521, so all windows differ."""
-    ids = (np.arange(n) % 65521).astype(np.uint16)
-    arrays = np.split(ids, range(shard, n, shard))
-    return Tokens(arrays, [name], block_size, largest=int(ids.max()))
+    folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
+    for i, ids in enumerate(np.split((np.arange(n) % 65521).astype(np.uint16), range(shard, n, shard))):
+        np.save(folder / f"{i:02}.npy", ids)
+    return Tokens(sorted(folder.iterdir()), DataConfig(cache_dir=str(folder / "cache")), block_size, "train")
 
 
 def loader(tokens, **keys):
@@ -541,7 +547,7 @@ def test_a_broken_jsonl_line_is_named(tmp_path, line, told):
 def test_text_shorter_than_a_batch_is_an_error():
     with pytest.raises(ValueError, match="fills 3 rows of 8 tokens, one step needs global_batch_size=4: give more"):
         loader(stream(25))
-    loader(stream(26, "enough"))
+    loader(stream(26))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -612,7 +618,7 @@ def test_evaluation_of_n_windows_spreads_them_over_the_stream():
 
 
 def mixture(*sizes, weights=(3, 1)):
-    parts = [stream(n * 8 + 1, f"part_{i}") for i, n in enumerate(sizes)]
+    parts = [stream(n * 8 + 1) for n in sizes]
     return data.Mixture(parts, DataConfig(train=[f"entry {i}" for i in range(len(parts))], weights=list(weights)))
 
 
