@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -173,26 +172,24 @@ def show(tokens, tokenizer, stops, prompt=()):
 
     prompt: ids before them, which decide whether their text begins with a space.
     """
-    def text_of_waiting():
-        before = [i for part in printed for i in part]
-        return tokenizer.decode(before + waiting)[len(tokenizer.decode(before)) :]
+    ids, times, n_printed = list(prompt), [], len(prompt)
 
-    ids, times, waiting = [], [], []
-    printed = deque([prompt[-64:]], maxlen=8)  # tokens of whole characters, as far back as the next text depends on
+    def new_text():
+        before = ids[max(0, n_printed - 64) : n_printed]
+        return tokenizer.decode(before + ids[n_printed:])[len(tokenizer.decode(before)) :]
+
     for token in tokens:
         times.append(time.perf_counter())
         if token in stops or token > tokenizer.largest:
             break
         ids.append(token)
-        waiting.append(token)
-        text = text_of_waiting()
+        text = new_text()
         if not text.endswith("\ufffd"):  # else in the middle of a character
             sys.stdout.write(text)
             sys.stdout.flush()
-            printed.append(waiting)
-            waiting = []
-    print(text_of_waiting())
-    return ids, times
+            n_printed = len(ids)
+    print(new_text())
+    return ids[len(prompt) :], times
 
 
 def main():
