@@ -27,7 +27,7 @@ class Tokens:
 
     len(); slice(start, stop) gives int64 numpy. Every id but the first is a target in one row. With eos_id in the
     DataConfig attention does not cross from one document to the next, else it sees the whole row. name: of the split,
-    for messages. Raises UserError for files that hold no token ids, or whose documents cannot be told apart.
+    for messages. Raises UserError for files that hold no token ids, or not eos_id.
     """
 
     padding = 0.0
