@@ -233,9 +233,7 @@ def explain(error, path):
     """
     places = [f"{f.filename}, line {f.lineno}" for f in traceback.extract_tb(error.__traceback__)
               if f.filename == path or Path(f.filename).parent == REPO / "config"]
-    if isinstance(error, SyntaxError) and error.filename:
-        places.append(f"{error.filename}, line {error.lineno}")
-    place, message = [path, *places][-1], f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+    place, message = [path, *places][-1], f"{type(error).__name__}: {error}"  # a SyntaxError has its line in it
     misspelt = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if misspelt:
         kind, name = misspelt.groups()

@@ -339,7 +339,7 @@ def test_a_missing_file_names_the_closest_one(tmp_path, monkeypatch):
     ("config = Config(model=model.llama_tiny(n_layers=1))",
      ", line 2: ModelConfig has no field 'n_layers', did you mean 'n_layer'?"),
     ("model.RopeScaling(facter=2)", ", line 2: RopeScaling has no field 'facter'"),
-    ("config = Config(\n", ", line 2: SyntaxError: '(' was never closed"),
+    ("config = Config(\n", ": SyntaxError: '(' was never closed (mine.py, line 2)"),
     ("config = Config()\0", ": SyntaxError: source code string cannot contain null bytes"),
     ("import nowhere_to_be_found", ", line 2: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
     ("config = Config(max_steps=1 // 0)", ", line 2: ZeroDivisionError: integer division or modulo by zero"),
