@@ -133,8 +133,10 @@ class Saver:
         group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.write = partial(save, out_dir, keep=keep, group=group)
         if background:
-            self.device = torch.get_device_module(next(model.parameters()).device)
-            self.stream, self.thread = self.device.Stream(), ThreadPoolExecutor(1)
+            device = next(model.parameters()).device
+            self.device = torch.get_device_module(device)
+            self.stream = self.device.Stream()
+            self.thread = ThreadPoolExecutor(1, initializer=self.device.set_device, initargs=[device])
             self.room = self.thread.submit(self.make_room, tensors(model, optimizer))  # to page-lock memory takes long
 
     def save(self, step, run):
@@ -153,8 +155,7 @@ class Saver:
 
     def make_room(self, state):
         """In the thread: tensors like those of the state, DTensors where these are, but in host memory."""
-        with self.device.stream(self.stream):  # page-locked by the GPU of this rank: a new thread would use the first
-            return {name: like(t, host_zeros(local_shard(t).shape, t.dtype, t.device)) for name, t in state.items()}
+        return {name: like(t, host_zeros(local_shard(t).shape, t.dtype, t.device)) for name, t in state.items()}
 
     @torch.no_grad()
     def copy(self, state, computed):
