@@ -256,13 +256,15 @@ def replaced_by_class(spec, config, model):
     if options or isinstance(config.get("extra_special_tokens"), dict):
         return None
     if model_type in fixed:
-        return classes.get(fixed[model_type])
-    if not name:
-        return classes.get(types.get(model_type))
-    if name == "LlamaTokenizer" and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
-        return {}  # Llama 3
+        name = fixed[model_type]
+    elif not name:
+        name = types.get(model_type)
+    elif name == "LlamaTokenizer" and "ByteLevel" in str((spec.get("pre_tokenizer"), spec.get("decoder"))):
+        name = "TokenizersBackend"  # Llama 3
+    elif model_type not in types and classes.get(name):
+        name = None  # transformers may read that type by another class
     replaced = classes.get(name)
-    return None if replaced and model_type not in types else replaced
+    return None if replaced and spec["model"].get("type", "BPE") != "BPE" else replaced
 
 
 def follow_class(spec, replaced, config):

@@ -745,9 +745,16 @@ def with_own_code(path, pieces):
     folder_of(path, trained(DIGITS), {"tokenizer_class": "GPT2Tokenizer", "auto_map": auto_map}, "granite")
 
 
+def words_as_llama(path, pieces):
+    """A tokenizer.json of whole words, with a class that makes pairs."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "def": 2, "a": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder_of(path, tokenizer, {"tokenizer_class": "LlamaTokenizer"})
+
+
 @pytest.mark.parametrize("make, bos, eos", [
     (wordpiece, 2, None), (unigram, None, 2), (ctrl, None, None), (byt5, None, 1), (mistral, None, 0),
-    (versioned, None, 0), (with_own_code, None, 0)])
+    (versioned, None, 0), (with_own_code, None, 0), (words_as_llama, None, 5)])
 def test_a_folder_of_another_class_has_the_ids_and_the_text_of_transformers(tmp_path, capsys, pieces, make, bos, eos):
     import transformers
 
