@@ -113,7 +113,10 @@ def prepare(cfg, block_size, seed):
 
     block_size: the longest row that the model takes. Raises UserError for files that cannot be found, read or used.
     """
-    tokenizer = get_tokenizer(cfg.tokenizer)
+    if cfg.packed_sequence_size > block_size:
+        raise UserError(f"data.packed_sequence_size={cfg.packed_sequence_size} is more than model.block_size="
+                        f"{block_size}, the longest sequence that the model takes: raise that, or pack less")
+    tokenizer, block_size = get_tokenizer(cfg.tokenizer), cfg.packed_sequence_size or block_size
     if not cfg.weights:
         return *FORMATS[cfg.format](cfg, tokenizer, block_size, seed), tokenizer
     named = Counter(path.resolve() for entry in cfg.train for path in files.find_files([entry])[0])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from formats import files
 from formats.files import check
-from formats.packing import make_rows, sample_limit, split
+from formats.packing import make_rows, split
 from formats.template import Template
 from formats.text import in_order
 from plumbing import disk
@@ -155,10 +155,9 @@ def read_template(cfg, tokenizer):
 
 def prepare(cfg, tokenizer, block_size, seed):
     """(training Samples, validation Samples) of a DataConfig, see data.prepare."""
-    limit, found = sample_limit(cfg, block_size), files.resolve(cfg, files.ROWS)
-    template = read_template(cfg, tokenizer)
-    train, counts, remarks = stored(found.train, template, cfg, limit)
-    val, val_counts, val_remarks = stored(found.val, template, cfg, limit) if found.val else (None, {}, [])
+    template, found = read_template(cfg, tokenizer), files.resolve(cfg, files.ROWS)
+    train, counts, remarks = stored(found.train, template, cfg, block_size)
+    val, val_counts, val_remarks = stored(found.val, template, cfg, block_size) if found.val else (None, {}, [])
     counts = {what: n + val_counts.get(what, 0) for what, n in counts.items()}
     about = "; ".join([f"tokenizer {tokenizer.name}, {template.name}", *dict.fromkeys(remarks + val_remarks)])
     return make_rows(*split(train, val), cfg, block_size, seed, found=found, counts=counts, about=about)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from formats import files
-from formats.packing import make_rows, sample_limit, split
+from formats.packing import make_rows, split
 from plumbing.disk import replacing
 from plumbing.errors import UserError
 
@@ -96,11 +96,10 @@ def encode(encoding, query, ending, limit):
 
 def prepare(cfg, tokenizer, block_size, seed):
     """(training Samples, validation Samples) of a DataConfig, see data.prepare."""
-    limit, n_cut = sample_limit(cfg, block_size), 0
-    *parts, found = questions(cfg)
+    (*parts, found), n_cut = questions(cfg), 0
     for part in parts:
         for k, item in enumerate(part):
-            ids, start, cut = encode(tokenizer, item["query"], item["endings"][item["label"]], limit)
+            ids, start, cut = encode(tokenizer, item["query"], item["endings"][item["label"]], block_size)
             part[k] = ids, np.arange(len(ids)) >= start
             n_cut += cut > 0
     return make_rows(*parts, cfg, block_size, seed, found=found, counts={"samples cut at the beginning": n_cut},

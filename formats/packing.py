@@ -15,15 +15,6 @@ from model import IGNORE
 from plumbing.errors import UserError
 
 
-def sample_limit(cfg, block_size):
-    """The most input tokens that a sample may have under a DataConfig. block_size: the longest row the model takes."""
-    size = cfg.packed_sequence_size
-    if size > block_size:
-        raise UserError(f"data.packed_sequence_size={size} is more than model.block_size={block_size}, the longest "
-                        "sequence that the model takes: raise that, or pack less")
-    return size or block_size
-
-
 def split(train, val):
     """(training, validation) parts of lists of samples. val: None: every VAL_EVERY-th sample of train."""
     if val is not None:
@@ -32,7 +23,7 @@ def split(train, val):
 
 
 def make_rows(train, val, cfg, block_size, seed, *, found, counts, about):
-    """(training Samples, validation Samples) of lists of samples, no longer than sample_limit().
+    """(training Samples, validation Samples) of lists of samples of at most block_size inputs.
 
     found: the files.Files that they come from. counts: {what was cut or dropped: number}. about: what else the screen
     says. Without packing, rows are as long as the longest sample of both, rounded up to the multiple of 16 that FP8
@@ -43,8 +34,8 @@ def make_rows(train, val, cfg, block_size, seed, *, found, counts, about):
     if not train or not val:
         raise UserError(f"data: {len(train)} samples for training and {len(val)} for validation are too few (without "
                         f"data.val, one of {VAL_EVERY} is for validation), {about}; {found.source}{lost}")
-    size = cfg.packed_sequence_size
-    if not size:
+    size = block_size
+    if not cfg.packed_sequence_size:
         longest = max(len(ids) - 1 for ids, _ in train + val)
         size = min(block_size, -(-longest // 16) * 16)
     train, val = (Samples(part, size, packed=cfg.packed_sequence_size > 0, seed=seed) for part in (train, val))

@@ -7,7 +7,7 @@ from conftest import build
 
 import attention
 import data
-from data import DataConfig, Loader
+from data import Loader
 from formats import packing
 from model import IGNORE
 
@@ -133,9 +133,3 @@ def test_blocks_compile_once_for_rows_of_different_documents(monkeypatch):
             model(x, y, 1, *documents)
         after_row.append(n_compiled)
     assert len(bounds) > 1 and set(after_row) == {after_row[0]} and after_row[0] <= len(model.layers)
-
-
-def test_sizes_that_a_model_cannot_take_are_an_error():
-    with pytest.raises(ValueError, match="packed_sequence_size=512 is more than model.block_size=256"):
-        packing.sample_limit(DataConfig(packed_sequence_size=512), 256)
-    assert packing.sample_limit(DataConfig(), 256) == 256
