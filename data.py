@@ -102,7 +102,8 @@ class Rows(Protocol):
     n_samples: int  # windows of a stream, conversations, questions
 
     def row(self, i: int):
-        """(x, y, positions) of row i: int64 numpy (block_size,); positions None where attention sees the whole row."""
+        """(x, y, positions) of row i, int64 numpy (block_size,): y is the target of each token of x, or IGNORE;
+        positions are 0 at the first token of each document, or None where attention sees the whole row."""
 
     def sample(self, i: int):
         """(ids, loss) of sample i in the order of the files, before packing and shuffling; loss is true for targets."""
@@ -232,10 +233,7 @@ class Loader:
                             "model.block_size or data.packed_sequence_size")
 
     def batch(self, step):
-        """This rank's part of a step's global batch: (x, y, positions), (accumulation, micro_batch_size, block_size).
-
-        positions: int64, 0 at the first token of each document; None where attention is to run over whole rows.
-        """
+        """(x, y, positions) of this rank's part of a step, (accumulation, micro_batch_size, block_size) each."""
         first, per_pass = step * self.global_batch_size, self.micro_batch_size * self.world_size
         rows = [self.rows.row(self.order[first + a * per_pass + self.rank * self.micro_batch_size + i])
                 for a in range(self.global_batch_size // per_pass) for i in range(self.micro_batch_size)]

@@ -105,10 +105,8 @@ class Samples:
         return self.samples[i]
 
     def row(self, i):
-        """(x, y, positions) of row i, int64 (block_size,): y is IGNORE but for targets, positions 0 at each sample, or
-        None where a row is one sample. What is left at the end of a row is documents without targets, no longer than
-        the longest sample, because attention is compiled for that length.
-        """
+        """(x, y, positions) of row i, see data.Rows. What is left at its end is documents without targets, no longer
+        than the longest sample, because attention is compiled for that length."""
         x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
         positions, at = np.arange(self.block_size), 0
         for ids, loss in map(self.sample, self.rows[i]):

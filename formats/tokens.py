@@ -68,10 +68,7 @@ class Tokens:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def row(self, i):
-        """(x, y, positions) of window i, int64 (block_size,): y is the next id of each; a short end is masked.
-
-        positions: 0 at the first id of each document in the row; None where attention sees the whole row.
-        """
+        """(x, y, positions) of window i, see data.Rows: y is the next id of each; a short end is masked."""
         part = self.slice(i * self.block_size, (i + 1) * self.block_size + 1)
         x, y = np.zeros(self.block_size, np.int64), np.full(self.block_size, IGNORE, np.int64)
         x[: len(part) - 1], y[: len(part) - 1] = part[:-1], part[1:]
