@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -41,40 +40,35 @@ class Writer(dcp.FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan, planner):
-        """Every rank: write its files, on disk when this returns, and a file with their hashes."""
+        """Every rank: write its files, on disk when this returns; a future of what finish() gets of each rank."""
         def write_part(i):
             prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{i}_")
             part = dataclasses.replace(plan, items=plan.items[i::THREADS], storage_data=prefix)
             results = super(Writer, self).write_data(part, planner).value()
-            return results, sha256sum(self.path, *{result.storage_data.relative_path for result in results})
+            file = results[0].storage_data.relative_path  # of all
+            return results, file, (self.path / file).stat().st_size, sha256sum(self.path, file)
 
         # not torch's own threads (thread_count), where an exception is printed and what it kept from the disk forgotten
         with writing(self.path), ThreadPoolExecutor(THREADS) as pool:
             parts = list(pool.map(write_part, range(min(THREADS, len(plan.items)))))
-            sums = self.path / f"{plan.storage_data.prefix}.sums"
-            sums.write_text("".join(lines for _, lines in parts))
         future = torch.futures.Future()
-        future.set_result([result for results, _ in parts for result in results])
+        future.set_result(parts)
         return future
 
     def finish(self, metadata, results):
         """Rank 0, when every rank has written: check that all has arrived, and give the folder its name."""
-        super().finish(metadata, results)
+        parts = [part for of_rank in results for part in of_rank]
+        super().finish(metadata, [pieces for pieces, *_ in parts])
         metadata = Reader(self.path).read_metadata()  # torch 2.11 fills in a copy
         assert len(metadata.storage_data) == sum(len(t.chunks) for t in metadata.state_dict_metadata.values())
-        sums = "".join(file.read_text() for file in sorted(self.path.glob("*.sums")))
-        sizes = defaultdict(int)
-        for piece in metadata.storage_data.values():
-            sizes[piece.relative_path] = max(sizes[piece.relative_path], piece.offset + piece.length)
-        for file, size in sizes.items():
+        for _, file, size, _ in parts:
             path = self.path / file
-            if not path.is_file() or path.stat().st_size != size or f"  {file}\n" not in sums:
-                raise RunStopped(f"{path} has not arrived with its {size} bytes and its hash, which a rank has "
-                                 "written. The checkpoint before it is whole")
+            if not path.is_file() or path.stat().st_size != size:
+                raise RunStopped(f"{path} has not arrived with its {size} bytes, which a rank has written. The "
+                                 "checkpoint before it is whole")
         self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
-        for of_rank in self.path.glob("*.sums"):
-            of_rank.unlink()
-        self.path.joinpath("SHA256SUMS").write_text(sums + sha256sum(self.path, ".metadata", "run.json"))
+        sums = "".join(line for *_, line in parts) + sha256sum(self.path, ".metadata", "run.json")
+        self.path.joinpath("SHA256SUMS").write_text(sums)
         for path in (self.path / "run.json", self.path / "SHA256SUMS", self.path):
             flush(path)  # all on disk before the name says that it is complete
         self.path.rename(self.folder)
