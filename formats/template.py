@@ -95,7 +95,6 @@ class Template:
         self.find_turn()
         theirs = [self.header.replace(SPECIAL, "").strip(), *self.specials]  # not for messages
         self.own = re.compile("|".join(map(re.escape, filter(None, theirs))) or "(?!)")
-        self.takes_parts = self.shows_parts()
 
     def with_marked_specials(self, full):
         """(a copy of a tokenizers.Tokenizer that finds special tokens behind SPECIAL only, the real id of each id)."""
@@ -164,7 +163,7 @@ class Template:
         found = re.search(rf"(?:{self.marked_special.pattern})+\Z", before)
         return [found[0]] if found and not before.endswith(self.header) else []
 
-    def shows_parts(self):
+    def takes_parts(self):
         """Whether `content` may be a list of texts: some templates leave it out, or print it as a Python list."""
         text = "?\n?"
         try:

@@ -168,8 +168,7 @@ def open_splits(train, val, cfg, block_size, found):
     if not val:
         n = sum(len(open_tokens(path)[0]) for path in train)
         val, cut = train, n - n // files.VAL_EVERY
-    splits = (Tokens(train, cfg, block_size, "train", stop=cut),
-              Tokens(val, cfg, block_size, "val", start=cut or 0))
+    splits = Tokens(train, cfg, block_size, "train", stop=cut), Tokens(val, cfg, block_size, "val", start=cut or 0)
     if min(map(len, splits)) < 2:
         raise UserError(f"data: {len(splits[0])} tokens for training and {len(splits[1])} for validation are too few: "
                         "give more, or name data.val")
