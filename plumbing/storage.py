@@ -45,8 +45,8 @@ class Writer(dcp.FileSystemWriter):
             prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{i}_")
             part = dataclasses.replace(plan, items=plan.items[i::THREADS], storage_data=prefix)
             results = super(Writer, self).write_data(part, planner).value()
-            file = results[0].storage_data.relative_path  # of all
-            return results, file, (self.path / file).stat().st_size, sha256sum(self.path, file)
+            path = self.path / results[0].storage_data.relative_path  # of all
+            return results, path.stat().st_size, sha256sum(path)
 
         # not torch's own threads (thread_count), where an exception is printed and what it kept from the disk forgotten
         with writing(self.path), ThreadPoolExecutor(THREADS) as pool:
@@ -61,14 +61,14 @@ class Writer(dcp.FileSystemWriter):
         super().finish(metadata, [pieces for pieces, *_ in parts])
         metadata = Reader(self.path).read_metadata()  # torch 2.11 fills in a copy
         assert len(metadata.storage_data) == sum(len(t.chunks) for t in metadata.state_dict_metadata.values())
-        for _, file, size, _ in parts:
-            path = self.path / file
+        for pieces, size, _ in parts:
+            path = self.path / pieces[0].storage_data.relative_path
             if not path.is_file() or path.stat().st_size != size:
                 raise RunStopped(f"{path} has not arrived with its {size} bytes, which a rank has written. The "
                                  "checkpoint before it is whole")
         self.path.joinpath("run.json").write_text(json.dumps(self.run, indent=1))
-        sums = "".join(line for *_, line in parts) + sha256sum(self.path, ".metadata", "run.json")
-        self.path.joinpath("SHA256SUMS").write_text(sums)
+        sums = [line for *_, line in parts] + [sha256sum(self.path / name) for name in (".metadata", "run.json")]
+        self.path.joinpath("SHA256SUMS").write_text("".join(sums))
         for path in (self.path / "run.json", self.path / "SHA256SUMS", self.path):
             flush(path)  # all on disk before the name says that it is complete
         self.path.rename(self.folder)
@@ -82,13 +82,10 @@ def flush(path):
     os.close(descriptor)
 
 
-def sha256sum(folder, *names):
-    """The lines that sha256sum prints for files in a folder."""
-    lines = ""
-    for name in names:
-        with (folder / name).open("rb") as file:
-            lines += f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"
-    return lines
+def sha256sum(path):
+    """The line that sha256sum prints for a file, in its folder."""
+    with path.open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 
 def damaged_file(folder):
@@ -101,7 +98,7 @@ def damaged_file(folder):
     def damaged(line):
         name = line.partition("  ")[2].rstrip("\n") or listed.name
         try:
-            return None if sha256sum(folder, name) == line else name
+            return None if sha256sum(folder / name) == line else name
         except (OSError, ValueError):  # gone, unreadable, or no possible name
             return name
 
