@@ -71,11 +71,11 @@ def main():
         raise UserError(f"replicas={replicas} must divide the number of ranks, {world_size}")
     # Ranks that share one copy of the weights. 0: no FSDP2, whose copies cost a single rank 7 to 17% of the step.
     n_shards = world_size // replicas if world_size > 1 or config.shard_one_rank else 0
+    ranks.watch(config.timeout_minutes)
     if n_shards:
         join_process_group(ranks)
         check_same(flat(replace(config, data=None, init_from="")))  # data is checked below: its paths may differ
         check_shared(out_dir)
-    ranks.watch(config.timeout_minutes)
 
     on_gpu = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU with {torch.get_num_threads()} threads"
