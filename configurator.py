@@ -94,7 +94,8 @@ class Config:
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path, link = Path(os.path.realpath(folder)), Path(folder).absolute()
             existing = next(p for p in (link, *link.parents) if os.path.lexists(p))
-            # A run's files would be data of the next start. The reader knows the cache, and no token file is a run's.
+            # A run's files in a folder of the data would be data of the next start. Below such a folder, a cache is
+            # left out by its reader, and token files have other suffixes than a run's.
             no_data = [path]
             if key == "out_dir" and self.data.format != "tokens":
                 no_data += path.parents

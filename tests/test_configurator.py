@@ -63,6 +63,7 @@ def test_no_arguments_give_the_defaults():
     ("--optim.lr=1", 1.0),
     ("--fp8.enabled=True", True),
     ("--fp8.enabled=true", True),
+    ("--fp8.enabled", True),
     ("--reshard_after_forward=false", False),
     ("--fp8.recipe_name=None", None),
     ("--compile.dynamic=None", None),
