@@ -82,8 +82,7 @@ def with_fast_keys(config, **more):
 def as_variant(config, variant, folder):
     """The config that bench.py trains for a variant."""
     (folder / "config.py").write_text(configurator.to_python(config))
-    keys = bench.flags(variant.replace(":cuda_graph=True", ""))  # a key of then
-    return configurator.load([str(folder / "config.py"), *keys])
+    return configurator.load([str(folder / "config.py"), *bench.flags(variant)])
 
 
 def measured(*names):
@@ -215,9 +214,6 @@ def test_only_casts_that_fp8_makes_are_kept_and_letting_them_go_is_offered(monke
     with pytest.raises(ValueError, match=r"Lower it: fp8.keep_casts=False \(7\d.\d\)") as told:
         estimate.check_memory(config, 0, 1, SimpleNamespace(type="cuda"))
     assert "activation_checkpoint=full" not in str(told.value)  # which would be refused with it
-
-
-RECIPES = json.loads((REPO / "docs/results/recipes_one_h100.json").read_text())["rows"]
 
 
 @pytest.mark.parametrize("row", RECIPES, ids=lambda row: f"{row['config']}-{'fp8' if row['fp8'] else 'bf16'}")
