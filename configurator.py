@@ -70,6 +70,7 @@ class Config:
     activation_checkpoint: Literal["none", "selective", "full"] = "none"  # recompute in backward: cheap ops, or all
     loss_chunks: PositiveInt = 1  # compute the loss in this many pieces, so that all logits never exist at once
     flash4: bool | None = None  # attention by FlashAttention 4: True: or fail, False: never, None: where installed
+    cuda_graph: bool = False  # record a pass as one CUDA graph: small models, one GPU; its memory stays reserved
     check_memory: bool = True  # stop at start-up if the memory estimate is beyond the GPU, or the host
     # several GPUs
     replicas: Natural = 0  # HSDP: copies of the sharded model; must divide the number of ranks; 0: one on each node

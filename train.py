@@ -31,7 +31,7 @@ from checks import estimate, gemms, nonfinite, proof, telemetry
 from eval import Evaluation
 from formats import hf
 from optim import AdamW, get_lr
-from plumbing import entry, logs
+from plumbing import cudagraph, entry, logs
 from plumbing.compiling import check_compiler, compile_and_checkpoint
 from plumbing.disk import check_shared, replace_text
 from plumbing.errors import RunStopped, UserError
@@ -95,6 +95,7 @@ def main():
     start_step = previous_run["step"]
     model = models.on_meta(config.model).to(dtype)
     say(f"attention: {attention.select_kernel(model, config, device)}")
+    cudagraph.check(config, n_shards, device)
     check_fp8 = functools.partial(fp8.check, model=model, device=device, compiled=config.compile.enabled,
                                   shards=n_shards, loss_chunks=config.loss_chunks)
     if config.fp8.enabled:
@@ -128,6 +129,7 @@ def main():
     if tokens_per_pass % config.loss_chunks:
         raise UserError(f"loss_chunks={config.loss_chunks} must divide the tokens of a forward pass, micro_batch_size "
                         f"x {row_length} = {tokens_per_pass}")
+    cudagraph.check_rows(config, train_rows)
     tokens_per_step = round(config.global_batch_size * row_length * (1 - train_rows.padding))  # mean, without padding
     step_config = replace(config, model=replace(config.model, block_size=row_length))  # as it runs
 
@@ -217,8 +219,6 @@ def main():
 
     if config.compile.enabled:
         say("compiling, which takes a minute or so")
-    if on_gpu:  # here, since CUDA graphs (compile.mode=reduce-overhead) allocate nothing once they are recorded
-        torch.cuda.reset_peak_memory_stats()
     clock = time.perf_counter()
     batch = micro_batches(start_step + 1)
     first_pass = functools.partial(dry_run, batch[:1], batch[0][1].numel())
@@ -255,6 +255,11 @@ def main():
         if ranks.is_main:
             logs.write(rows, metrics, trackers)
 
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    run_pass = forward_backward
+    if config.cuda_graph:
+        run_pass = cudagraph.GraphedPass(forward_backward, model, accumulation > 1)
     guard = nonfinite.Guard(device)
     progress = tqdm(initial=start_step, total=config.max_steps, unit="step", disable=None if ranks.is_main else True)
     timer = logs.StepTimer(ranks, start_step, previous_run["time_s"], max_steps=config.max_steps,
@@ -276,7 +281,7 @@ def main():
                 model.set_reshard_after_backward(i == accumulation)
             if n_shards and not config.reduce_each_pass:
                 model.set_requires_gradient_sync(i == accumulation)
-            loss += forward_backward(*micro_batch, n_targets)
+            loss += run_pass(*micro_batch, n_targets)
             if accumulation > 1:
                 optimizer.accumulate()
         signals.share()

@@ -52,6 +52,8 @@ def memory(config, shards, accumulation):
     held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
     always = held * size + optimizer_bytes(config, model, shards)[0]  # weights, masters and moments
+    if config.cuda_graph and accumulation > 1:
+        always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
 
     # What blocks keep for backward: values per token, and bytes of FP8 copies; full recompute keeps their inputs only.

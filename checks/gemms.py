@@ -2,7 +2,7 @@
 
 `bench.py --gemms` prints these timings; `fp8.auto_filter` leaves layers that do not pay in bf16. In the whole model the
 casts fuse with their neighbours and cost somewhat less. Launching kernels is not timed: where the GPU waits for Python
-(small models without compile.mode=reduce-overhead), FP8 costs more than here, because it launches more of them.
+(small models without cuda_graph), FP8 costs more than here, because it launches more of them.
 """
 
 import itertools

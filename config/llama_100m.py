@@ -16,8 +16,7 @@ config = Config(
     model=model.llama_100m(),
     fp8=FP8Config(enabled=True, recipe_name="tensorwise", filter_fqns=["lm_head"],
                   emulate=not gpu),
-    # CUDA graphs: 29 instead of 39 ms per step on an H200
-    compile=CompileConfig(enabled=True, mode="reduce-overhead" if gpu and ranks == 1 else "default"),
+    compile=CompileConfig(enabled=True), cuda_graph=gpu and ranks == 1,  # 33 instead of 56 ms per step on an H100
     optim=OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=20, weights="fp32_master"),
     # 16 sequences x 1024 bytes = 16,384 bytes per step; 200 steps see 3.3 of the 10 MB of the embedded corpus
     global_batch_size=16, micro_batch_size=16, max_steps=200, eval_interval=50, eval_sequences=128,

@@ -5,7 +5,8 @@ speedup). Both train on the sources of Python's standard library, byte by byte. 
 (data.train) and a real tokenizer (data.tokenizer); its steps take the same time.
 
 Every key that is faster at no measurable cost in loss is on (docs/performance.md has each one's number). Not used:
-lm_head in FP8 (fp8.filter_fqns=[]) is 2% faster but costs loss. FlashAttention 4 is used where it is installed.
+lm_head in FP8 (fp8.filter_fqns=[]) is 2% faster but costs loss; cuda_graph is 0.7% faster but leaves no memory for
+anything beside the captured pass. FlashAttention 4 is used where it is installed.
 """
 
 import os

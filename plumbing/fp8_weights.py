@@ -101,7 +101,7 @@ class ScaledOnce(Float8Linear):
     def prepare(self):
         """Scale, or cast, the weight as it is now: after each optimizer step."""
         dtype = self.config.cast_config_weight.target_dtype
-        if self.scale is None:  # CUDA graphs want the same memory in every step
+        if self.scale is None:  # cuda_graph wants the same memory in every step
             self.scale = self.weight.new_empty(()).float()
             self.cast = torch.empty_like(self.weight, dtype=dtype) if self.keep_cast else None
         self.scale.copy_(amax_to_scale(torch.linalg.vector_norm(self.weight, math.inf), dtype))

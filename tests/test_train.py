@@ -6,6 +6,7 @@ import json
 import shutil
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from checks import estimate
 from formats import hellaswag
 from model import IGNORE
 from optim import AdamW
-from plumbing import fp8_weights, logs, ranks
+from plumbing import cudagraph, fp8_weights, logs, ranks
 from plumbing.errors import UserError
 from plumbing.ranks import Ranks
 
@@ -222,7 +223,7 @@ def test_sharded_over_one_gpu_trains_as_not_sharded(tiny_run, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_recorded_cuda_graphs_train_as_what_python_starts(tiny_run, tmp_path, recipe):
+def test_a_recorded_pass_trains_as_one_that_python_starts(tiny_run, tmp_path, recipe):
     sizes = {"n_embd": 256, "head_dim": 64, "ffn_dim": 512, "block_size": 256}
     args = [*tiny_run, *(f"--model.{k}={v}" for k, v in sizes.items()), *COMPILE, "--device=cuda",
             "--dtype=bfloat16", "--deterministic=False", "--eval_interval=3", "--loss_chunks=2"]
@@ -230,10 +231,10 @@ def test_recorded_cuda_graphs_train_as_what_python_starts(tiny_run, tmp_path, re
         args += [*FP8[::2], f"--fp8.recipe_name={recipe}", "--fp8.stats_interval=2"]
     for weights, batch in (("fp32_master", 8), ("fp32_master", 4), ("stochastic_rounding", 4)):
         found, recomputed = {}, "none" if weights == "fp32_master" else "selective"
-        for graph, mode in ((False, "default"), (True, "reduce-overhead")):
+        for graph in (False, True):
             out_dir = tmp_path / f"{weights}_{batch}_{graph}"
             train_here(*args, f"--optim.weights={weights}", f"--activation_checkpoint={recomputed}",
-                       f"--micro_batch_size={batch}", f"--compile.mode={mode}", f"--out_dir={out_dir}")
+                       f"--micro_batch_size={batch}", f"--cuda_graph={graph}", f"--out_dir={out_dir}")
             found[graph] = metrics(out_dir)
         assert found[True].train[6]["loss"] < found[True].train[1]["loss"]
         first, plain = found[True].train[1], found[False].train[1]
@@ -242,6 +243,32 @@ def test_recorded_cuda_graphs_train_as_what_python_starts(tiny_run, tmp_path, re
         # the same kernels, but cuDNN's attention adds a query's gradient up in any order, and Adam amplifies that
         assert largest_gap(found[True], found[False]) < FP8_NOISE, (weights, batch)
         assert found[True].train[6]["peak_gib"] > 0.5 * found[False].train[6]["peak_gib"]  # what it reserved counts
+
+
+def test_a_pass_that_cannot_be_captured_is_an_error(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="^cuda_graph=True: there is no GPU here; or set cuda_graph=False$"):
+        train_here(*tiny_run, "--cuda_graph=True", f"--out_dir={tmp_path}")
+    config, gpu = configurator.Config(cuda_graph=True), torch.device("cuda")
+    cudagraph.check(config, 0, gpu)
+    with pytest.raises(UserError, match="FSDP2's communication cannot be captured"):
+        cudagraph.check(config, 1, gpu)
+    config.model.sliding_window = 256
+    cudagraph.check(config, 0, gpu)
+    config.compile.enabled, config.compile.mode = True, "reduce-overhead"
+    with pytest.raises(UserError, match="compile.mode=reduce-overhead captures graphs of its own"):
+        cudagraph.check(config, 0, gpu)
+    config.model.sliding_window = 255
+    with pytest.raises(UserError, match="a sliding window has new shapes"):
+        cudagraph.check(config, 0, gpu)
+
+
+def test_rows_of_documents_cannot_be_captured_and_rows_of_one_document_can():
+    config = configurator.Config(cuda_graph=True)
+    cudagraph.check_rows(config, SimpleNamespace(row=lambda i: (None, None, None)))
+    packed = SimpleNamespace(row=lambda i: (None, None, np.arange(4)))
+    with pytest.raises(UserError, match="rows of several documents have new shapes"):
+        cudagraph.check_rows(config, packed)
+    cudagraph.check_rows(configurator.Config(), packed)
 
 
 def test_the_pieces_of_the_loss_must_divide_the_tokens_of_a_pass(tiny_run, tmp_path):
@@ -253,6 +280,16 @@ def test_the_pieces_of_the_loss_must_divide_the_tokens_of_a_pass(tiny_run, tmp_p
 def test_tokens_of_a_pass_that_fp8_cannot_take_stop_the_run(tiny_run, tmp_path):
     with pytest.raises(UserError, match="tokens per forward pass and loss chunk to be divisible by 16, not 60: set"):
         train_here(*tiny_run, *FP8, "--model.block_size=60", "--micro_batch_size=1", f"--out_dir={tmp_path}")
+
+
+def test_rows_of_documents_stop_a_run_that_would_capture_them(tiny_run, tmp_path, monkeypatch):
+    require = cudagraph.require
+    monkeypatch.setattr(cudagraph, "require", lambda config, condition, problem: require(
+        config, condition or "no GPU" in problem, problem))
+    np.array([1, 2, 3, 0] * 2000, "<u2").tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="cuda_graph=True: rows of several documents have new shapes"):
+        train_here(*tiny_run, "--cuda_graph=True", "--data.format=tokens", f'--data.train=["{tmp_path / "a.bin"}"]',
+                   "--data.eos_id=0", f"--out_dir={tmp_path / 'out'}")
 
 
 def test_a_sharded_run_asks_whether_all_ranks_see_its_out_dir(tiny_run, tmp_path, monkeypatch):
@@ -276,6 +313,51 @@ def test_ranks_that_would_train_in_different_ways_are_an_error(tiny_run, tmp_pat
         monkeypatch.setattr(ranks, "gather", two_ranks)
         with pytest.raises(UserError, match=f"all ranks need the same config and data.*: {name}: .* on rank 1$"):
             train_here(*tiny_run, *ONE_SHARD, f"--out_dir={tmp_path}")
+
+
+class PretendGraph(cudagraph.GraphedPass):
+    """Without a GPU: a replay overwrites the loss and the gradients of the one before, as a CUDA graph's does."""
+
+    def capture(self, x, y, divisor):
+        self.inputs, self.loss = [t.clone() for t in (x, y, divisor)], torch.zeros(())
+        self.grads = [(p, torch.empty_like(p)) for p in self.params]
+        self.graph = SimpleNamespace(replay=self.replay)
+
+    def replay(self):
+        accumulated = self.take_gradients()  # captured kernels know no p.grad
+        self.loss.copy_(self.run_pass(*self.inputs[:2], (), self.inputs[2]))
+        for (_, grad), (_, new) in zip(self.grads, self.take_gradients(), strict=True):
+            grad.copy_(new)
+        for p, grad in accumulated:
+            p.grad = grad
+
+
+def test_a_replay_reads_the_values_of_its_own_call():
+    model = torch.nn.Linear(1, 1, bias=False)
+
+    def run_pass(x, y, documents, divisor):
+        loss = (model.weight * (x + 10 * y) / divisor).sum()
+        loss.backward()
+        return loss.detach()
+
+    graphed = PretendGraph(run_pass, model, accumulates=False)
+    for x, y, divisor in ((1, 2, 4), (3, 2, 4), (3, 5, 4), (3, 5, 8)):
+        model.zero_grad()
+        loss = graphed(torch.tensor([[x]]), torch.tensor([[y]]), (), torch.tensor(float(divisor)))
+        assert model.weight.grad.item() == (x + 10 * y) / divisor
+        assert loss.item() == pytest.approx(model.weight.item() * (x + 10 * y) / divisor)
+
+
+@pytest.mark.parametrize("batch", [8, 4])  # one pass, and two that add up
+@pytest.mark.parametrize("keys", [["--optim.weights=plain"], BF16, ["--dtype=bfloat16",
+                                                                    "--optim.weights=stochastic_rounding"]])
+def test_a_replay_overwrites_no_gradient_that_is_still_needed(tiny_run, tmp_path, monkeypatch, keys, batch):
+    monkeypatch.setattr(cudagraph, "require", lambda *_: None)
+    monkeypatch.setattr(cudagraph, "GraphedPass", PretendGraph)
+    for graph in (False, True):
+        train_here(*tiny_run, *FP8, *keys, "--fp8.stats_interval=4", "--checkpoint_interval=0",
+                   f"--micro_batch_size={batch}", f"--cuda_graph={graph}", f"--out_dir={tmp_path / str(graph)}")
+    assert exact(metrics(tmp_path / "True")) == exact(metrics(tmp_path / "False"))
 
 
 def test_four_ranks_train_as_one_does(fleet, tiny_run, tmp_path):

@@ -216,6 +216,14 @@ def test_only_casts_that_fp8_makes_are_kept_and_letting_them_go_is_offered(monke
     assert "activation_checkpoint=full" not in str(told.value)  # which would be refused with it
 
 
+def test_a_recorded_pass_has_gradients_of_its_own_where_several_add_up():
+    gib = [[estimate.memory(llama_8b(cuda_graph=graph), 0, passes) for graph in (False, True)] for passes in (1, 2)]
+    assert gib[0][0] == gib[0][1] and gib[1][1] - gib[1][0] == pytest.approx(2 * 8.03e9 / 2**30, rel=0.01)
+
+
+RECIPES = json.loads((REPO / "docs/results/recipes_one_h100.json").read_text())["rows"]
+
+
 @pytest.mark.parametrize("row", RECIPES, ids=lambda row: f"{row['config']}-{'fp8' if row['fp8'] else 'bf16'}")
 def test_memory_of_the_recipes_is_within_5_percent_of_what_they_took(row):
     config = configurator.read_file(str(REPO / f"config/{row['config']}.py"))
