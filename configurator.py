@@ -82,6 +82,7 @@ class Config:
     # when something is wrong
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
     deterministic: bool = False  # bitwise repeatable kernels only (torch.use_deterministic_algorithms)
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # if loss or gradient norm is inf or nan: end the run, skip the step
     profile_step: Natural = 0  # write a torch.profiler trace of this step to out_dir; 0: of none
     memory_step: Natural = 0  # write a snapshot of this step's CUDA memory to out_dir; 0: of none
 

@@ -260,10 +260,11 @@ def main():
     run_pass = forward_backward
     if config.cuda_graph:
         run_pass = cudagraph.GraphedPass(forward_backward, model, accumulation > 1)
-    guard = nonfinite.Guard(device)
+    guard = nonfinite.Guard(config.on_nonfinite, device)
     progress = tqdm(initial=start_step, total=config.max_steps, unit="step", disable=None if ranks.is_main else True)
     timer = logs.StepTimer(ranks, start_step, previous_run["time_s"], max_steps=config.max_steps,
                            tokens=tokens_per_step, flops=flops_per_token, peak_flops=peak_flops)
+    n_skipped = 0  # updates since the last log line
     signals, recorder = StopSignals(), StepRecorder(config, out_dir, ranks)
     for step in range(start_step + 1, config.max_steps + 1):
         first, last = step == start_step + 1, step == config.max_steps
@@ -300,20 +301,24 @@ def main():
         evaluates_now = config.eval_interval and (last or not stop and step % config.eval_interval == 0)
         saves_now = config.checkpoint_interval and (last or stop or step % config.checkpoint_interval == 0)
         if (logs_now or evaluates_now or saves_now) and (bad := guard.take()):
+            n_skipped += bad.skipped
             bad_batch = micro_batches(bad.step)
             rerun = functools.partial(dry_run, bad_batch, count_targets(bad_batch))
             folder, message = nonfinite.save_evidence(config, bad, loader, model, rerun)
-            if config.checkpoint_interval:
+            if config.on_nonfinite == "stop" and config.checkpoint_interval:
                 state = checkpoint.tensors(model, optimizer)
                 with ranks.watchdog.patient():
                     checkpoint.save(folder, bad.step - 1, state, {**record, "time_s": timer.seconds}, keep=0)
                 message += f" To repeat the step: the same command with --out_dir={folder} --resume=must"
-            saver.wait()
-            raise RunStopped(message)
+            if config.on_nonfinite == "stop" or bad.in_a_row >= 10:
+                saver.wait()
+                raise RunStopped(message)
+            say(message)
         if logs_now:
             row, line = timer.log_row(step, loss, lr, grad_norm)
-            log(row)
+            log({**row, "skipped": n_skipped} if n_skipped else row)
             say(line)
+            n_skipped = 0
         if evaluates_now or saves_now:
             with timer.paused() as seconds:
                 if evaluates_now:

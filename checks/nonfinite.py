@@ -1,4 +1,4 @@
-"""The first step whose loss or gradient norm is inf or nan: kept away from the weights, and reported with evidence.
+"""Steps whose loss or gradient norm is inf or nan: kept away from the weights, and reported with evidence.
 
 The check disables the optimizer's update on the device, so that no step waits for the GPU. train.py asks for its result
 when it logs, evaluates or saves.
@@ -15,30 +15,41 @@ from checks import telemetry
 
 
 class NonFinite(NamedTuple):
-    """The first step that was not finite."""
+    """The first non-finite step since the last report."""
 
     step: int
     loss: float
     grad_norm: float
+    skipped: int  # updates since the last report
+    in_a_row: int  # updates skipped up to now, without one between
 
 
 class Guard:
-    """Finds the first non-finite step, and freezes the weights from it on: those are saved that the bad step met."""
+    """Finds non-finite steps. policy: "stop" freezes the weights from the first one on, "skip" leaves it out."""
 
-    def __init__(self, device):
+    def __init__(self, policy, device):
+        self.policy = policy
         self.found = torch.zeros(3, device=device)  # step, loss, gradient norm; step 0: none
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # skipped since the last report, in a row
 
     def check(self, step, loss, grad_norm):
         """Whether to update the weights, as a 0-d bool tensor for AdamW.step. loss, grad_norm: 0-d tensors."""
+        finite = (loss + grad_norm).isfinite()
+        if self.policy == "stop":
+            finite &= self.found[0] == 0  # frozen, so that the weights saved are those that the bad step met
         values = torch.stack([loss.new_full((), step), loss, grad_norm])
-        is_first = ~(loss + grad_norm).isfinite() & (self.found[0] == 0)
-        self.found = torch.where(is_first, values, self.found)
-        return self.found[0] == 0
+        self.found = torch.where(finite | (self.found[0] > 0), self.found, values)
+        self.counts = torch.stack([self.counts[0] + ~finite, (self.counts[1] + 1) * ~finite])
+        return finite
 
     def take(self):
-        """The NonFinite, or None. Waits for the device."""
+        """The NonFinite since the last call, or None. Waits for the device."""
         step, loss, grad_norm = self.found.tolist()
-        return NonFinite(int(step), loss, grad_norm) if step else None
+        if step == 0:
+            return None
+        skipped, in_a_row = self.counts.tolist()
+        self.found, self.counts[0] = torch.zeros_like(self.found), 0
+        return NonFinite(int(step), loss, grad_norm, skipped, in_a_row)
 
 
 def save_evidence(config, bad, loader, model, rerun):
@@ -58,6 +69,6 @@ def save_evidence(config, bad, loader, model, rerun):
     where = "no fp8 operand held inf or nan" if health else "fp8 is off"
     if broken:
         where = f"fp8 operands with inf or nan, in order: {', '.join(broken[:3])}"
-    return folder, (f"step {bad.step}: loss {bad.loss:.4g}, gradient norm {bad.grad_norm:.4g}; no update "
-                    f"since, so the weights are clean ({where}). Lower optim.lr, or look at the batch of that step, in "
-                    f"{folder / 'replay.pt'} with every layer's fp8 health (torch.load).")
+    return folder, (f"step {bad.step}: loss {bad.loss:.4g}, gradient norm {bad.grad_norm:.4g}; {bad.skipped} updates "
+                    f"skipped, {bad.in_a_row} in a row, so the weights are clean ({where}). Lower optim.lr, or look at "
+                    f"the batch of that step, in {folder / 'replay.pt'} with every layer's fp8 health (torch.load).")

@@ -426,18 +426,29 @@ def test_stop_ends_the_run_with_the_weights_from_before_and_all_that_a_replay_ne
     assert "3 steps done" in capsys.readouterr().out
 
 
-def test_all_ranks_stop_at_the_bad_step_of_one_and_a_batch_without_a_target_has_no_loss(tiny_run, tmp_path):
+def test_skip_leaves_a_bad_update_out_on_every_rank_and_a_batch_without_a_target_has_no_loss(tiny_run, tmp_path):
     out, script = tmp_path / "out", tmp_path / "poisoned.py"
     paths = [str(REPO / part) for part in ("", "tests", "tests/checks")]
     script.write_text(f"import sys\nsys.path[:0] = {paths}\nimport test_numerics, train\nfrom plumbing import entry\n"
-                      "test_numerics.poison([4], masked=2)\nentry.run(train.main)\n")
+                      "test_numerics.poison([2, 4], masked=5)\nentry.run(train.main)\n")
     # one of the two ranks has the bad sample
-    done = run(script, *tiny_run, *FP8, "--micro_batch_size=2", f"--out_dir={out}", ranks=2, check=False)
+    done = run(script, *tiny_run, *FP8, "--on_nonfinite=skip", "--micro_batch_size=2", f"--out_dir={out}", ranks=2)
     m = metrics(out)
-    assert done.stderr.count("step 4: loss nan") == 1 and list(m.train) == [1, 2, 3]
-    assert (m.train[2]["loss"], m.train[2]["grad_norm"]) == (0.0, 0.0)
-    assert m.train[3]["loss"] < m.train[1]["loss"] and all(map(math.isfinite, m.val.values()))
-    assert [p.name for p in (out / "nonfinite_step_00000004" / "checkpoints").iterdir()] == ["step_00000003"]
+    assert [row.get("skipped") for row in m.train.values()] == [None, 1, None, 1, None, None]
+    assert (m.train[2]["loss"], m.train[4]["grad_norm"]) == (None, None)
+    assert (m.train[5]["loss"], m.train[5]["grad_norm"]) == (0.0, 0.0)
+    assert m.train[6]["loss"] < m.train[3]["loss"] < m.train[1]["loss"] and all(map(math.isfinite, m.val.values()))
+    assert "step 2: loss nan" in done.stdout and "step 4: loss nan" in done.stdout
+    assert sorted(p.name for p in out.glob("nonfinite*")) == ["nonfinite_step_00000002", "nonfinite_step_00000004"]
+
+
+def test_a_run_that_only_skips_stops(tiny_run, tmp_path, poisoned):
+    poisoned(steps=range(3, 40))
+    with pytest.raises(RuntimeError, match=r"step 9: .* 4 updates skipped, 10 in a row.*\(fp8 is off\)"):
+        train_here(*tiny_run, "--on_nonfinite=skip", "--max_steps=30", "--log_interval=4", "--checkpoint_interval=0",
+                   "--eval_interval=0", f"--out_dir={tmp_path / 'all'}")
+    train = metrics(tmp_path / "all").train
+    assert {step: row.get("skipped") for step, row in train.items()} == {1: None, 4: 2, 8: 4}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
