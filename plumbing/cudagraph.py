@@ -15,8 +15,12 @@ def check(config, n_shards, device):
     require(config, not n_shards, "FSDP2's communication cannot be captured: use one rank, shard_one_rank=False")
     window, mode = config.model.sliding_window, config.compile.mode
     require(config, not window or window >= config.model.block_size, "a sliding window has new shapes in every batch")
-    require(config, not config.compile.enabled or mode not in ("reduce-overhead", "max-autotune"),
-            f"compile.mode={mode} captures graphs of its own, which cannot be part of another")
+    torch_captures = config.compile.enabled and mode in ("reduce-overhead", "max-autotune")
+    require(config, not torch_captures, f"compile.mode={mode} captures graphs of its own")
+    if torch_captures and device.type == "cuda" and (config.eval_interval or config.fp8.stats_interval):
+        raise UserError(f"compile.mode={mode} captures a graph of each block, and torch {torch.__version__} overwrites "
+                        "one's results in evaluations and measurements of FP8 health: set compile.mode=default, with "
+                        "cuda_graph=True on one GPU, or eval_interval=0 and fp8.stats_interval=0")
 
 
 def check_rows(config, rows):

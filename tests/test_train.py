@@ -257,7 +257,13 @@ def test_a_pass_that_cannot_be_captured_is_an_error(tiny_run, tmp_path):
     config.compile.enabled, config.compile.mode = True, "reduce-overhead"
     with pytest.raises(UserError, match="compile.mode=reduce-overhead captures graphs of its own"):
         cudagraph.check(config, 0, gpu)
-    config.model.sliding_window = 255
+    config.cuda_graph = False
+    with pytest.raises(UserError, match="overwrites one's results in evaluations .*, or eval_interval=0 and fp8.stats"):
+        cudagraph.check(config, 0, gpu)
+    cudagraph.check(config, 0, torch.device("cpu"))
+    config.eval_interval = 0
+    cudagraph.check(config, 0, gpu)
+    config.cuda_graph, config.model.sliding_window = True, 255
     with pytest.raises(UserError, match="a sliding window has new shapes"):
         cudagraph.check(config, 0, gpu)
 
