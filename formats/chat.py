@@ -45,8 +45,13 @@ def read_messages(value, name):
             speaker = check(message.pop("from"), f"`{at}.from`", str)
             message = {"role": ROLES.get(speaker, speaker), "content": message.pop("value", None), **message}
         check(message.get("role"), f"`{at}.role`", str)
+        calls = check(message.get("tool_calls") or [], f"`{at}.tool_calls`", list)
+        for k, call in enumerate(calls):
+            function = check(call, f"`{at}.tool_calls[{k}]`", dict).get("function", call)
+            check(function, f"`{at}.tool_calls[{k}].function`", dict)
+            check(function.get("name"), f"`{at}.tool_calls[{k}].name`", str)
         content = message.get("content")
-        if content is not None or not message.get("tool_calls"):
+        if content is not None or not calls:
             check(content, f"`{at}.content`", str, list)
         for k, part in enumerate(content if isinstance(content, list) else []):
             if check(part, f"`{at}.content[{k}]`", dict).get("type") != "text":

@@ -117,9 +117,7 @@ def find_files(patterns, kinds=EVERY_KIND, *, held_out=False, skip=""):
         # a file is named by its path, and by "*.csv", but not by "*"
         named = [p for p in matches if p.is_file() and (p == path or p.suffix == path.suffix != "")]
         for p in named:
-            if kind_of(p) not in kinds:
-                raise UserError(f"{p} is of a kind that this data.format does not read, expected {suffixes(kinds)}: "
-                                "convert or rename it, or set another data.format")
+            check_named_file(p, kinds)
         visited = {os.path.realpath(skip) if skip else None}
         around = [p for match in matches if match not in named for p in walk(match, visited)]
         found = [p for p in around if is_data(p, kinds)]
@@ -181,6 +179,23 @@ def is_data(path, kinds):
     with path.open("rb") as file:
         line = file.readline(PIECE).removeprefix(codecs.BOM_UTF8).strip()
     return not (line.startswith(b"{") and line.endswith((b"{", b"[", b",")))  # the object goes on in the next line
+
+
+def check_named_file(path, kinds):
+    """Raise UserError for a named file of another kind. A file with an unknown suffix may be any text."""
+    if kind_of(path) in kinds:
+        return
+    wanted = suffixes(kinds)
+    tables = {".csv", ".tsv"} | {suffix for suffix, kind in KINDS.items() if kind != "text"}
+    if "text" not in kinds or tables.intersection(map(str.lower, path.suffixes)):
+        raise UserError(f"{path} is of a kind that this data.format does not read, expected {wanted}: convert it, or "
+                        "set another data.format")
+    with open_binary(path) as file, damage_named(path):
+        head = file.peek(4096)[:4096]
+    if b"\0" in head:
+        raise UserError(f"{path} is a binary file of unknown kind, expected {wanted}")
+    if re.match(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"])", head.removeprefix(codecs.BOM_UTF8)):
+        raise UserError(f"{path} holds JSON but is not named so: rename it to end in .jsonl or .json")
 
 
 def embedded_files():

@@ -632,6 +632,7 @@ def test_tools_may_be_a_list_or_json(tokenizer):
     ({"messages": [user("a"), assistant(None)]}, "`messages[1].content` is null or missing"),
     ({"messages": [{"content": "a"}]}, "`messages[0].role` is null or missing, expected a string"),
     ({"messages": [user([{"type": "image"}])]}, "`messages[0].content[0]` is of type 'image': only text"),
+    ({"messages": [user("a"), assistant("", tool_calls=[{"function": {}}])]}, "[1].tool_calls[0].name` is null"),
     ({"conversations": [{"from": "human", "value": 1}]}, "`conversations[0].content` is a number"),
     ({"prompt": "a", "completion": 3}, "`completion` is a number, expected a list"),
     ({"prompt": "a"}, "instruction and output): it has prompt"), ({"output": None}, ": it has no fields"),

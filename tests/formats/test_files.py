@@ -206,19 +206,25 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     assert found(tmp_path, "a") == (["a/x.txt"], [])
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.csv", b"a,b\n1,2\n"), ("a.bin", b"\1\0"), ("a.data", b'{"text": "x"}\n'), ("a", b"text"),
-    ("a.csv.gz", b"1,2"), ("a.parquet.gz", b"PAR1"), ("a.notes.gz", b"not compressed"), ("a.jsonl.bz2", b"BZh9\0")])
-def test_a_named_file_that_cannot_be_used_is_an_error(tmp_path, name, content):
+NOT_READ = "a[.][a-z]+.* is of a kind that this data.format does not read, expected .txt"
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", b"a,b\n1,2\n", NOT_READ), ("a.bin", b"\1\0", NOT_READ),
+    ("a.data", b'{"text": "x"}\n', "holds JSON but is not named so"), ("a", b'[\n {"text": "x"}]', "holds JSON"),
+    ("a.csv.gz", b"1,2", NOT_READ), ("a.parquet.gz", b"PAR1", NOT_READ),
+    ("a.log", b'["first text", "second"]', "holds JSON"), ("a.notes.gz", b"not compressed", "is damaged"),
+    ("a.xyz", b"\0\1\2", "is a binary file"), ("a.jsonl.bz2", b"BZh9\0", NOT_READ)])
+def test_a_named_file_that_cannot_be_used_is_an_error(tmp_path, name, content, message):
     make(tmp_path, name, content=content)
     for pattern in (name, f"*{os.path.splitext(name)[1]}" if "." in name else name):
-        with pytest.raises(UserError, match="a[.a-z0-9]* is of a kind that this data.format does not read, expected"):
+        with pytest.raises(UserError, match=message):
             found(tmp_path, pattern)
 
 
-def test_a_file_about_others_is_data_where_it_is_named(tmp_path):
-    make(tmp_path, "README.md")
-    assert found(tmp_path, "README.md") == (["README.md"], [])
+def test_named_text_with_another_suffix_is_text(tmp_path):
+    make(tmp_path, "corpus.en", "corpus", "README.md", content=b"{{Infobox}} [[File:x]] some text")
+    assert found(tmp_path, "corpus.en", "corpus", "README.md")[0] == ["corpus.en", "corpus", "README.md"]
 
 
 @pytest.mark.parametrize("entry", ["", " "])
