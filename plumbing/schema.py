@@ -105,8 +105,6 @@ def type_name(kind):
         return " | ".join(map(repr, args))
     if origin in UNIONS:
         return " | ".join(map(type_name, args))
-    if origin is dict:
-        return f"dict of {type_name(args[0])} to {type_name(args[1])}"
     if origin:
         return f"{origin.__name__}[{', '.join(map(type_name, args))}]"
     return kind.__name__.replace("NoneType", "None")

@@ -219,10 +219,10 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
     ("--optim.lr=1e999", "expected float"),
     ("--model.residual_multiplier=-1e999", "expected float"),
     ("--fp8.recipe_name=row", f"expected {' | '.join(map(repr, RECIPES))} | None"),
-    ('--fp8.recipes={"lm_head": "row"}', f"expected dict of str to {' | '.join(map(repr, RECIPES))} | None as a Python "
+    ('--fp8.recipes={"lm_head": "row"}', f"expected dict[str, {' | '.join(map(repr, RECIPES))} | None] as a Python "
                                          "literal, in shell quotes: '--fp8.recipes={...}'"),
-    ("--fp8.recipes=lm_head", "expected dict of str to 'tensorwise' | "),
-    ("--fp8.recipes={1: 'rowwise'}", "expected dict of str to 'tensorwise' | "),
+    ("--fp8.recipes=lm_head", "expected dict[str, 'tensorwise' | "),
+    ("--fp8.recipes={1: 'rowwise'}", "expected dict[str, 'tensorwise' | "),
     ("--resume=None", "expected 'auto' | 'never' | 'must'"),
     ("--fp8.filter_fqns=lm_head",
      "expected list[str] as a Python literal, in shell quotes: '--fp8.filter_fqns=[...]'"),
