@@ -88,9 +88,9 @@ class Config:
 
     def problems(self):
         """Yield a message for each contradiction between these values, with the keys involved."""
-        for name in ("profile_step", "memory_step"):
-            if getattr(self, name) > self.max_steps:
-                yield f"{name}={getattr(self, name)} must be a step: 1 to max_steps={self.max_steps}, 0: none"
+        for name, step in (("profile_step", self.profile_step), ("memory_step", self.memory_step)):
+            if step > self.max_steps:
+                yield f"{name}={step} must be a step: 1 to max_steps={self.max_steps}, 0: none"
         entries = map(os.path.expanduser, (*self.data.train, *self.data.val))
         data_folders = {Path(os.path.realpath(entry)): entry for entry in entries if os.path.isdir(entry)}
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
