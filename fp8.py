@@ -327,8 +327,8 @@ def convert(model, cfg, *, shards, accumulation=1):
                                  f"torch {torch.__version__}, which makes FP8 values NaN: install the versions in "
                                  "requirements.txt")
             weight_class, mm_config = fp8_weights.GatherInFP8, layer.linear_mm_config
-            if recipe.keep_casts and accumulation > 1 and not shards:  # one scale serves all passes of a step
-                layer.__class__, layer.keep_cast = fp8_weights.ScaledOnce, cfg.keep_casts
+            if cfg.keep_casts and recipe.keep_casts and accumulation > 1 and not shards:
+                layer.__class__ = fp8_weights.CastOnce  # one cast serves all passes of a step
         if gathers(name, cfg, shards):
             weight = weight_class(layer.weight, mm_config, recipe.output[1].dtype)
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
@@ -351,5 +351,5 @@ def prepare_weights(model, cfg, *, shards):
 
         precompute_float8_dynamic_scale_for_fsdp(model)  # one all-reduce for the scales of all weights
     for linear in float8_linears(model).values():
-        if hasattr(linear, "prepare"):
-            linear.prepare()
+        if hasattr(linear, "cast_weight"):
+            linear.cast_weight()

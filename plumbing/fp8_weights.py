@@ -8,11 +8,7 @@ import math
 import torch
 from torch.utils._pytree import tree_map_only
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
-from torchao.float8.float8_training_tensor import (
-    Float8TrainingTensor,
-    GemmInputRole,
-    hp_tensor_and_scale_to_float8,
-)
+from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
 from torchao.float8.float8_utils import amax_to_scale
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
@@ -84,26 +80,20 @@ class AsCast(torch.autograd.Function):
         return grad, None, None, None
 
 
-class ScaledOnce(Float8Linear):
-    """A tensorwise layer whose weight is scaled, or with `keep_cast` also cast, once for all passes of a step."""
+class CastOnce(Float8Linear):
+    """A tensorwise layer whose weight is cast once, by cast_weight, for all passes of a step."""
 
     cast = scale = None  # of the weight, in FP8 and 0-d float32
 
     def forward(self, x):
-        dtype, mm_config = self.config.cast_config_weight.target_dtype, self.linear_mm_config
-        if self.keep_cast:
-            weight = AsCast.apply(self.weight, self.cast, self.scale, mm_config)
-        else:
-            weight = hp_tensor_and_scale_to_float8(self.weight, self.scale, dtype, mm_config, GemmInputRole.WEIGHT)
-        y = matmul_with_hp_or_float8_args.apply(x, weight.t(), mm_config, self.config)
+        weight = AsCast.apply(self.weight, self.cast, self.scale, self.linear_mm_config)
+        y = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
         return y if self.bias is None else y + self.bias
 
-    def prepare(self):
-        """Scale, or cast, the weight as it is now: after each optimizer step."""
+    def cast_weight(self):
+        """Cast the weight as it is now: after each optimizer step."""
         dtype = self.config.cast_config_weight.target_dtype
-        if self.scale is None:  # cuda_graph wants the same memory in every step
-            self.scale = self.weight.new_empty(()).float()
-            self.cast = torch.empty_like(self.weight, dtype=dtype) if self.keep_cast else None
+        if self.cast is None:  # cuda_graph wants the same memory in every step
+            self.cast, self.scale = torch.empty_like(self.weight, dtype=dtype), self.weight.new_empty(()).float()
         self.scale.copy_(amax_to_scale(torch.linalg.vector_norm(self.weight, math.inf), dtype))
-        if self.keep_cast:
-            self.cast.copy_(one_pass_cast(self.weight, self.scale, dtype))
+        self.cast.copy_(one_pass_cast(self.weight, self.scale, dtype))
