@@ -285,7 +285,7 @@ class Look:
     """The arguments of data.py beside the config's."""
 
     show: Natural = 3  # samples to print, the first of the files
-    out: str = ""  # JSONL file to write a row for each training sample to: ids, and loss (1: that token is a target)
+    out: str | None = None  # JSONL file for a row of each training sample: ids, and loss (1: that token is a target)
 
 
 def marked(ids, loss, tokenizer, colour):

@@ -10,7 +10,6 @@ each holds the whole model, in the dtype that the folder's config.json names (fl
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +137,13 @@ class Evaluation:
 
 def main():
     parser = entry.Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="folder", required=True, type=os.path.expanduser,
+    parser.add_argument("--from", dest="folder", required=True, type=entry.name,
                         help="out_dir of a run of train.py, or a model folder")
-    parser.add_argument("--data", help="questions as JSONL (HellaSwag's validation set, downloaded if need be)")
+    parser.add_argument("--data", type=entry.name,
+                        help="questions as JSONL (HellaSwag's validation set, downloaded if need be)")
     parser.add_argument("--limit", type=int, default=0, help="score the first N questions; 0: all (0)")
-    parser.add_argument("--out", type=os.path.expanduser, help="write a row for each question to this JSONL file")
-    parser.add_argument("--tokenizer", help="as data.tokenizer, for a model folder that has none")
+    parser.add_argument("--out", type=entry.name, help="write a row for each question to this JSONL file")
+    parser.add_argument("--tokenizer", type=entry.name, help="as data.tokenizer, for a model folder that has none")
     args = parser.parse_args()
     ranks, out = find_ranks(), Path(args.out) if args.out else None
     if ranks.world_size > 1:

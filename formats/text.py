@@ -204,7 +204,7 @@ def prepare(cfg, tokenizer, block_size, seed):
         for name, digest in index["shards"].items():
             if survey(folder / name, open_tokens(folder / name)[0], cfg.cache_dir)[-1] != digest:
                 raise UserError(f"{folder / name} is corrupt: it does not hold the tokens that were written")
-    except (FileNotFoundError, UserError) as error:
+    except (FileNotFoundError, ValueError) as error:  # also: a UserError, no JSON
         raise UserError(f"{error}: delete {folder}, it is made again from the text") from error
     shards = [[folder / name for name in index["shards"] if name.startswith(split)] for split in ("train", "val")]
     train, val = open_splits(*shards, cfg, block_size, found)

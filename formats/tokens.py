@@ -111,7 +111,7 @@ def open_tokens(path):
     if path.suffix.lower() == ".npy":
         try:
             ids = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, tokenize.TokenError) as error:
+        except (ValueError, TypeError, OverflowError, tokenize.TokenError) as error:
             raise UserError(f"{path} is not a .npy file that can be memory-mapped: {error}") from error
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise UserError(f"{path} holds {ids.dtype} of shape {ids.shape}, expected integers in one dimension")
@@ -135,7 +135,7 @@ def open_tokens(path):
 def remembered(cache_dir, identity, compute):
     """compute(), a value for JSON, which cache_dir remembers under `identity`."""
     note = Path(cache_dir, "notes", f"{hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()}.json")
-    if note.is_file():
+    with contextlib.suppress(OSError, ValueError):  # not there, or what a machine left that lost its power
         return json.loads(note.read_text())
     value = compute()
     with contextlib.suppress(OSError):  # a folder that only others may write to: computed at every start

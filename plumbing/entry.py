@@ -4,6 +4,7 @@ import argparse
 import errno
 import gc
 import io
+import os
 import signal
 import socket
 import sys
@@ -28,6 +29,13 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}, see --help")
+
+
+def name(text):
+    """The type of an argument that is a path or a name: not empty, with ~ replaced."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty (is a shell variable not set?)")
+    return os.path.expanduser(text)
 
 
 def leave():

@@ -129,9 +129,14 @@ class StepTimer:
 
 def read_metrics(out_dir):
     """The rows of out_dir/metrics.jsonl as dicts, [] without such a file. Skips the half line of a killed run."""
-    path = Path(out_dir, "metrics.jsonl")
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    path, rows = Path(out_dir, "metrics.jsonl"), []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if line.endswith(b"\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:  # a machine that lost its power may leave zeros
+                raise UserError(f"{path}, line {number} is not JSON ({error}): delete that line") from error
+    return rows
 
 
 def open_metrics(out_dir, lock=fcntl.LOCK_EX):

@@ -244,6 +244,13 @@ def test_a_wrong_value_is_reported_with_key_type_and_value(arg, message):
     assert line.startswith(f"{arg}: {message}")
 
 
+@pytest.mark.parametrize("key", ["init_from", "data.tokenizer", "data.text_key", "wandb_project", "out_dir",
+                                 "data.cache_dir"])
+def test_an_empty_text_is_refused_where_it_is_not_the_default(key):
+    assert errors_of(f"--{key}=") == [f"{key} is empty: give it a value (is a shell variable not set?)"]
+    assert load(["--data.chat_template="]).data.chat_template == ""
+
+
 @pytest.mark.parametrize("arg, near", [
     ("--fp8.recipe_nam=rowwise", "fp8.recipe_name"),
     ("--recipe_name=rowwise", "fp8.recipe_name"),
@@ -455,8 +462,6 @@ HALF_TURNED, SOME_TURN = "--model.rope_fraction=0.5", "--model.no_rope_interval=
 REFUSED = [  # for each condition of each problems(): keys that contradict each other, nearest ones that do not, message
     *(([f"--{key}=11", "--max_steps=10"], [f"--{key}=10", "--max_steps=10"], f"{key}=11 must be a step: 1 to max_steps")
       for key in ("profile_step", "memory_step")),
-    (["--out_dir="], ["--out_dir=new"], "out_dir is empty"),
-    (["--data.cache_dir="], ["--data.cache_dir=new"], "data.cache_dir is empty"),
     ([f"--out_dir={REPO}"], [f"--out_dir={REPO}/new"], "is a folder of the code"),
     ([f"--data.cache_dir={REPO}/config/new"], [f"--data.cache_dir={REPO}/new"], "is a folder of the code"),
     ([f"--out_dir={REPO}/fp8.py/new"], [], "fp8.py is no folder to write to: name another one"),
@@ -518,7 +523,7 @@ def test_every_message_about_a_config_has_an_example_among_these():
             errors_of(*wrong)
     finally:
         sys.settrace(before)
-    elsewhere = ("is a model folder", "of kind longrope needs")  # tests of their own
+    elsewhere = ("is a model folder", "is empty: name a folder", "of kind longrope needs")  # tests of their own
     assert not [text for text in set(places.values()) - reached if not any(part in text for part in elsewhere)]
 
 

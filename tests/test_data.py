@@ -349,9 +349,18 @@ def test_a_shard_is_read_once_and_again_when_it_has_changed(tmp_path, corpus, sh
     assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) == 1
     shutil.rmtree(notes)
     assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) == 3  # of training and validation
+    for note in notes.iterdir():
+        note.write_bytes(b"\0")  # as a machine leaves it that loses its power
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) == 5
     shutil.rmtree(notes)
     notes.touch()  # a folder that cannot be written to, even by root
-    assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) > 4
+    assert prepare(config(tmp_path, corpus))[0].digest == first and len(read) > 6
+
+
+def test_a_damaged_index_is_refused(tmp_path, corpus, shard):
+    shard.with_name("index.json").write_bytes(b"\0")
+    with pytest.raises(UserError, match="delete .*, it is made again from the text"):
+        prepare(config(tmp_path, corpus))
 
 
 def test_truncated_shard_is_refused(tmp_path, corpus, shard):

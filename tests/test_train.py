@@ -644,6 +644,13 @@ def test_metrics_let_one_run_in_and_survive_a_row_cut_in_half(tmp_path):
     assert logs.read_metrics(tmp_path) == [{"step": 1}]
 
 
+@pytest.mark.parametrize("line", [b"\0\0", b"xx", b"\xff", b""])
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line):
+    tmp_path.joinpath("metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with logs.open_metrics(tmp_path) as file, pytest.raises(UserError, match="line 2 is not JSON .*: delete that line"):
+        logs.continue_metrics(file, 1)
+
+
 def test_a_run_that_starts_beside_another_is_refused_at_once_and_changes_nothing(tiny_run, tmp_path, capsys):
     args = [*tiny_run, f"--out_dir={tmp_path}"]
     with logs.open_metrics(tmp_path):

@@ -11,9 +11,12 @@ import weakref
 
 import pytest
 import torch.distributed as dist
-from conftest import REPO, run
+from conftest import REPO, main_here, run
 from torch.distributed.checkpoint.api import CheckpointException
 
+import checkpoint
+import eval
+import sample
 from configurator import load
 from plumbing import entry
 from plumbing.errors import RunStopped, UserError
@@ -34,6 +37,15 @@ entry.run(lambda: configurator.load(sys.argv[1:]))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["script.py: --max_steps=x: expected int >= 1",
                                         "--sede=1: unknown key, did you mean --seed? See --help"]
+
+
+@pytest.mark.parametrize("main, argv", [
+    (sample.main, ["--from="]), (sample.main, ["--from=x", "--tokenizer="]), (eval.main, ["--from="]),
+    *((eval.main, ["--from=x", f"--{key}="]) for key in ("data", "out", "tokenizer")),
+    (checkpoint.main, ["export", "", "new"]), (checkpoint.main, ["export", "x", ""])])
+def test_an_empty_path_is_refused(main, argv):
+    status, _, err = main_here(main, *argv)
+    assert status == 2 and "it is empty (is a shell variable not set?)" in err and err.count("\n") == 1
 
 
 def test_a_value_error_from_within_a_library_is_a_bug():
