@@ -39,7 +39,7 @@ from plumbing.storage import Reader, Writer, damaged_file
 
 SHARD_BYTES = 2**30  # about the size of an exported file; an export holds it up to four times
 # files that an export copies from the folder of the run's tokenizer
-CARRIED = ("*token*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template*")
+CARRIED = ("*token*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template*")
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist asks for
 
@@ -294,6 +294,8 @@ def export(out_dir, folder, in_fp8=False):
             carried.update(Path(config.init_from).glob("generation_config.json"))
         for path in carried:
             shutil.copy(path, temporary)
+        if (templates := tokenizer / "additional_chat_templates").is_dir():
+            shutil.copytree(templates, temporary / templates.name)
         if template:
             shutil.copy(template, temporary / "chat_template.jinja")
     print(f"{newest} as {written['architectures'][0]} in {folder}: {len(file_of)} tensors, {total / 1e9:.2f} GB")

@@ -204,9 +204,12 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling (1337)")
     parser.add_argument("--tokenizer", type=entry.name, help="as data.tokenizer, for a model folder without one")
     args = parser.parse_args()
-    if wrong := [f"--{name}={getattr(args, name)} must be a number that is not negative"
-                 for name in ("max_new_tokens", "temperature", "top_k") if not 0 <= getattr(args, name) < math.inf]:
-        raise UserError("\n".join(wrong))
+    errors = [f"--{name}={getattr(args, name)} must be a number that is not negative"
+              for name in ("max_new_tokens", "temperature", "top_k") if not 0 <= getattr(args, name) < math.inf]
+    if not -(2**63) <= args.seed < 2**63:
+        errors.append(f"--seed={args.seed} must fit in 64 bits")
+    if errors:
+        raise UserError("\n".join(errors))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(args.folder, device, args.tokenizer)
     stops = stop_ids(tokenizer, args.folder, config.data.tokenizer)

@@ -140,6 +140,21 @@ def test_a_model_from_scratch_is_exported_as_what_can_hold_it(tmp_path, monkeypa
     assert torch.equal(loaded(tmp_path / "exported")(tokens), model(tokens))
 
 
+def test_an_export_has_the_files_of_the_tokenizer_whatever_its_class(tmp_path):
+    from conftest import build
+
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+             "additional_chat_templates/tool_use.jinja"}
+    for name in {*names, "README.md", "model-00001-of-00001.safetensors"}:
+        (tmp_path / "tokenizer" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tokenizer" / name).write_text(name)
+    run = save_run(tmp_path / "out", build(), data=data.DataConfig(tokenizer=str(tmp_path / "tokenizer")))
+    checkpoint.export(run, tmp_path / "exported")
+    found = {str(path.relative_to(tmp_path / "exported")) for path in (tmp_path / "exported").rglob("*.*")}
+    assert found == {*names, "config.json", "model.safetensors"}
+
+
 def test_mistakes_of_an_export_are_told(folders, copy, tmp_path, monkeypatch):
     from conftest import build
 

@@ -881,7 +881,7 @@ def test_sample_continues_the_prompt_and_repeats_with_the_seed(finished):
 
 
 def test_sample_tells_what_it_cannot_take(finished):
-    wrong = ["--temperature=nan", "--top_k=-1", "--max_new_tokens=-2"]
+    wrong = ["--temperature=nan", "--top_k=-1", "--max_new_tokens=-2", "--seed=9223372036854775808"]
     status, _, told = main_here(sample.main, f"--from={finished[1] / 'whole'}", *wrong)
     lines = told.removeprefix("sample.py: ").splitlines()
     assert status == 2 and sorted(line.split(" must")[0] for line in lines) == sorted(wrong)
