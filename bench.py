@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,8 +67,10 @@ def split(text, separator=","):
 
 def variant_problems(variants):
     """Yield a message for each variant that cannot be used."""
-    for variant in split(variants):
+    for variant, n in Counter(split(variants)).items():
         base, *keys = split(variant, ":")
+        if n > 1:
+            yield f"--variants: {variant!r} is there {n} times"
         if base not in ("bf16", *RECIPES):
             yield f"--variants: {variant!r} does not start with one of bf16, {', '.join(RECIPES)}"
         if fixed := sorted(NOT_PER_VARIANT.intersection(key.partition("=")[0] for key in keys)):

@@ -65,8 +65,9 @@ class ModelConfig:
         if self.head_dim % 2 or turned % 2 or turned < 2 or self.rope_fraction > 1:
             yield (f"rotary positions turn pairs: model.head_dim={self.head_dim} must be even, and "
                    f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1, and an even part of it")
-        s, pairs = self.rope_scaling, turned // 2
-        if s and s.kind == "longrope" and not len(s.short_factors) == len(s.long_factors) == pairs:
+        scaling, pairs = self.rope_scaling, turned // 2
+        lengths = scaling and {len(scaling.short_factors), len(scaling.long_factors)}
+        if scaling and scaling.kind == "longrope" and lengths != {pairs}:
             yield f"model.rope_scaling of kind longrope needs {pairs} short_factors and as many long_factors"
         if self.attention_multiplier is not None and (self.rope_fraction != 1 or self.no_rope_interval):
             yield ("model.attention_multiplier needs rotary positions in every layer and over the whole head: "

@@ -17,7 +17,8 @@ def check(config, n_shards, device):
     require(config, not window or window >= config.model.block_size, "a sliding window has new shapes in every batch")
     torch_captures = config.compile.enabled and mode in ("reduce-overhead", "max-autotune")
     require(config, not torch_captures, f"compile.mode={mode} captures graphs of its own")
-    if torch_captures and device.type == "cuda" and (config.eval_interval or config.fp8.stats_interval):
+    measures = config.eval_interval or config.fp8.enabled and config.fp8.stats_interval
+    if torch_captures and device.type == "cuda" and measures:
         raise UserError(f"compile.mode={mode} captures a graph of each block, and torch {torch.__version__} overwrites "
                         "one's results in evaluations and measurements of FP8 health: set compile.mode=default, with "
                         "cuda_graph=True on one GPU, or eval_interval=0 and fp8.stats_interval=0")

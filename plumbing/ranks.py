@@ -176,8 +176,10 @@ def join_process_group(ranks):
 
 def device_mesh(ranks, replicas=1):
     """The DeviceMesh for fully_shard: ("shard",), or with replicas > 1 ("replicate", "shard")."""
-    shape = (replicas, ranks.world_size // replicas) if replicas > 1 else (ranks.world_size,)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    shape, names = (ranks.world_size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, ranks.world_size // replicas), ("replicate", "shard")
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
 
 
 def gather(value):

@@ -174,6 +174,7 @@ def test_commas_and_colons_inside_of_a_value_do_not_end_it():
 @pytest.mark.parametrize("keys, told", [
     ({"variants": "bf16,fp4"}, "'fp4' does not start"), ({"steps": 7}, "=7"),
     ({"steps": 5}, "--steps=5 and"), ({"warmup": 3}, "--warmup=3 must"), ({"warmup": -5}, "--warmup=-5 must"),
+    ({"variants": "bf16,rowwise,bf16"}, "--variants: 'bf16' is there 2 times"),
     ({"variants": "bf16:seed=3:out_dir=x"}, "sets out_dir, seed, which must be the same for all"),
     ({"variants": "bf16:max_steps=3:loss_chunks=2"}, "sets max_steps, which must be the same for all variants")])
 def test_mistakes_are_told(keys, told):

@@ -261,8 +261,11 @@ def test_a_pass_that_cannot_be_captured_is_an_error(tiny_run, tmp_path):
     with pytest.raises(UserError, match="overwrites one's results in evaluations .*, or eval_interval=0 and fp8.stats"):
         cudagraph.check(config, 0, gpu)
     cudagraph.check(config, 0, torch.device("cpu"))
-    config.eval_interval = 0
+    config.eval_interval, config.fp8.stats_interval = 0, 5  # without fp8.enabled its keys are ignored
     cudagraph.check(config, 0, gpu)
+    config.fp8.enabled = True
+    with pytest.raises(UserError, match="overwrites one's results"):
+        cudagraph.check(config, 0, gpu)
     config.cuda_graph, config.model.sliding_window = True, 255
     with pytest.raises(UserError, match="a sliding window has new shapes"):
         cudagraph.check(config, 0, gpu)
