@@ -181,7 +181,7 @@ def set_flags(parts, flags):
             setattr(section, key.name, True)
         elif not equals:
             errors.append(f"{flag}: write {flag}=VALUE")
-        elif value == "" != key.default and schema.fits(value, key.type):
+        elif value == "" and key.default != "" and schema.fits(value, key.type):
             errors.append(f"{name} is empty: give it a value (is a shell variable not set?)")
         elif schema.fits(value, key.type):
             setattr(section, key.name, value)
