@@ -198,6 +198,7 @@ def test_an_interrupt_ends_quietly_within_a_checkpoint_too(monkeypatch, capsys, 
                 raise CheckpointException("load", {1: (error, None)}) from error
             raise
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # after an error in an earlier test it ends the process
     monkeypatch.setattr(sys, "argv", ["/some/train.py"])
     with pytest.raises(SystemExit) as done:
         entry.run(main)
