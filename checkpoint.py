@@ -312,8 +312,8 @@ def export(out_dir, folder, in_fp8=False):
 def main():
     parser = entry.Arguments(description="Write a run's newest checkpoint as a Hugging Face model folder.")
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("out_dir", type=entry.name, help="out_dir of a run of train.py")
-    parser.add_argument("hf_dir", type=entry.name, help="new folder to write")
+    parser.add_argument("out_dir", type=entry.path, help="out_dir of a run of train.py")
+    parser.add_argument("hf_dir", type=entry.path, help="new folder to write")
     parser.add_argument("--fp8", action="store_true", help="store the layers that were trained in FP8 in FP8")
     args = parser.parse_args()
     export(args.out_dir, args.hf_dir, args.fp8)

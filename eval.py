@@ -137,13 +137,13 @@ class Evaluation:
 
 def main():
     parser = entry.Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="folder", required=True, type=entry.name,
+    parser.add_argument("--from", dest="folder", required=True, type=entry.path,
                         help="out_dir of a run of train.py, or a model folder")
-    parser.add_argument("--data", type=entry.name,
+    parser.add_argument("--data", type=entry.path,
                         help="questions as JSONL (HellaSwag's validation set, downloaded if need be)")
     parser.add_argument("--limit", type=int, default=0, help="score the first N questions; 0: all (0)")
-    parser.add_argument("--out", type=entry.name, help="write a row for each question to this JSONL file")
-    parser.add_argument("--tokenizer", type=entry.name, help="as data.tokenizer, for a model folder that has none")
+    parser.add_argument("--out", type=entry.path, help="write a row for each question to this JSONL file")
+    parser.add_argument("--tokenizer", type=entry.path, help="as data.tokenizer, for a model folder that has none")
     args = parser.parse_args()
     ranks, out = find_ranks(), Path(args.out) if args.out else None
     if ranks.world_size > 1:

@@ -194,7 +194,7 @@ def show(tokens, tokenizer, stops, prompt=()):
 
 def main():
     parser = entry.Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="folder", required=True, type=entry.name,
+    parser.add_argument("--from", dest="folder", required=True, type=entry.path,
                         help="out_dir of a run of train.py, or a model folder")
     parser.add_argument("--prompt", help="text to continue (a new line); with --chat: the message to answer (stdin)")
     parser.add_argument("--chat", action="store_true", help="answer messages, in the words of the chat template")
@@ -202,7 +202,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest; higher: more varied (0.7)")
     parser.add_argument("--top_k", type=int, default=50, help="sample among the K likeliest tokens; 0: among all (50)")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the sampling (1337)")
-    parser.add_argument("--tokenizer", type=entry.name, help="as data.tokenizer, for a model folder without one")
+    parser.add_argument("--tokenizer", type=entry.path, help="as data.tokenizer, for a model folder without one")
     args = parser.parse_args()
     errors = [f"--{name}={getattr(args, name)} must be a number that is not negative"
               for name in ("max_new_tokens", "temperature", "top_k") if not 0 <= getattr(args, name) < math.inf]

@@ -31,10 +31,10 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message}, see --help")
 
 
-def name(text):
-    """The type of an argument that is a path or a name: not empty, with ~ replaced."""
+def path(text):
+    """The type of an argument that is a path, with ~ replaced. Raises UserError for "", a shell variable not set."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty (is a shell variable not set?)")
+        raise UserError("it is empty")  # argparse says: invalid path value: ''
     return os.path.expanduser(text)
 
 

@@ -45,7 +45,7 @@ entry.run(lambda: configurator.load(sys.argv[1:]))
     (checkpoint.main, ["export", "", "new"]), (checkpoint.main, ["export", "x", ""])])
 def test_an_empty_path_is_refused(main, argv):
     status, _, err = main_here(main, *argv)
-    assert status == 2 and "it is empty (is a shell variable not set?)" in err and err.count("\n") == 1
+    assert status == 2 and "invalid path value: ''" in err and err.count("\n") == 1
 
 
 def test_a_value_error_from_within_a_library_is_a_bug():
