@@ -96,11 +96,11 @@ class Config:
         for key, folder in (("out_dir", self.out_dir), ("data.cache_dir", self.data.cache_dir)):
             path, link = Path(os.path.realpath(folder)), Path(folder).absolute()
             existing = next(p for p in (link, *link.parents) if os.path.lexists(p))
-            # A run's files in a folder of the data would be data of the next start. Below such a folder, a cache is
-            # left out by its reader, and token files have other suffixes than a run's.
+            # A run's files in a folder of the data, or below, would be data of the next start, unless that is token
+            # files, which have other suffixes. A cache below such a folder is left out by its reader.
             no_data = [path]
-            if key == "out_dir" and self.data.format != "tokens":
-                no_data += path.parents
+            if key == "out_dir":
+                no_data = [] if self.data.format == "tokens" else [path, *path.parents]
             data_folder = next((data_folders[p] for p in no_data if p in data_folders), None)
             if not folder:
                 yield f"{key} is empty: name a folder (is a shell variable not set?)"

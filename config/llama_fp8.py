@@ -29,8 +29,8 @@ if gib > 75:
     # 8.03e9 parameters, 8192 tokens x ranks. GiB on one 80 GB card: bf16 weights 15, FP8 moments 15, activations saved
     # for backward 26, FP8 copies of them 13, logits of 8192 tokens and their gradient 4: 73 in all. Backward allocates
     # gradients while it frees activations, which accumulation on one card would not let it do: that takes
-    # fp8.keep_casts=False. With float32 masters and moments: 16 bytes per parameter, 120 GiB over
-    # all ranks, plus about 20 on each for activations and gathered weights: 4 cards of 80 GB, or 2 of 140.
+    # fp8.keep_casts=False. With float32 masters and moments: 16 bytes per parameter, 120 GiB over all ranks, plus about
+    # 20 on each for activations and gathered weights: 4 cards of 80 GB, or 2 of 140.
     master = 120 + 20 * ranks < 0.95 * gib * ranks
     choice = f"{ranks} x {gib:.0f} GiB with FP8: Llama-3.1-8B shape, {'float32' if master else 'bf16'} master weights"
     fp8.keep_casts = fp8.grad_fast_accum = True

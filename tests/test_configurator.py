@@ -312,6 +312,7 @@ def test_an_out_dir_in_a_folder_of_the_data_is_refused(tmp_path, monkeypatch):
             assert errors_of(f"--out_dir={out_dir}", key) == [
                 f"out_dir={out_dir} is part of {entry}, a folder of the data: name one outside of it"]
         load(["--out_dir=../out", "--data.cache_dir=text/cache", key])  # the data is read without its cache
+    load(["--out_dir=text", "--data.format=tokens", '--data.train=["link"]'])  # no file of a run is one of token ids
     assert "data.cache_dir=text is part of link" in errors_of("--data.cache_dir=text", '--data.train=["link"]')[0]
 
 
