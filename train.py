@@ -85,6 +85,7 @@ def main():
     logs.check_unused(out_dir)
     resumes = config.resume != "never" or ranks.replace_others()  # torchrun --max-restarts: the run goes on
     resume_from = checkpoint.last_good(out_dir, say) if resumes else None
+    newest_checkpoint = checkpoint.latest(out_dir)
     if config.resume == "must" and resume_from is None:
         raise UserError(f"resume=must, but {out_dir} holds no checkpoint: check out_dir, or set resume=auto")
     identity = {"model": repr(config.model), "seed": config.seed, "global_batch_size": config.global_batch_size,
@@ -244,6 +245,8 @@ def main():
         say("run.json names no commit: git is not installed, or does not track this code")
     if ranks.is_main:
         metrics = logs.open_metrics(out_dir)
+        if checkpoint.latest(out_dir) != newest_checkpoint:  # its rows would be cut, its checkpoints in the way
+            raise UserError(f"another run has saved in {out_dir} since this one started: start again")
         if earlier := logs.continue_metrics(metrics, start_step):
             say(f"the run that was in {out_dir} is now in {earlier}")
         trackers = logs.open_trackers(config)

@@ -654,13 +654,21 @@ def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line):
         logs.continue_metrics(file, 1)
 
 
-def test_a_run_that_starts_beside_another_is_refused_at_once_and_changes_nothing(tiny_run, tmp_path, capsys):
+def test_a_run_that_starts_beside_another_is_refused_at_once_and_changes_nothing(tiny_run, tmp_path, capsys,
+                                                                                monkeypatch):
     args = [*tiny_run, f"--out_dir={tmp_path}"]
     with logs.open_metrics(tmp_path):
         with pytest.raises(UserError, match="another run is writing"):
             train_here(*args)
     assert "first pass" not in capsys.readouterr().out
-    assert not (tmp_path / "earlier_1").exists()
+    train_here(*args, "--max_steps=2", "--checkpoint_interval=2")
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    latest, calls = checkpoint.latest, []
+    # as if all of that run had happened while this one compiled: at its start it found no checkpoint
+    monkeypatch.setattr(checkpoint, "latest", lambda folder: latest(folder) if calls else calls.append(folder))
+    with pytest.raises(UserError, match="another run has saved in .* since this one started: start again"):
+        train_here(*args)
+    assert (tmp_path / "metrics.jsonl").read_text() == rows and not (tmp_path / "earlier_1").exists()
 
 
 def test_a_run_without_checkpoints_is_set_aside_too(tiny_run, tmp_path):
