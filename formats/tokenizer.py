@@ -251,7 +251,7 @@ def replaced_by_class(spec, config, model):
     """
     table, model_type = read_json(DATA), model.get("model_type") or ""
     classes, types, fixed = table["classes"], table["model_types"], table["fixed_model_types"]
-    name = (config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
+    name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
     options = any(config.get(option) for option in ("auto_map", "fast_tokenizer_files", "fix_mistral_regex"))
     if options or isinstance(config.get("extra_special_tokens"), dict):
         return None
