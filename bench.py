@@ -172,7 +172,8 @@ def compare(runs, own, path):
         print(f"{name}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
         folder = path.parent / slug(name)
         folder.mkdir(exist_ok=True)
-        rows.append(row := {"variant": name})
+        row = {"variant": name}
+        rows.append(row)
         try:
             measured, run = measure(command, folder, own)
             row |= measured

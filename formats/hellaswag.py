@@ -96,7 +96,8 @@ def encode(encoding, query, ending, limit):
 
 def prepare(cfg, tokenizer, block_size, seed):
     """(training Samples, validation Samples) of a DataConfig, see data.prepare."""
-    (*parts, found), n_cut = questions(cfg), 0
+    *parts, found = questions(cfg)
+    n_cut = 0
     for part in parts:
         for k, item in enumerate(part):
             ids, start, cut = encode(tokenizer, item["query"], item["endings"][item["label"]], block_size)
