@@ -166,14 +166,18 @@ def load(argv, own=None):
 
 def set_flags(parts, flags):
     """Set every flag on its section, and return the errors. parts: (prefix, section) pairs."""
-    keys = {prefix + f.name: (section, f) for prefix, section in parts for f in fields(section)}
+    keys = {prefix + f.name: (section, f) for prefix, section in parts for f in fields(section)
+            if not is_dataclass(f.type)}
     keys |= {f"fp8.{alias}": keys[f"fp8.{name}"] for alias, name in fp8.ALIASES.items()}
     errors = []
     for flag in flags:
         name, equals, text = flag.removeprefix("--").partition("=")
         if name not in keys:
             near = schema.suggest(name.lstrip("-"), [*keys, "help", "print_config"], "--{}")
-            errors.append(f"{flag}: unknown key{near or '.'} See --help")
+            problem = f"unknown key{near or '.'} See --help"
+            if inside := [key for key in keys if key.startswith(f"{name}.")]:
+                problem = f"a section, set its keys, such as --{inside[0]}"
+            errors.append(f"{flag}: {problem}")
             continue
         section, key = keys[name]
         value = schema.parse(text, key.type)

@@ -148,6 +148,8 @@ def main():
     ranks, out = find_ranks(), Path(args.out) if args.out else None
     if ranks.world_size > 1:
         join_process_group(ranks)
+    if not Path(args.folder).is_dir():
+        raise UserError(f"--from={args.folder}: no such folder")
     if args.limit < 0:
         raise UserError(f"--limit={args.limit} must not be negative")
     if args.data:

@@ -48,13 +48,18 @@ def comments(kind):
 
 
 def suggest(name, names, form="{}"):
-    """", did you mean FORM?" with the closest of `names` in place of {}; "" if no last part of any is similar."""
-    def similarity(other):
-        last_parts = name.split(".")[-1], other.split(".")[-1]
-        return [difflib.SequenceMatcher(None, *pair).ratio() for pair in (last_parts, (name, other))]
+    """", did you mean FORM?" with the closest of `names` in place of {}; "" if none is similar."""
+    def similarity(a, b):
+        return difflib.SequenceMatcher(None, a, b).ratio()
 
-    near = max(names, key=lambda other: sum(similarity(other)), default="")
-    return f", did you mean {form.format(near)}?" if similarity(near)[0] > 0.7 else ""
+    def score(other):
+        leaf = other.split(".")[-1]
+        is_part = leaf.startswith(name) or name in leaf.split("_")  # --steps for --max_steps
+        whole = similarity(name, other)
+        return max(whole, similarity(name.split(".")[-1], leaf), 0.9 * is_part), whole
+
+    near = max(names, key=score, default="")
+    return f", did you mean {form.format(near)}?" if score(near)[0] > 0.7 else ""
 
 
 def fits(value, kind):

@@ -236,8 +236,8 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
     ("--optim.betas=('a', 0.9)", "expected tuple[0 <= float < 1, 0 <= float < 1]"),
     ("--model.rope_scaling=8", "expected RopeScaling | None"),
     ("--max_steps", "write --max_steps=VALUE"),
-    ("--model=tiny", "expected ModelConfig"),
-    ("--fp8", "write --fp8=VALUE"),
+    ("--model=tiny", "a section, set its keys, such as --model.vocab_size"),
+    ("--fp8", "a section, set its keys, such as --fp8.enabled"),
 ])
 def test_a_wrong_value_is_reported_with_key_type_and_value(arg, message):
     (line,) = errors_of(arg)

@@ -494,7 +494,7 @@ def test_eval_of_a_hugging_face_folder_is_what_transformers_gives(file, tmp_path
 @pytest.mark.parametrize("args, told", [(["--data=nowhere.jsonl"], "data: 'nowhere.jsonl' matches no file"),
                                         (["--limit=-1"], "--limit=-1 must not be negative"),
                                         (["--out=no/such/x.jsonl"], "--out=no/such"),
-                                        (["--from=/nowhere"], "/nowhere holds no checkpoint of train.py")])
+                                        (["--from=/nowhere"], "--from=/nowhere: no such folder")])
 def test_eval_mistakes_are_one_line(runs, file, evaluate, capsys, args, told):
     with pytest.raises(SystemExit) as stopped:
         evaluate(f"--from={runs[1] / 'packed'}", f"--data={file}", *args)
