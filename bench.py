@@ -32,7 +32,6 @@ from fp8 import RECIPES
 from plumbing import entry, logs
 from plumbing.disk import replace_text
 from plumbing.errors import RunStopped, UserError
-from plumbing.logs import table
 from plumbing.ranks import from_launcher, process_rank
 
 REPO = Path(__file__).parent
@@ -247,7 +246,7 @@ def main():
         written.append(out_dir / "bench.png")
         plot(rows, f"{out_dir.name}, {report['hardware']}", written[1])
         text = (f"{report['hardware']}, median of {own.steps // WINDOW} x {WINDOW} steps; speedup is relative to "
-                f"{rows[0]['variant']}, mfu to the bf16 peak\n{table(rows, COLUMNS)}")
+                f"{rows[0]['variant']}, mfu to the bf16 peak\n{logs.table(rows, COLUMNS)}")
     print("", text, "", sep="\n")
     finish(config, *written)
     return int(any("error" in row for row in rows))

@@ -134,9 +134,9 @@ class Saver:
         self.write = partial(save, out_dir, keep=keep, group=group)
         if background:
             device = next(model.parameters()).device
-            self.device = torch.get_device_module(device)
-            self.stream = self.device.Stream()
-            self.thread = ThreadPoolExecutor(1, initializer=self.device.set_device, initargs=[device])
+            self.device_module = torch.get_device_module(device)
+            self.stream = self.device_module.Stream()
+            self.thread = ThreadPoolExecutor(1, initializer=self.device_module.set_device, initargs=[device])
             self.room = self.thread.submit(self.make_room, tensors(model, optimizer))  # to page-lock memory takes long
 
     def save(self, step, run):
@@ -148,7 +148,7 @@ class Saver:
         if self.written and not self.written.done():
             self.say(f"step {step}: waiting for the checkpoint of step {self.step}, which is still being written")
         self.wait()
-        self.step, computed = step, self.device.Event()
+        self.step, computed = step, self.device_module.Event()
         computed.record()
         copied = self.copied = self.thread.submit(self.copy, state, computed)
         self.written = self.thread.submit(lambda: self.write(step, copied.result(), run))
@@ -161,7 +161,7 @@ class Saver:
     def copy(self, state, computed):
         """In the thread: a copy of the state as it is at the event `computed`."""
         computed.synchronize()  # optimizer state in host memory may still be written by the GPU
-        with self.device.stream(self.stream):
+        with self.device_module.stream(self.stream):
             for name, copy in self.room.result().items():
                 local_shard(copy).copy_(local_shard(state[name]))
         return self.room.result()

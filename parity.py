@@ -264,7 +264,7 @@ def main():
     report = {**bench.header(run), "max_steps": config.max_steps, **judge(rows, own)}
     (out_dir / "parity.json").write_text(json.dumps(report, indent=1))
     plot(report, out_dir / "parity.png")
-    print("", bench.table(report["rows"], COLUMNS), "", sep="\n")
+    print("", logs.table(report["rows"], COLUMNS), "", sep="\n")
     for result in report["intervals"]:
         print(sentence(result, own.tolerance))
     bench.finish(config, out_dir / "parity.json", out_dir / "parity.png")

@@ -83,7 +83,7 @@ def main():
     if "flash4" in kernels:
         report["versions"]["flash-attn-4"] = version("flash-attn-4")
     (base.parent / "attention.json").write_text(json.dumps(report, indent=1))
-    print("", bench.table(rows, COLUMNS), "", sep="\n")
+    print("", logs.table(rows, COLUMNS), "", sep="\n")
     print(f"written: {base.parent / 'attention.json'}")
 
 

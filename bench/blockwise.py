@@ -73,7 +73,7 @@ def main():
               "all_layers_ms": {"casts": casts, "matmuls": sums}}
     path = base.parent / "blockwise.json"
     path.write_text(json.dumps(report, indent=1))
-    print("", bench.table(rows, COLUMNS), "", sep="\n")
+    print("", logs.table(rows, COLUMNS), "", sep="\n")
     print(f"all blocks, ms per pass: matmuls bf16 {sums['bf16']:.1f}, tensorwise without casts "
           f"{sums['tensorwise']:.1f}, block-wise {sums['blockwise']:.1f} and casts {casts:.1f}; written: {path}")
 

@@ -83,7 +83,7 @@ def main():
     path = out_dir / "profile.json"
     path.write_text(json.dumps(report, indent=1))
     short = [{**row, "name": row["name"][:90]} for row in rows[:own.show]]
-    print("", bench.table(short, {"name": "", "calls": ".1f", "ms": ".3f"}), "", sep="\n")
+    print("", logs.table(short, {"name": "", "calls": ".1f", "ms": ".3f"}), "", sep="\n")
     print(f"busy {report['busy_ms']:.1f} ms a step; written: {path}")
 
 

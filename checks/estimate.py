@@ -56,9 +56,9 @@ def memory(config, shards, accumulation):
         always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
 
-    # What blocks keep for backward: values per token, and bytes of FP8 copies; full recompute keeps their inputs only.
     # outputs of linear layers (not the last one's, but the block's input, of the same size) and of attention
     outputs = sum(layer.out_features for layer in linears.values()) + m.n_layer * m.n_head * m.head_dim
+    # What blocks keep for backward: values per token, and bytes of FP8 copies; full recompute keeps their inputs only.
     recompute, copies = config.activation_checkpoint, 0
     values = m.n_layer * m.n_embd if recompute == "full" else outputs
     if recompute == "none":
@@ -101,13 +101,13 @@ def memory(config, shards, accumulation):
         gathered += blocks * min(1, 2 / m.n_layer) if config.reshard_after_forward else blocks
 
     begins = gathered + activations + max(loss, working)
-    if shards and accumulation > 1 and not config.reduce_each_pass:  # whole ones wait, and are reduced block by block
+    waiting, reduces_once = gradients, shards and accumulation > 1 and not config.reduce_each_pass
+    if reduces_once:  # whole gradients wait for the last pass, which reduces them block by block
         waiting = sum(p.numel() for p in model.parameters()) * getattr(torch, config.reduce_dtype).itemsize
-        return (always + max(waiting + max(begins, gathered + working), gradients + reducing)) / 2**30
-    ends = gradients + max(gathered + working, reducing)
+    ends = max(waiting + gathered + working, gradients + reducing)
     if accumulation > 1:
-        begins += gradients
-        if sums_in_float32:  # sums of earlier passes, beside this pass's own gradients
+        begins += waiting
+        if sums_in_float32 and not reduces_once:  # sums of earlier passes, beside this pass's own gradients
             ends += held * size
     return (always + max(begins, ends)) / 2**30
 

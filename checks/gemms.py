@@ -110,7 +110,7 @@ def table(rows, step_ms):
               **{name: ms and "{:.3f} + {:7.3f}".format(*ms) for name, ms in row["ms"].items()}} for row in rows]
     fastest = {row["layer"]: best(row) for row in rows}
     saved = {f"{name} wherever it can": sum(gain(row, name) for row in rows) for name in names[1:]}
-    saved["the fastest for each layer"] = sum(gain(row, best(row)) for row in rows)
+    saved["the fastest for each layer"] = sum(gain(row, fastest[row["layer"]]) for row in rows)
     keys = f'--fp8.recipes="{fastest}"'
     if not any(fastest.values()):
         keys = "FP8 pays for none of them here: --fp8.enabled=False"

@@ -98,7 +98,7 @@ def tokenize(paths, template, cfg, limit):
             messages, tools, used = read_conversation(row)
             if tools and not template.takes_tools:
                 raise UserError(f"it has `tools`, which {template.name} does not take")
-            if any(isinstance(message.get("content"), list) for message in messages) and not template.takes_parts():
+            if any(isinstance(message.get("content"), list) for message in messages) and not template.takes_parts:
                 raise UserError(f"it has `content` in parts, which {template.name} does not take: join their texts")
             if any(message.get("tool_calls") for message in messages) and not template.reads("tool_calls"):
                 raise UserError(f"it has `tool_calls`, which {template.name} does not take")

@@ -163,6 +163,7 @@ class Template:
         found = re.search(rf"(?:{self.marked_special.pattern})+\Z", before)
         return [found[0]] if found and not before.endswith(self.header) else []
 
+    @functools.cached_property
     def takes_parts(self):
         """Whether `content` may be a list of texts: some templates leave it out, or print it as a Python list."""
         text = "?\n?"

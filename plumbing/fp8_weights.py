@@ -29,9 +29,11 @@ def one_pass_cast(x, scale, dtype):
     return (compiled_cast if x.is_cuda else cast_to_fp8)(x, scale, dtype)
 
 
-# changed: a compiled cast, an amax in one pass instead of two, a precomputed scale that __tensor_unflatten__ keeps
 class GatherInFP8(WeightWithDynamicFloat8CastTensor):
-    """A weight shard that FSDP2 casts to FP8 just before each all-gather, with one scale for the whole tensor."""
+    """A weight shard that FSDP2 casts to FP8 just before each all-gather, with one scale for the whole tensor.
+
+    Changed: a compiled cast, an amax in one pass instead of two, a precomputed scale that __tensor_unflatten__ keeps.
+    """
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):

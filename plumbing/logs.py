@@ -130,12 +130,13 @@ class StepTimer:
 def read_metrics(out_dir):
     """The rows of out_dir/metrics.jsonl as dicts, [] without such a file. Skips the half line of a killed run."""
     path, rows = Path(out_dir, "metrics.jsonl"), []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+    content = path.read_bytes() if path.exists() else b""
+    for line_number, line in enumerate(content.splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
             try:
                 rows.append(json.loads(line))
             except ValueError as error:  # a machine that lost its power may leave zeros
-                raise UserError(f"{path}, line {number} is not JSON ({error}): delete that line") from error
+                raise UserError(f"{path}, line {line_number} is not JSON ({error}): delete that line") from error
     return rows
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bench
 import train
-from plumbing import entry
+from plumbing import entry, logs
 from plumbing.errors import UserError
 
 CLONE = "--clone="  # the first argument of a process that trains with nanochat's FP8: --clone=FOLDER
@@ -68,7 +68,7 @@ def main():
             for variant in bench.split(own.variants) for name, program in programs.items()}
     path = base.parent / "bench.json"
     rows = bench.compare(runs, own, path)["rows"]
-    print("", bench.table(rows, bench.COLUMNS), "", sep="\n")
+    print("", logs.table(rows, bench.COLUMNS), "", sep="\n")
     print(f"speedup is relative to {rows[0]['variant']}; written: {path}")
     sys.exit(any("error" in row for row in rows))
 

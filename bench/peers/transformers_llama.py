@@ -32,6 +32,7 @@ import data
 import model as models
 from checks import estimate
 from formats import families
+from plumbing import logs
 from plumbing.ranks import device_mesh, find_ranks, join_process_group
 
 WORDS = {"best", "all", "gather"}
@@ -158,7 +159,7 @@ def main():
         if "error" not in base and "error" not in last:
             last["speedup"] = last["tokens_per_s"] / base["tokens_per_s"]
         (out / "bench.json").write_text(json.dumps(report, indent=1))
-    print(bench.table(report["rows"], bench.COLUMNS), f"written: {out / 'bench.json'}", sep="\n")
+    print(logs.table(report["rows"], bench.COLUMNS), f"written: {out / 'bench.json'}", sep="\n")
     sys.exit(any("error" in row for row in report["rows"]))
 
 
