@@ -9,8 +9,9 @@ from conftest import REPO, main_here, metrics, run, train_here
 from matplotlib.figure import Figure
 
 import parity
-from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, plot, report_ignored, slug, split, table
+from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, plot, report_ignored, slug, split
 from plumbing.errors import RunStopped
+from plumbing.logs import table
 
 
 @pytest.fixture(scope="module")
