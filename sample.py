@@ -225,8 +225,7 @@ def main():
             conversation.append({"role": "user", "content": text})
             prompt = template.encode(conversation, train_on="all", prompt=True)[0].tolist()
         else:
-            bos = [] if tokenizer.bos is None else [tokenizer.bos]  # as documents begin in training
-            prompt = bos + tokenizer.encode(text).tolist()
+            prompt = tokenizer.bos + tokenizer.encode(text).tolist()  # as documents begin in training
             sys.stdout.write(text)
         if not prompt:
             raise UserError("--prompt is empty: give at least one character")

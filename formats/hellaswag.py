@@ -87,7 +87,7 @@ def encode(encoding, query, ending, limit):
     which a bracketed note may have left. BOS comes first if the tokenizer adds one. There is no EOS: the harness
     scores, and NeMo-Automodel trains, without it. Text that is too long loses its beginning, after BOS.
     """
-    bos = np.array([] if encoding.bos is None else [encoding.bos], np.int64)
+    bos = np.array(encoding.bos, np.int64)
     start = len(bos) + len(encoding.encode(query.rstrip()))
     ids = np.append(bos, encoding.encode(f"{query} {ending}")).astype(np.int64)
     cut = max(0, len(ids) - limit - 1)

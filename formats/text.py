@@ -119,7 +119,7 @@ def build(folder, train, val, cfg, tokenizer):
     if tokenizer.eos is None:
         raise UserError(f"tokenizer {tokenizer.name} has no end-of-text token to close documents with")
     dtype = np.uint16 if tokenizer.largest < 2**16 else np.uint32
-    bos = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype)
+    bos = np.array(tokenizer.bos, dtype)
     eos, nothing = np.array([tokenizer.eos], dtype), np.array([], dtype)
 
     def encode(batch):

@@ -35,14 +35,14 @@ BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if chr(b
 class Tokenizer:
     """Text to ids and back. `encode` takes ordinary text: special tokens in it stay text.
 
-    bos, eos: ids that begin and end a document, or None; largest: the largest id; specials: {text: id} of special and
-    added tokens; fingerprint: changes whenever ids could; named_tokens: {"eos_token": text, ...};
-    chat_template: Jinja, a list of {"name", "template"}, or None. What encodes: ranks, a tiktoken.Encoding (of text in
-    NFC where `nfc` says so); or full, a tokenizers.Tokenizer, with `ranks` if tiktoken can do the same for all but
-    unusual text; or python, a tokenizer that transformers has in Python only.
+    bos: list of the ids that begin a document, mostly one or none; eos: the id that ends it, or None; largest: the
+    largest id; specials: {text: id} of special and added tokens; fingerprint: changes whenever ids could; named_tokens:
+    {"eos_token": text, ...}; chat_template: Jinja, a list of {"name", "template"}, or None. What encodes: ranks, a
+    tiktoken.Encoding (of text in NFC where `nfc` says so); or full, a tokenizers.Tokenizer, with `ranks` if tiktoken
+    can do the same for all but unusual text; or python, a tokenizer that transformers has in Python only.
     """
 
-    def __init__(self, name, ranks=None, full=None, python=None, *, nfc=False, bos=None, named_tokens=None,
+    def __init__(self, name, ranks=None, full=None, python=None, *, nfc=False, bos=(), named_tokens=None,
                  chat_template=None):
         if python:
             vocab, self.specials, self.lock = python.get_vocab(), python.get_added_vocab(), threading.Lock()
@@ -61,7 +61,7 @@ class Tokenizer:
             vocab = self.specials = dict(ranks._special_tokens)
             self.known = {*ranks._mergeable_ranks.values(), *vocab.values()}
             meaning = repr((nfc, ranks._pat_str, sorted(vocab.items()), sorted(ranks._mergeable_ranks.items())))
-        self.name, self.ranks, self.full, self.python, self.nfc, self.bos = name, ranks, full, python, nfc, bos
+        self.name, self.ranks, self.full, self.python, self.nfc, self.bos = name, ranks, full, python, nfc, list(bos)
         self.named_tokens, self.chat_template = named_tokens or {}, chat_template
         self.largest = max(vocab.values()) if python or full else ranks.max_token_value
         self.fingerprint = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
@@ -198,7 +198,7 @@ def read_hugging_face(path, name, spec, folder):
         raise UserError(f"tokenizers {tokenizers.__version__} cannot read {path}: {error}") from error
     jinja = folder / "chat_template.jinja"  # wins
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
-    bos = bos_of(path, probe.ids, probe.special_tokens_mask)
+    bos = bos_of(probe.ids, probe.special_tokens_mask)
     return Tokenizer(name, full=full, bos=bos, named_tokens=named, chat_template=template)
 
 
@@ -232,16 +232,13 @@ def read_with_transformers(path, name, folder):
     if isinstance(template, dict):
         template = [{"name": key, "template": source} for key, source in template.items()]
     backend = {"full": read.backend_tokenizer} if read.is_fast else {"python": read}
-    bos = bos_of(path, probe.input_ids, probe.special_tokens_mask)
+    bos = bos_of(probe.input_ids, probe.special_tokens_mask)
     return Tokenizer(name, **backend, bos=bos, named_tokens=read.special_tokens_map, chat_template=template)
 
 
-def bos_of(path, ids, special_tokens_mask):
-    """The special token that a tokenizer puts before a text, or None. ids: of a text with what is put around it."""
-    bos, *more = ids[: (special_tokens_mask + [0]).index(0)] or [None]
-    if more:
-        raise UserError(f"{path} puts the tokens {[bos, *more]} before a text: one token at most can be used")
-    return bos
+def bos_of(ids, special_tokens_mask):
+    """The special tokens that a tokenizer puts before a text. ids: of a text with what is put around it."""
+    return ids[: (special_tokens_mask + [0]).index(0)]
 
 
 def replaced_by_class(spec, config, model):

@@ -226,9 +226,9 @@ def test_sample_puts_bos_before_the_prompt_as_training_does(monkeypatch):
     cfg = SimpleNamespace(model=SimpleNamespace(vocab_size=300, block_size=64), data=SimpleNamespace(tokenizer="bytes"))
     monkeypatch.setattr(sample, "load_model", lambda *args: (None, tokenizer, cfg))
     monkeypatch.setattr(sample, "generate", lambda model, tokens, *args: prompts.append(tokens) or [])
-    for tokenizer.bos in (None, 257):
+    for tokenizer.bos in ([], [257], [257, 256]):
         assert main_here(sample.main, "--from=x", "--prompt=hi")[0] == 0
-    assert prompts == [[*b"hi"], [257, *b"hi"]]
+    assert prompts == [[*b"hi"], [257, *b"hi"], [257, 256, *b"hi"]]
 
 
 def test_text_without_a_place_to_cut_is_cut_and_counted(tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_a_million_blanks_are_cut_and_counted_at_every_start(tmp_path):
     cfg.tokenizer = str(tmp_path / "o.tiktoken")
     for _ in range(2):
         train, val, tokenizer = prepare(cfg)
-        assert len(train) + len(val) == 3 + 10**6 + 2 + 2 * (1 + (tokenizer.bos is not None))
+        assert len(train) + len(val) == 3 + 10**6 + 2 + 2 * (1 + len(tokenizer.bos))
         assert train.counts["forced cuts"] == 15 and "15 forced cuts" in train.description
 
 
@@ -270,13 +270,13 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
 
 def test_documents_begin_with_bos_where_the_tokenizer_has_one(tmp_path, monkeypatch):
     with_bos = single_bytes("llama", {END: 256, "<s>": 257})
-    with_bos.bos, with_bos.eos = 257, 256
+    with_bos.bos, with_bos.eos = [257, 65], 256
     monkeypatch.setattr(text_format, "PIECE", 100)
     monkeypatch.setattr(data, "get_tokenizer", lambda name: with_bos)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "", "two " * 99)))
     train, val, _ = prepare(config(tmp_path, tmp_path / "a.jsonl"))
     ids = [*everything(train), *everything(val)]
-    assert ids == [257, *b"one", 256, 257, *b"two " * 99, 256]
+    assert ids == [257, 65, *b"one", 256, 257, 65, *b"two " * 99, 256]
     assert train.sample(0)[0][0] == 257 and not train.sample(0)[1][0]
     without = single_bytes("llama", {END: 256, "<s>": 257})
     without.eos = 256

@@ -171,7 +171,7 @@ def test_download_is_whole_or_not_there(server, tmp_path, monkeypatch):
 class WithBos:
     """Bytes with a token for " w", which begins in the query's last space where the texts are joined; and BOS."""
 
-    bos = 300
+    bos = [300]
 
     def encode(self, text):
         return [b for b in text.replace(" w", "\x01").encode()]
@@ -187,8 +187,10 @@ def test_an_endings_tokens_are_those_of_the_joint_text_beyond_the_query():
     ids, start, cut = hellaswag.encode(BYTES, query, "Then wait.", 64)
     assert (decode(ids[:start]), decode(ids[start:])) == ("A: Stir it.", "  Then wait.") and query == "A: Stir it. "
     # `limit` inputs, and one more target: the beginning goes, BOS stays
-    ids, start, cut = hellaswag.encode(WithBos(), "a: b", "we", 4)
-    assert (ids.tolist(), start, cut) == ([300, *b" b\x01e"], 3, 2)
+    for bos in ([300], [300, 301]):
+        encoding = SimpleNamespace(bos=bos, encode=WithBos().encode)
+        ids, start, cut = hellaswag.encode(encoding, "a: b", "we", len(bos) + 3)
+        assert (ids.tolist(), start, cut) == ([*bos, *b" b\x01e"], len(bos) + 2, 2)
     ids, start, cut = hellaswag.encode(BYTES, "a: b", "cdef", 3)  # nothing of the query left: one token must be input
     assert (decode(ids), start) == ("cdef", 1)
 

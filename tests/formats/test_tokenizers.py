@@ -109,7 +109,7 @@ def small():
 def test_bytes_tokenizer_is_utf8_and_reads_special_text_as_text(text):
     assert BYTES.encode(text).tolist() == list(text.encode())
     assert BYTES.decode(BYTES.encode(text)) == text
-    assert (BYTES.eos, BYTES.bos, BYTES.largest, BYTES.specials) == (256, None, 256, {"<|endoftext|>": 256})
+    assert (BYTES.eos, BYTES.bos, BYTES.largest, BYTES.specials) == (256, [], 256, {"<|endoftext|>": 256})
 
 
 def test_half_characters_are_replaced():
@@ -155,7 +155,7 @@ def test_rank_file_is_read_and_merges_are_used(tmp_path):
 def test_llama3_and_qwen_rank_files_get_their_special_tokens(tmp_path, n, ids, eos, n_vocab, pattern, nfc):
     encoding = get_tokenizer(rank_file(tmp_path / "tokenizer.model", n))
     assert {token: encoding.specials[token] for token in ids} == ids
-    assert (encoding.eos, encoding.bos, encoding.largest) == (eos, None, n_vocab - 1)
+    assert (encoding.eos, encoding.bos, encoding.largest) == (eos, [], n_vocab - 1)
     assert (encoding.ranks._pat_str, encoding.nfc) == (pattern, nfc)
     assert encoding.decode(encoding.encode("e\u0301")) == ("\u00e9" if nfc else "e\u0301")
 
@@ -419,11 +419,10 @@ def same_as_transformers(folder, texts=FOLDER_TEXTS):
     reference, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(str(folder))
     around = reference("a", split_special_tokens=True).input_ids
     body = tokenizer.encode("a").tolist()
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    after = around[len(bos) + len(body) :]  # an EOS of the template; documents get theirs anyway
+    after = around[len(tokenizer.bos) + len(body) :]  # an EOS of the template; documents get theirs anyway
     for text in texts:
         expected = reference(text, split_special_tokens=True).input_ids
-        assert [*bos, *tokenizer.encode(text), *after] == expected, repr(text)
+        assert [*tokenizer.bos, *tokenizer.encode(text), *after] == expected, repr(text)
     assert tokenizer.specials == reference.get_added_vocab()
     assert tokenizer.largest == max(reference.get_vocab().values())
     if reference.eos_token_id is not None:
@@ -582,12 +581,11 @@ def test_tokens_that_a_folder_names_get_the_ids_and_flags_of_transformers(tmp_pa
     same_as_transformers(folder_of(tmp_path / "m", tokenizer, {**config, "tokenizer_class": class_name}))
 
 
-def test_a_template_that_puts_two_tokens_before_a_text_is_refused(tmp_path):
+def test_a_template_may_put_two_tokens_before_a_text(tmp_path):
     tokenizer = trained(byte_level(True))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> <|endoftext|> $A", special_tokens=[("<|im_start|>", 1), ("<|endoftext|>", 0)])
-    with pytest.raises(ValueError, match="before a text: one token at most"):
-        get_tokenizer(str(folder_of(tmp_path / "m", tokenizer)))
+    assert same_as_transformers(folder_of(tmp_path / "m", tokenizer)).bos == [1, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -624,7 +622,7 @@ def test_ids_of_a_sentencepiece_model_are_those_of_its_library(pieces, tmp_path,
         ids = tokenizer.encode(text).tolist()
         assert ids == reference.encode(text), repr(text)
         assert tokenizer.decode(ids) == reference.decode(ids)
-    assert (tokenizer.largest, tokenizer.bos, tokenizer.eos) == (699, None, 2)
+    assert (tokenizer.largest, tokenizer.bos, tokenizer.eos) == (699, [], 2)
 
 
 ADDED = {"0": token("<unk>"), "1": token("<s>"), "2": token("</s>"), "700": token("<|im_end|>", rstrip=True),
@@ -632,9 +630,9 @@ ADDED = {"0": token("<unk>"), "1": token("<s>"), "2": token("</s>"), "700": toke
 
 
 @pytest.mark.parametrize("config, bos", [
-    (LLAMA, None), ({**LLAMA, "legacy": True}, None), ({**LLAMA, "add_bos_token": True}, 1),
-    ({**LLAMA, "legacy": False, "pad_token": "<pad>"}, None), ({**LLAMA, "add_prefix_space": False}, None),
-    ({**LLAMA, "eos_token": "<|im_end|>", "added_tokens_decoder": ADDED, "add_bos_token": True}, 1)])
+    (LLAMA, []), ({**LLAMA, "legacy": True}, []), ({**LLAMA, "add_bos_token": True}, [1]),
+    ({**LLAMA, "legacy": False, "pad_token": "<pad>"}, []), ({**LLAMA, "add_prefix_space": False}, []),
+    ({**LLAMA, "eos_token": "<|im_end|>", "added_tokens_decoder": ADDED, "add_bos_token": True}, [1])])
 @pytest.mark.parametrize("model_type", [None, "mistral"])
 @pytest.mark.parametrize("kind", ["llama", "words"])
 def test_a_sentencepiece_folder_and_what_transformers_saves_of_it(pieces, tmp_path, kind, config, bos, model_type):
@@ -682,7 +680,7 @@ def test_a_folder_of_tinyllamas_shape_has_the_bos_of_its_template(pieces, tmp_pa
             {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
     (tmp_path / "m/tokenizer.json").write_text(json.dumps(spec))
     tokenizer = same_as_transformers(tmp_path / "m")
-    assert tokenizer.bos == 1
+    assert tokenizer.bos == [1]
     assert tokenizer.decode(tokenizer.encode("x  y")) == "x  y"
 
 
@@ -745,6 +743,14 @@ def with_own_code(path, pieces):
     folder_of(path, trained(DIGITS), {"tokenizer_class": "GPT2Tokenizer", "auto_map": auto_map}, "granite")
 
 
+def whisper(path, pieces):
+    """Puts two tokens before a text."""
+    spec = json.loads(trained(byte_level(True)).to_str())
+    for i, word in enumerate(["<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>"], 600):
+        spec["added_tokens"].append({"id": i, **token(word)})
+    folder_of(path, Tokenizer.from_str(json.dumps(spec)), {"tokenizer_class": "WhisperTokenizer"})
+
+
 def words_as_llama(path, pieces):
     """A tokenizer.json of whole words, with a class that makes pairs."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "def": 2, "a": 3}, unk_token="<unk>"))
@@ -753,8 +759,8 @@ def words_as_llama(path, pieces):
 
 
 @pytest.mark.parametrize("make, bos, eos", [
-    (wordpiece, 2, None), (unigram, None, 2), (ctrl, None, None), (byt5, None, 1), (mistral, None, 0),
-    (versioned, None, 0), (with_own_code, None, 0), (words_as_llama, None, 5)])
+    (wordpiece, [2], None), (unigram, [], 2), (ctrl, [], None), (byt5, [], 1), (mistral, [], 0), (versioned, [], 0),
+    (whisper, [600, 602], 0), (with_own_code, [], 0), (words_as_llama, [], 5)])
 def test_a_folder_of_another_class_has_the_ids_and_the_text_of_transformers(tmp_path, capsys, pieces, make, bos, eos):
     import transformers
 
@@ -783,10 +789,9 @@ def test_a_fingerprint_of_a_class_in_python_changes_with_its_files_and_not_with_
     ({"tokenizer_class": "LlamaTokenizer"}, "m lacks the vocabulary of its LlamaTokenizer$"),
     ({"tokenizer_class": "CTRLTokenizer"}, "transformers .* cannot read .*m: "),
     ({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}, "contains custom code"),
-    ({"tokenizer_class": "WhisperTokenizer"}, "one token at most can be used"),
     ({"tokenizer_class": 5}, "transformers .* cannot read .*tokenizer.json: ")])
 def test_a_folder_that_transformers_cannot_read_either_is_one_line(tmp_path, small, config, message):
-    folder = folder_of(tmp_path / "m", small if config["tokenizer_class"] in (5, "WhisperTokenizer") else None, config)
+    folder = folder_of(tmp_path / "m", small if config["tokenizer_class"] == 5 else None, config)
     with pytest.raises(UserError, match=message) as caught:
         get_tokenizer(str(folder))
     assert "\n" not in str(caught.value)
@@ -802,18 +807,18 @@ def test_a_folder_says_what_begins_and_ends_a_text(tmp_path, small):
     start, end = "<|im_start|>", "<|endoftext|>"
     # as in transformers 5, tokenizer.json's template decides, not add_bos_token
     typed = {"__type": "AddedToken", **token(start)}
-    for config, bos, eos in [(None, 1, 0), ({"add_bos_token": False, "bos_token": start}, 1, 0), ({}, 1, 0),
-                             ({"eos_token": start}, 1, 1), ({"eos_token": typed}, 1, 1), ({"eos_token": None}, 1, 0)]:
+    for config, eos in [(None, 0), ({"add_bos_token": False, "bos_token": start}, 0), ({}, 0),
+                        ({"eos_token": start}, 1), ({"eos_token": typed}, 1), ({"eos_token": None}, 0)]:
         changed(small, tmp_path / "tokenizer.json", post_processor=post)
         if config is not None:
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         tokenizer = get_tokenizer(str(tmp_path))
-        assert (tokenizer.bos, tokenizer.eos) == (bos, eos), config
+        assert (tokenizer.bos, tokenizer.eos) == ([1], eos), config
         assert tokenizer.name == tmp_path.name
         assert tokenizer.named_tokens.get("eos_token") == (start if eos == 1 else None)
     changed(small, tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": end}))
-    assert get_tokenizer(str(tmp_path)).bos is None
+    assert get_tokenizer(str(tmp_path)).bos == []
 
 
 def test_a_folders_chat_template_is_read_from_each_place_where_transformers_looks(tmp_path, small):
