@@ -29,11 +29,12 @@ from plumbing import schema
 from plumbing.compiling import CompileConfig
 from plumbing.errors import UserError
 from plumbing.ranks import process_rank
-from plumbing.schema import Natural, PositiveFloat, PositiveInt, to_python
+from plumbing.schema import Natural, PositiveInt, to_python
 
 REPO = Path(__file__).resolve().parent
 # times a million it has to fit into 64 bits
 Seed = Annotated[int, "0 <= int < 2**40", lambda seed: 0 <= seed < 2**40]
+Minutes = Annotated[float, "0 < float <= 300", lambda minutes: 0 < minutes <= 300]  # process groups wait 6 hours
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,7 @@ class Config:
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # gradient reduction over ranks; bfloat16: half the bytes
     reduce_each_pass: bool = True  # False: reduce gradients once a step, and hold whole ones until then
     shard_one_rank: bool = False  # run FSDP2 on a single rank too, which takes 7 to 17% of the step
-    timeout_minutes: PositiveFloat = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
+    timeout_minutes: Minutes = 10.0  # end the run if a rank is stuck for so long; 30 more before the first step
     # when something is wrong
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is a GPU
     deterministic: bool = False  # bitwise repeatable kernels only (torch.use_deterministic_algorithms)

@@ -8,7 +8,6 @@ import ast
 import difflib
 import inspect
 import io
-import sys
 import tokenize
 import types
 import typing
@@ -16,6 +15,7 @@ from dataclasses import fields, is_dataclass
 from typing import Annotated, Literal
 
 UNIONS = typing.Union, types.UnionType  # Optional[int], int | None
+LARGEST = 3.4028234e38  # of float32, in which models and optimizers compute: larger numbers fit no field
 PositiveInt = Annotated[int, "int >= 1", lambda value: value >= 1]
 Natural = Annotated[int, "int >= 0", lambda value: value >= 0]
 PositiveFloat = Annotated[float, "float > 0", lambda value: value > 0]
@@ -63,7 +63,7 @@ def suggest(name, names, form="{}"):
 
 
 def fits(value, kind):
-    """Whether `value` is of a field's type. An int fits float, a bool does not fit int, nan and inf fit nothing."""
+    """Whether `value` is of a field's type. An int fits float, a bool does not fit int, nan fits nothing."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         kind, _, in_range = args
@@ -79,7 +79,7 @@ def fits(value, kind):
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if kind is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return type(value) in (int, float) and abs(value) <= LARGEST
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

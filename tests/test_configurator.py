@@ -420,7 +420,11 @@ def test_zero_has_a_meaning_and_less_has_none(name):
                               "'--optim.betas=[...]'"),
     ("--optim.offload=1.5", "0 <= float <= 1"),
     ("--fp8.stats_interval=-1", "int >= 0"),
-    ("--timeout_minutes=0", "float > 0"),
+    ("--timeout_minutes=0", "0 < float <= 300"),
+    ("--timeout_minutes=301", "0 < float <= 300"),
+    ("--optim.lr=1e39", "float >= 0"),
+    ("--optim.betas=(0.9,1e999)", "tuple[0 <= float < 1, 0 <= float < 1] as a Python literal, in shell quotes: "
+                                  "'--optim.betas=[...]'"),
     ("--data.workers=-1", "int >= 0"),
     ("--model.n_layer=0", "int >= 1"),
     ("--model.sliding_window=0", "int >= 1 | None"),
