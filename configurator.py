@@ -124,6 +124,8 @@ class Config:
                    "fp8.force_recompute_fp8_weight_in_bwd=True keeps none: change one of the three")
         if self.fp8.keep_casts and not self.compile.enabled:
             yield "fp8.keep_casts=True needs compile.enabled=True: without compile, torchao casts again in backward"
+        if self.fp8.offload_weights and not self.optim.offload:
+            yield "fp8.offload_weights=True moves the weights that optim.offload moves, which is 0: set both or neither"
         if self.fp8.keep_casts and self.activation_checkpoint == "full":
             yield ("fp8.keep_casts=True keeps what activation_checkpoint=full recomputes: set fp8.keep_casts=False, or "
                    "activation_checkpoint=none or selective")

@@ -117,6 +117,7 @@ class FP8Config:
     precompute_float8_dynamic_scale_for_fsdp: bool = False  # one all-reduce of all scales after each optimizer step
     force_recompute_fp8_weight_in_bwd: bool = False  # keep no FP8 copy of a weight from forward to backward
     keep_casts: bool = False  # backward reads the casts of forward; weights are cast once a step, not once a pass
+    offload_weights: bool = False  # weights that are cast once a step are in host memory, as optim.offload says
     recipes: dict[str, Literal[tuple(RECIPES)] | None] = field(
         default_factory=dict)  # of single modules, e.g. {"layers.0": None}; None: high precision; the last match counts
     filter_fqns: list[str] = field(default_factory=list)  # modules left in high precision, e.g. ["lm_head"]
@@ -144,6 +145,8 @@ class FP8Config:
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield ("fp8.precompute_float8_dynamic_scale_for_fsdp=True has nothing to precompute without "
                    "fp8.enable_fsdp_float8_all_gather=True: set both or neither")
+        if self.offload_weights and not self.keep_casts:
+            yield "fp8.offload_weights=True needs fp8.keep_casts=True: passes read the casts, not the weights"
         for key, other, reason in (
                 ("keep_casts", "force_recompute_fp8_weight_in_bwd", "one keeps FP8 copies for backward, one none"),
                 ("grad_fast_accum", "emulate", "emulated FP8 accumulates in float32, not in tensor cores"),
@@ -327,7 +330,7 @@ def convert(model, cfg, *, shards, accumulation=1):
                                  f"torch {torch.__version__}, which makes FP8 values NaN: install the versions in "
                                  "requirements.txt")
             weight_class, mm_config = fp8_weights.GatherInFP8, layer.linear_mm_config
-            if cfg.keep_casts and recipe.keep_casts and accumulation > 1 and not shards:
+            if casts_once(name, cfg) and accumulation > 1 and not shards:
                 layer.__class__ = fp8_weights.CastOnce  # one cast serves all passes of a step
         if gathers(name, cfg, shards):
             weight = weight_class(layer.weight, mm_config, recipe.output[1].dtype)
@@ -343,6 +346,17 @@ def gathers(name, cfg, shards):
     return bool(cfg.enable_fsdp_float8_all_gather and shards and name and RECIPES[name].gather_rows)
 
 
+def casts_once(name, cfg):
+    """Whether layers with recipe `name` (None: high precision) cast their weights once for all passes of a step."""
+    return bool(cfg.enabled and cfg.keep_casts and name and RECIPES[name].keep_casts
+                and "block" not in RECIPES[name].scalings)
+
+
+def weight_casts(model):
+    """{name of a weight: the function that renews its cast, given its values} of layers that cast once a step."""
+    return {f"{fqn}.weight": m.cast_weight for fqn, m in float8_linears(model).items() if hasattr(m, "cast_weight")}
+
+
 @torch.no_grad()
 def prepare_weights(model, cfg, *, shards):
     """Compute what the passes of one step share of the FP8 weights. Call it whenever weights change."""
@@ -350,6 +364,7 @@ def prepare_weights(model, cfg, *, shards):
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
         precompute_float8_dynamic_scale_for_fsdp(model)  # one all-reduce for the scales of all weights
-    for linear in float8_linears(model).values():
-        if hasattr(linear, "cast_weight"):
-            linear.cast_weight()
+    for name, cast in weight_casts(model).items():
+        weight = model.get_parameter(name)
+        if not hasattr(weight, "on_host"):  # else AdamW casts what it updates
+            cast(weight)

@@ -245,7 +245,7 @@ class AdamW:
                 self.state[kind][name] = zeros(shape, dtype=dtype, device=w.device)
         for name, master in self.masters.items():
             master.copy_(self.weights[name])
-        self.grads = {}
+        self.grads, self.casts = {}, {}
         self.update = adamw_
         # With FP8 moments one kernel serves matrices of any size, and is as fast as one for each. Without, one for each
         # of a model's few sizes reached 2.9 TB/s on an H100, one for all 2.4. A CPU gains nothing from that.
@@ -258,6 +258,19 @@ class AdamW:
     def masters(self):
         """{name: float32 copy of this rank's rows of a weight}; whoever loads weights fills these too. May be empty."""
         return self.state.get("master", {})
+
+    def offload_weights(self, casts):
+        """Move weights into host memory, of which passes read an FP8 cast only; their parameters become nan.
+
+        casts: {name: a function that renews the cast, given the whole weight on the GPU}. Only those move whose state
+        is in host memory.
+        """
+        self.casts = {name: cast for name, cast in casts.items() if name in self.offloaded}
+        for name in self.casts:
+            p, w = self.params[name], self.weights[name]
+            p.on_host = self.weights[name] = host_zeros(w.shape, w.dtype, w.device)
+            p.on_host.copy_(w)
+            p.data = w.new_full((), math.nan).expand(w.shape)
 
     def unfilled(self):
         """Names of weights and masters that hold nan, because nothing has filled them."""
@@ -312,17 +325,20 @@ class AdamW:
         decay_of_matrices, no_decay = scalar(cfg.weight_decay), scalar(0.0)
         todo = [(name, part, {kind: tensors[name][part] for kind, tensors in self.state.items() if name in tensors})
                 for name, w in self.weights.items() if name in self.grads for part in pieces(w)]
+        for name, part, state in todo:
+            if name in self.casts:
+                state["p"] = self.weights[name][part]
         copies = streamed([state for name, _, state in todo if name in self.offloaded], grad_norm.device)
         for i, (name, part, state) in enumerate(todo):
-            w = self.weights[name]
             if name in self.grads:  # its first piece; the gradient before this one is freed
                 g = self.grads.pop(name)
             if name in self.offloaded:
                 state = next(copies)
+            w = state["p"] if name in self.casts else self.weights[name][part]
             in_fp8 = cfg.fp8_moments and w.ndim == 2
             shape = (-1, fp8_block(w.shape[1])) if in_fp8 else (-1,)
             rows = {kind: t.view((-1, 1) if kind.endswith("_unit") else shape) for kind, t in state.items()}
-            rows |= {"p": w[part].view(shape), "g": g[part].view(shape)}
+            rows |= {"p": w.view(shape), "g": g[part].view(shape)}
             if self.any_size:
                 for t in rows.values():
                     torch._dynamo.maybe_mark_dynamic(t, 0)
@@ -333,4 +349,8 @@ class AdamW:
                 seed = torch.full((), bits, dtype=torch.int32, device=w.device)
             self.update(rows["p"], rows["g"], m, v, rows.get("master"), seed=seed,
                         decay=decay_of_matrices if w.ndim >= 2 else no_decay, **shared)
+            if name in self.casts:
+                g[part].copy_(w)  # the gradient is used up: here the whole weight comes together
+                if part.stop >= len(g):
+                    self.casts[name](g)
         next(copies, None)  # resume it once more, to write the last piece back

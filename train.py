@@ -72,6 +72,8 @@ def main():
     # Ranks that share one copy of the weights. 0: no FSDP2, whose copies cost a single rank 7 to 17% of the step.
     n_shards = world_size // replicas if world_size > 1 or config.shard_one_rank else 0
     ranks.watch(config.timeout_minutes)
+    if config.fp8.enabled and config.fp8.offload_weights and (n_shards or accumulation == 1):
+        raise UserError("fp8.offload_weights=True needs one rank, and several passes a step: raise global_batch_size")
     if n_shards:
         join_process_group(ranks)
         check_same(flat(replace(config, data=None, init_from="")))  # data is checked below: its paths may differ
@@ -190,6 +192,8 @@ def main():
         say(f"weights: {config.init_from}")
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.prepare_weights(model, config.fp8, shards=n_shards)
+    if config.fp8.enabled and config.fp8.offload_weights:
+        optimizer.offload_weights(fp8.weight_casts(model))
     saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep,
                              background=estimate.saves_in_background(config) and not no_room)
     on_host = f", and {host_gib:.1f} GiB of host memory" if host_gib >= 0.05 else ""

@@ -52,6 +52,8 @@ def memory(config, shards, accumulation):
     held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
     always = held * size + optimizer_bytes(config, model, shards)[0]  # weights, masters and moments
+    if accumulation > 1 and not shards:
+        always -= offloaded_weights(config, model)
     if config.cuda_graph and accumulation > 1:
         always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
@@ -121,17 +123,26 @@ def optimizer_bytes(config, model, shards):
     return sum(sizes.values()) - on_host, on_host
 
 
+def offloaded_weights(config, model):
+    """Bytes of the weights that fp8.offload_weights keeps in host memory: with several passes a step, on one GPU."""
+    names = optim.offloaded(config.optim, dict(model.named_parameters())) if config.fp8.offload_weights else ()
+    moved = [layer.weight.numel() for fqn, layer in fp8.linear_layers(model).items()
+             if f"{fqn}.weight" in names and fp8.casts_once(fp8.recipe_of(fqn, config.fp8), config.fp8)]
+    return sum(moved) * getattr(torch, config.dtype).itemsize
+
+
 def saves_in_background(config):
     """Whether training goes on while a checkpoint is written: not for one at the end only, which it waits for."""
     return config.async_checkpoint and 0 < config.checkpoint_interval < config.max_steps
 
 
 def host_memory(config, shards):
-    """GiB of host memory per rank: (optimizer state that is kept there, copy that checkpoints are written from)."""
+    """GiB of host memory per rank: (state and weights that are kept there, copy that checkpoints are written from)."""
     model = models.on_meta(config.model)
     on_gpu, on_host = optimizer_bytes(config, model, shards)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize / max(1, shards)
-    return on_host / 2**30, saves_in_background(config) * (weights + on_gpu + on_host) / 2**30
+    copied = saves_in_background(config) * (weights + on_gpu + on_host)
+    return (on_host + offloaded_weights(config, model)) / 2**30, copied / 2**30
 
 
 def host_capacity():
@@ -169,13 +180,13 @@ def check_memory(config, shards, accumulation, device):
     for key, value in (("fp8.keep_casts", False), ("activation_checkpoint", "selective"),
                        ("activation_checkpoint", "full"), ("loss_chunks", 8), ("micro_batch_size", 1),
                        ("optim.fp8_moments", True), ("optim.weights", "stochastic_rounding"), ("optim.offload", 1.0),
-                       ("reshard_after_forward", True), ("reduce_each_pass", True), ("reduce_dtype", "bfloat16"),
-                       ("fp8.force_recompute_fp8_weight_in_bwd", True)):
+                       ("fp8.offload_weights", True), ("reshard_after_forward", True), ("reduce_each_pass", True),
+                       ("reduce_dtype", "bfloat16"), ("fp8.force_recompute_fp8_weight_in_bwd", True)):
         changed = copy.deepcopy(config)
         *section, name = key.split(".")
         setattr(getattr(changed, section[0]) if section else changed, name, value)
         less = memory(changed, shards, accumulation * config.micro_batch_size // changed.micro_batch_size)
-        if less < 0.99 * gib and (on_gpu or key != "optim.offload") and not list(changed.problems()):
+        if less < 0.99 * gib and (on_gpu or "offload" not in key) and not list(changed.problems()):
             helps.append(f"{key}={value} ({less:.1f})")
     remedy = f"Lower it: {', '.join(helps)}; use" if helps else "Use"
     raise UserError(f"this run needs about {gib:.1f} GiB per rank, there are {capacity:.1f}. {remedy} more GPUs, a "

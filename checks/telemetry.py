@@ -110,10 +110,11 @@ class ReportCasts(torch.autograd.Function):
         from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
 
         x, weight = ctx.saved_tensors  # selective recompute allows to read them once
+        elsewhere = weight.stride(0) == 0  # in host memory (AdamW.offload_weights)
         gathered = isinstance(weight, blockwise.GatheredBlocks) or tensor_already_casted_to_fp8(weight)
         # reshaped as torchao does, or the compiler sees two casts instead of one
         tensors, done = {"x": x.reshape(-1, x.shape[-1]), "g": g.reshape(-1, g.shape[-1])}, set()
-        tensors["w_t"] = None if gathered else weight.t()
+        tensors["w_t"] = None if gathered or elsewhere else weight.t()
         for i, (_, name, matmul, operand, dim) in enumerate(CASTS):
             t, casts = tensors[name], getattr(ctx.recipe, matmul)
             if casts is None or t is None or (name, casts[operand]) in done:
@@ -157,6 +158,8 @@ def health(model, run, step):
                 casts, scale = shard.fsdp_pre_all_gather(mesh[mesh.mesh_dim_names[-1]])
                 parts = (shard._tensor, *casts, *scale) if scale else block_parts(shard._tensor, *casts)
                 m.seen[1] = torch.ops.nanofp8.cast_stats(*parts)
+            elif hasattr(shard, "on_host"):
+                m.seen[1] = torch.ops.nanofp8.cast_stats(shard.on_host.to(device), m.cast, m.scale)
         seen = torch.stack([m.seen for m in classes])
     finally:
         for m, kind in classes.items():

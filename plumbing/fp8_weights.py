@@ -92,10 +92,10 @@ class CastOnce(Float8Linear):
         y = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
         return y if self.bias is None else y + self.bias
 
-    def cast_weight(self):
-        """Cast the weight as it is now: after each optimizer step."""
+    def cast_weight(self, weight):
+        """Cast the weight, with the values of `weight`: whenever they change."""
         dtype = self.config.cast_config_weight.target_dtype
         if self.cast is None:  # cuda_graph wants the same memory in every step
-            self.cast, self.scale = torch.empty_like(self.weight, dtype=dtype), self.weight.new_empty(()).float()
-        self.scale.copy_(amax_to_scale(torch.linalg.vector_norm(self.weight, math.inf), dtype))
-        self.cast.copy_(one_pass_cast(self.weight, self.scale, dtype))
+            self.cast, self.scale = torch.empty_like(weight, dtype=dtype), weight.new_empty(()).float()
+        self.scale.copy_(amax_to_scale(torch.linalg.vector_norm(weight, math.inf), dtype))
+        self.cast.copy_(one_pass_cast(weight, self.scale, dtype))

@@ -32,15 +32,17 @@ def host_zeros(shape, dtype, device):
 def streamed(pieces, device):
     """Yield a copy of each piece on `device`, and write back to host memory what the caller has changed in it.
 
-    pieces: [{name: tensor in host memory}], all with the same names and dtypes. The next one is read and the previous
-    one written meanwhile, each on a stream of its own; all are complete when the current stream is.
+    pieces: [{name: tensor in host memory}], one dtype for each name. The next one is read and the previous one
+    written meanwhile, each on a stream of its own; all are complete when the current stream is.
     """
     if not pieces:
         return
     gpu = torch.get_device_module(device)
     computing, reading, writing = gpu.current_stream(), gpu.Stream(), gpu.Stream()
-    sizes = {name: max(piece[name].numel() for piece in pieces) for name in pieces[0]}
-    buffers = [{name: torch.empty(size, dtype=pieces[0][name].dtype, device=device) for name, size in sizes.items()}
+    largest = {}  # {name: its largest tensor}
+    for name, tensor in (item for piece in pieces for item in piece.items()):
+        largest[name] = max(largest.get(name, tensor), tensor, key=torch.Tensor.numel)
+    buffers = [{name: torch.empty(t.numel(), dtype=t.dtype, device=device) for name, t in largest.items()}
                for _ in range(BUFFERS)]
     copies = [{name: buffers[i % BUFFERS][name][: t.numel()].view(t.shape) for name, t in piece.items()}
               for i, piece in enumerate(pieces)]

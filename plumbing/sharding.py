@@ -12,8 +12,11 @@ def local_shard(p):
 
 
 def plain_local(p):
-    """This rank's rows of parameter `p` as a plain tensor, without DTensor and FP8 wrappers; no copy."""
-    shard = local_shard(p)
+    """This rank's rows of parameter `p` as a plain tensor, without DTensor and FP8 wrappers; no copy.
+
+    In host memory if they are there (AdamW.offload_weights).
+    """
+    shard = getattr(p, "on_host", local_shard(p))
     return getattr(shard, "_tensor", shard).detach()
 
 
