@@ -461,7 +461,7 @@ def test_an_out_dir_that_cannot_be_written_to_is_reported(tmp_path, monkeypatch)
 
 FP8_ON = ["--fp8.enabled=True", "--fp8.emulate=True"]
 KEEP = [*FP8_ON, "--fp8.keep_casts=True"]
-COMPILED = [*KEEP, "--compile.enabled=True"]
+COMPILED, MOVED = [*KEEP, "--compile.enabled=True"], ["--fp8.offload_weights=True", "--optim.offload=0.1"]
 RECOMPUTED = [*FP8_ON, "--fp8.force_recompute_fp8_weight_in_bwd=True", "--reshard_after_forward=False"]
 HALF_TURNED, SOME_TURN = "--model.rope_fraction=0.5", "--model.no_rope_interval=4"
 REFUSED = [  # for each condition of each problems(): keys that contradict each other, nearest ones that do not, message
@@ -496,6 +496,8 @@ REFUSED = [  # for each condition of each problems(): keys that contradict each 
     ([*COMPILED, RECOMPUTED[2]], COMPILED, "contradicts fp8.force_recompute_fp8_weight_in_bwd=True"),
     ([*RECOMPUTED, "--fp8.enable_fsdp_float8_all_gather=True"], RECOMPUTED, "change one of the three"),
     (KEEP, ["--fp8.keep_casts=True"], "fp8.keep_casts=True needs compile.enabled=True"),
+    ([*FP8_ON, *MOVED], [*COMPILED, *MOVED], "fp8.offload_weights=True needs fp8.keep_casts=True"),
+    ([*COMPILED, MOVED[0]], [*COMPILED, *MOVED], "the weights that optim.offload moves, which is 0"),
     ([*COMPILED, "--activation_checkpoint=full"], [*COMPILED, "--activation_checkpoint=selective"],
      "keeps what activation_checkpoint=full recomputes"),
 ]

@@ -24,6 +24,7 @@ from optim import (
     store_moment,
     to_fp8,
 )
+from plumbing.sharding import plain_local
 from plumbing.storage import Reader
 
 
@@ -271,10 +272,11 @@ def test_weight_decay_spares_norms():
 # state in host memory
 
 
-def trained(cfg, dtype, steps=3):
+def trained(cfg, dtype, steps=3, casts=()):
     """The weights and the optimizer of a small model after some steps, one of them without a gradient for a weight."""
     model = toy(dtype, 256)
     optimizer = AdamW(model, cfg, seed=1, compiled=False)
+    optimizer.offload_weights(dict(casts))
     for step in range(steps):
         set_gradients(model, step)
         if step == 1:
@@ -297,6 +299,22 @@ def test_updates_with_offloaded_state_are_the_same_bit_for_bit(dtype, weights, f
         for kind, tensors in optimizer.state.items():
             assert all(torch.equal(offloading.state[kind][name].view(torch.uint8), tensor.view(torch.uint8))
                        for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("keys", [dict(weights="fp32_master"), dict(weights="stochastic_rounding", fp8_moments=True)])
+def test_weights_in_host_memory_get_the_same_updates_and_their_casts_are_renewed(keys, monkeypatch):
+    monkeypatch.setattr(optim, "PIECE", 3000)
+    kept, _ = trained(OptimConfig(**keys), torch.bfloat16)
+    cast = {"0.weight": [], "2.weight": []}
+    renew = {name: lambda w, seen=seen: seen.append(w.clone()) for name, seen in cast.items()}
+    params, optimizer = trained(OptimConfig(**keys, offload=1.0), torch.bfloat16, casts=renew.items())
+    assert all(torch.equal(optimizer.weights[name], kept[name]) for name in kept)
+    assert all(torch.equal(seen[-1], kept[name]) for name, seen in cast.items())
+    assert {name: len(seen) for name, seen in cast.items()} == {"0.weight": 2, "2.weight": 3}  # updates of each
+    for name, p in params.items():
+        assert p.isnan().all() == (name in cast) and torch.equal(plain_local(p), kept[name])
+    _, optimizer = trained(OptimConfig(**keys, offload=0.5), torch.bfloat16, casts=renew.items())
+    assert list(optimizer.casts) == ["2.weight"]  # the only one whose state moved
 
 
 @pytest.mark.parametrize("offload", [0.0, 1.0])

@@ -1,6 +1,7 @@
 """train.py, run as a user runs it: the same training on any number of ranks, exact resume, and what a run leaves."""
 
 import ast
+import functools
 import itertools
 import json
 import shutil
@@ -205,6 +206,46 @@ def test_real_fp8_trains_as_emulated(tiny_run, tmp_path, keys, real, real_fp8_on
         train_here(*args, *more, f"--fp8.emulate={emulate}", f"--out_dir={tmp_path / str(emulate)}")
         assert "matmuls ran in one pass" in (told := capsys.readouterr().out) and ("emulated" in told) == emulate
     assert largest_gap(metrics(tmp_path / "False"), metrics(tmp_path / "True")) < FP8_NOISE
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_in_host_memory_train_as_those_on_the_device(tiny_run, tmp_path, monkeypatch, device):
+    if device == "cpu":  # as in train_many.py
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    args = [*tiny_run, *COMPILE, *FP8[:: 1 if device == "cpu" else 2], "--fp8.keep_casts=True", "--micro_batch_size=2",
+            "--fp8.stats_interval=3", "--eval_interval=3", "--checkpoint_interval=3", "--keep=0", FLAT,
+            f"--device={device}", "--dtype=bfloat16", "--optim.weights=stochastic_rounding", "--optim.fp8_moments=True",
+            "--optim.offload=0.6"]
+    moved, offload_weights = [], AdamW.offload_weights
+
+    def spy(self, casts):
+        offload_weights(self, casts)
+        moved.append(len(self.casts))
+        assert len(self.casts) < len(casts) and all(self.params[name].isnan().all() for name in self.casts)
+
+    monkeypatch.setattr(AdamW, "offload_weights", spy)
+    for name, keys in (("stays", []), ("moves", ["--fp8.offload_weights=True", "--max_steps=3"]),
+                       ("moves", ["--fp8.offload_weights=True"])):
+        train_here(*args, *keys, f"--out_dir={tmp_path / name}")
+    assert len(moved) == 2 and moved[0] == moved[1] > 0
+    stays, moves = metrics(tmp_path / "stays"), metrics(tmp_path / "moves")
+    assert stays.train[6]["loss"] < stays.train[1]["loss"] and len(moves.train) == 6
+    assert largest_gap(moves, stays) <= (0 if device == "cpu" else FP8_NOISE)
+    if device == "cpu":
+        found = []
+        for out in (tmp_path / "stays", tmp_path / "moves"):
+            health = [row for row in logs.read_metrics(out) if "fp8_layer" in row and row["step"] in (3, 6)]
+            found.append((health, [path.read_bytes() for path in sorted(out.rglob("*.distcp"))]))
+        (health, files), moved = found
+        assert moved == (health, files) and all("weight" in row for row in health) and len(health) == 16 and files
+
+
+def test_weights_in_host_memory_need_several_passes_on_one_rank(tiny_run, tmp_path):
+    keys = [*tiny_run, *COMPILE, *FP8, "--fp8.keep_casts=True", "--optim.offload=1", "--fp8.offload_weights=True",
+            f"--out_dir={tmp_path / 'out'}"]
+    for more in (["--micro_batch_size=8"], ["--micro_batch_size=2", *ONE_SHARD]):
+        with pytest.raises(UserError, match="^fp8.offload_weights=True needs one rank, and several passes a step"):
+            train_here(*keys, *more)
 
 
 @pytest.mark.gpu

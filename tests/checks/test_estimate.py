@@ -344,6 +344,19 @@ def test_offloaded_state_moves_from_the_gpu_to_the_host(shards, ranks):
     assert all(device + host == pytest.approx(gib[0.0][0]) for device, host in gib.values())
 
 
+def test_offloaded_weights_are_not_on_the_gpu_where_they_are_cast_once_a_step():
+    config = llama_8b(optim=OptimConfig(weights="stochastic_rounding", offload=1.0), activation_checkpoint="selective",
+                      fp8=FP8Config(enabled=True, keep_casts=True, filter_fqns=["lm_head", "layers.0"]))
+    kept = estimate.memory(config, 0, 8), estimate.host_memory(config, 0)[0], estimate.memory(config, 0, 1)
+    config.fp8.offload_weights = True
+    moved = 2 * 31 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) / 2**30  # bf16
+    assert kept[0] - estimate.memory(config, 0, 8) == pytest.approx(moved)
+    assert estimate.host_memory(config, 0)[0] - kept[1] == pytest.approx(moved)
+    assert estimate.memory(config, 0, 1) == kept[2]
+    config.fp8.enabled = False
+    assert estimate.host_memory(config, 0)[0] == pytest.approx(kept[1])
+
+
 def test_offloading_is_offered_and_refused_where_the_host_has_too_little(monkeypatch):
     card, gpu = SimpleNamespace(total_memory=60 * 2**30), SimpleNamespace(type="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
