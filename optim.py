@@ -342,6 +342,8 @@ class AdamW:
             if self.any_size:
                 for t in rows.values():
                     torch._dynamo.maybe_mark_dynamic(t, 0)
+                    if in_fp8:  # a kernel for each width of blocks, or Triton fails
+                        torch._dynamo.mark_static(t, 1)
             m, v = [(rows[f"{kind}_fp8"], rows[f"{kind}_unit"]) if in_fp8 else rows[kind] for kind in MOMENTS]
             seed = None
             if self.rounds_weights or in_fp8:
