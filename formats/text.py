@@ -185,6 +185,7 @@ def make_once(folder, make):
                 make(work)
             if not folder.is_dir():  # the same, without locks
                 work.rename(folder)
+            shutil.rmtree(work, ignore_errors=True)  # what the other one has made stays
         except Exception:
             shutil.rmtree(work, ignore_errors=True)
             raise
