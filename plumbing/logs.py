@@ -171,7 +171,7 @@ def continue_metrics(file, start):
         earlier = next(f for n in itertools.count(1) if not (f := out_dir / f"earlier_{n}").exists())
         earlier.mkdir()
         shutil.copy(out_dir / "metrics.jsonl", earlier)  # not moved: the file holds the lock
-        for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png"):
+        for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png", "tensorboard"):
             if (out_dir / name).exists():
                 (out_dir / name).rename(earlier / name)
     with (out_dir / "metrics.jsonl").open("rb") as lines:

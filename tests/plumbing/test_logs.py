@@ -214,7 +214,7 @@ def test_metrics_of_a_killed_run_are_read_and_continued_at_any_step(tmp_path):
 
 
 def test_all_that_a_run_has_written_is_set_aside_when_another_begins(tmp_path):
-    written = {"config.py", "run.json", "loss.png", "fp8_health.png", "checkpoints"}
+    written = {"config.py", "run.json", "loss.png", "fp8_health.png", "checkpoints", "tensorboard"}
     for name in written:
         (tmp_path / name).touch()
     with logs.open_metrics(tmp_path) as metrics:
