@@ -99,6 +99,7 @@ def main():
     model = models.on_meta(config.model).to(dtype)
     say(f"attention: {attention.select_kernel(model, config, device)}")
     cudagraph.check(config, n_shards, device)
+    recorder = StepRecorder(config, out_dir, ranks)
     check_fp8 = functools.partial(fp8.check, model=model, device=device, compiled=config.compile.enabled,
                                   shards=n_shards, loss_chunks=config.loss_chunks)
     if config.fp8.enabled:
@@ -272,7 +273,7 @@ def main():
     timer = logs.StepTimer(ranks, start_step, previous_run["time_s"], max_steps=config.max_steps,
                            tokens=tokens_per_step, flops=flops_per_token, peak_flops=peak_flops)
     n_skipped = 0  # updates since the last log line
-    signals, recorder = StopSignals(), StepRecorder(config, out_dir, ranks)
+    signals = StopSignals()
     for step in range(start_step + 1, config.max_steps + 1):
         first, last = step == start_step + 1, step == config.max_steps
         recorder.begin(step)

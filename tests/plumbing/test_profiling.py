@@ -21,9 +21,10 @@ def test_the_trace_of_a_step_has_its_matmuls_and_no_other_steps(tiny_run, tmp_pa
     assert names.count("aten::mm") == 2 * 3 * (2 * 4 + 1)
 
 
-def test_memory_without_a_gpu_and_steps_that_never_come_are_errors(tiny_run):
+def test_memory_without_a_gpu_and_steps_that_never_come_are_errors(tiny_run, tmp_path, capsys):
     with pytest.raises(UserError, match="memory_step records the memory of a GPU"):
-        train_here(*tiny_run, "--memory_step=1")
+        train_here(*tiny_run, "--memory_step=1", f"--out_dir={tmp_path}")
+    assert "data:" not in capsys.readouterr().out and not list(tmp_path.iterdir())  # nothing slow, nothing set aside
     for key in ("profile_step", "memory_step"):
         assert list(Config(max_steps=5, **{key: 6}).problems()) == [
             f"{key}=6 must be a step: 1 to max_steps=5, 0: none"]
