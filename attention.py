@@ -142,8 +142,8 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3: wavelengths below original / high_freq_factor stay
     beta_fast: float = 32.0  # yarn: frequencies with more turns than this in the original context stay
     beta_slow: float = 1.0  # yarn: frequencies with fewer turns are stretched in full
-    short_factors: list[float] = field(default_factory=list)  # longrope: divisor of each frequency
-    long_factors: list[float] = field(default_factory=list)  # longrope: the same beyond the original context
+    short_factors: list[PositiveFloat] = field(default_factory=list)  # longrope: divisor of each frequency
+    long_factors: list[PositiveFloat] = field(default_factory=list)  # longrope: the same beyond the original context
     attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; None: as in the papers
 
 

@@ -51,7 +51,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # lm_head uses the embedding matrix
     embedding_multiplier: float = 1.0  # Granite's multipliers: of the embedding,
     residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream,
-    attention_multiplier: float | None = None  # of attention's scores (None: 1 / sqrt(head_dim)),
+    attention_multiplier: PositiveFloat | None = None  # of attention's scores (None: 1 / sqrt(head_dim)),
     logit_divisor: PositiveFloat = 1.0  # and the divisor of the logits
 
     def __post_init__(self):

@@ -218,6 +218,7 @@ def test_elements_of_lists_and_tuples_are_checked(arg, good):
     ("--optim.lr=nan", "expected float"),
     ("--optim.lr=1e999", "expected float"),
     ("--model.residual_multiplier=-1e999", "expected float"),
+    ("--model.attention_multiplier=-1.0", "expected float > 0 | None"),
     ("--fp8.recipe_name=row", f"expected {' | '.join(map(repr, RECIPES))} | None"),
     ('--fp8.recipes={"lm_head": "row"}', f"expected dict[str, {' | '.join(map(repr, RECIPES))} | None] as a Python "
                                          "literal, in shell quotes: '--fp8.recipes={...}'"),
@@ -541,6 +542,15 @@ def test_every_message_about_a_config_has_an_example_among_these():
 def test_factors_that_a_kind_of_rope_scaling_lacks_are_reported(keys, message):
     problems = list(model.ModelConfig(rope_scaling=model.RopeScaling(**keys)).problems())
     assert [message in problem for problem in problems] == ([] if message is None else [True])
+
+
+def test_a_factor_that_would_divide_by_zero_is_an_error(tmp_path):
+    path = tmp_path / "longrope.py"
+    path.write_text("from configurator import Config\nfrom model import ModelConfig, RopeScaling\n"
+                    "scaling = RopeScaling(kind='longrope', short_factors=[0.0] * 16, long_factors=[1.0] * 16)\n"
+                    "config = Config(model=ModelConfig(rope_scaling=scaling))\n")
+    with pytest.raises(ValueError, match=r"short_factors=.*: expected list\[float > 0\]$"):
+        read_file(path)
 
 
 RANGES = {f"{prefix}{f.name}": kind for prefix, section in schema.sections(FULL) for f in fields(section)
