@@ -152,8 +152,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, mask=None):
         if self.norm_after:
-            x = x + self.attn_norm(self.attn(x, cos, sin, mask))
-            return x + self.mlp_norm(self.mlp(x))
+            x = x.add(self.attn_norm(self.attn(x, cos, sin, mask)), alpha=self.residual_multiplier)
+            return x.add(self.mlp_norm(self.mlp(x)), alpha=self.residual_multiplier)
         x = x.add(self.attn(self.attn_norm(x), cos, sin, mask), alpha=self.residual_multiplier)
         return x.add(self.mlp(self.mlp_norm(x)), alpha=self.residual_multiplier)
 

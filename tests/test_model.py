@@ -34,6 +34,13 @@ def test_models_share_no_rope_scaling():
     assert models.llama3_1_8b().rope_scaling.factor == 8.0
 
 
+@pytest.mark.parametrize("norm_after", [False, True])
+def test_a_residual_multiplier_of_zero_leaves_the_embedding_and_the_head(norm_after):
+    model = build(norm_after=norm_after, residual_multiplier=0.0)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(model(tokens), model.lm_head(model.norm(model.embed(tokens))))
+
+
 def test_later_tokens_do_not_change_earlier_logits():
     model = build()
     x = torch.randint(0, 256, (2, 64))
