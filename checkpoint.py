@@ -119,6 +119,12 @@ def save(out_dir, step, state, run, *, keep, group=None):
             shutil.rmtree(old)
 
 
+def use_one_core(device):
+    """For a thread beside training. With OpenMP threads of its own, training on a CPU would be slower from then on."""
+    torch.get_device_module(device).set_device(device)
+    torch.set_num_threads(1)
+
+
 class Saver:
     """Saves the checkpoints of a run. In the background: training goes on beside it, from a copy in host memory.
 
@@ -136,7 +142,7 @@ class Saver:
             device = next(model.parameters()).device
             self.device_module = torch.get_device_module(device)
             self.stream = self.device_module.Stream()
-            self.thread = ThreadPoolExecutor(1, initializer=self.device_module.set_device, initargs=[device])
+            self.thread = ThreadPoolExecutor(1, initializer=use_one_core, initargs=[device])
             self.room = self.thread.submit(self.make_room, tensors(model, optimizer))  # to page-lock memory takes long
 
     def save(self, step, run):

@@ -465,6 +465,22 @@ def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tm
     assert hashes(tmp_path / "beside", 4) != hashes(tmp_path / "beside", 2)
 
 
+def test_a_save_in_the_background_leaves_the_cores_to_training(tmp_path, monkeypatch):
+    copy, used = checkpoint.Saver.copy, []
+    monkeypatch.setattr(checkpoint.Saver, "copy", lambda *args: used.append(torch.get_num_threads()) or copy(*args))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = build()
+        saver = checkpoint.Saver(tmp_path, model, AdamW(model, OptimConfig(), seed=1, compiled=False), print, keep=1,
+                                 background=True)
+        saver.save(1, {})
+        saver.wait()
+        assert used == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
     copy = checkpoint.Saver.copy
 
