@@ -140,8 +140,8 @@ class RopeScaling:
     original_max_position: OriginalLength = 8192  # context length of the first training (linear ignores it)
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low_freq_factor are stretched in full
     high_freq_factor: float = 4.0  # llama3: wavelengths below original / high_freq_factor stay
-    beta_fast: float = 32.0  # yarn: frequencies with more turns than this in the original context stay
-    beta_slow: float = 1.0  # yarn: frequencies with fewer turns are stretched in full
+    beta_fast: PositiveFloat = 32.0  # yarn: frequencies with more turns than this in the original context stay
+    beta_slow: PositiveFloat = 1.0  # yarn: frequencies with fewer turns are stretched in full
     short_factors: list[PositiveFloat] = field(default_factory=list)  # longrope: divisor of each frequency
     long_factors: list[PositiveFloat] = field(default_factory=list)  # longrope: the same beyond the original context
     attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; None: as in the papers

@@ -199,7 +199,7 @@ def read_run(folder, config=None, **expected):
     run = json.loads(Path(folder, "run.json").read_text())
     if different := [key for key in expected if run.get(key) != expected[key]]:
         keys = configurator.changed(Path(folder).parents[1] / "config.py", config)
-        raise UserError(f"{folder} was made with another {', '.join(different)}{keys}: resuming would not continue "
+        raise UserError(f"{folder} differs from this run in {', '.join(different)}{keys}: resuming would not continue "
                         "that run. Set another out_dir, or resume=never to start over")
     return run
 

@@ -8,6 +8,7 @@ values, its comment is its help text, and nothing here has to change.
 
 import copy
 import inspect
+import itertools
 import os
 import re
 import runpy
@@ -144,7 +145,8 @@ def load(argv, own=None):
     flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
     files = [arg for arg in argv if not arg.startswith("-")]
     if len(files) > 1:
-        raise UserError(f"{' '.join(files)}: one config file at most")
+        apart = [f"{a}={b}" for a, b in itertools.pairwise(argv) if a in flags and "=" not in a and b in files]
+        raise UserError(f"{' '.join(files)}: one config file at most{'. Write ' if apart else ''}{' '.join(apart)}")
     config, errors = Config(), []
     try:
         config = read_file(files[0]) if files else config

@@ -1,6 +1,6 @@
 """Does FP8 learn as well as bf16? Same weights, same batches, bf16 against every recipe, over several seeds.
 
-    [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=bf16,tensorwise] [--seeds=4] [--tolerance=0.25]
+    [torchrun ...] parity.py [CONFIG.py] [--key=value ...] [--variants=A,B,...] [--seeds=N] [--tolerance=PERCENT]
 
 Every run is train.py in processes of its own. A seed gives the initial weights and the order of the data; each variant
 (written as for bench.py) trains with each seed and is compared with the bf16 run of that seed. A run's final loss is

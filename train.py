@@ -254,7 +254,7 @@ def main():
             raise UserError(f"another run has saved in {out_dir} since this one started: start again")
         if earlier := logs.continue_metrics(metrics, start_step):
             say(f"the run that was in {out_dir} is now in {earlier}")
-        trackers = logs.open_trackers(config)
+        trackers = logs.open_trackers(config, start_step)
         replace_text(out_dir / "config.py", configurator.to_python(config))
         replace_text(out_dir / "run.json", json.dumps(record, indent=1))
         ranks.note_start()

@@ -58,8 +58,8 @@ def draw_losses(ax):
                 color=FP8 if is_fp8 else BF16, linewidth=2.5, zorder=3 if is_fp8 else 2)
         if name != "bf16 seed 1338":
             ax.annotate(f"{'FP8' if is_fp8 else 'bf16'}: {minutes[-1]:.1f} min", (minutes[-1], curve["val_loss"][-1]),
-                        xytext=(-8 if is_fp8 else 4, -10), textcoords="offset points", va="top",
-                        ha="right" if is_fp8 else "center", fontweight="bold", color=FP8 if is_fp8 else "#666666")
+                        xytext=(-8 if is_fp8 else 16, -10), textcoords="offset points", va="top", ha="right",
+                        fontweight="bold", color=FP8 if is_fp8 else "#666666")
     ax.set(title=f"The same {report['max_steps']} steps of an 8B model", xlim=(0, 8.3), ylim=(1.4, 3.4),
            xlabel="minutes of training on two H100s", ylabel="validation loss, nats per token")
 

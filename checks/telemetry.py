@@ -218,6 +218,7 @@ def plot_health(out_dir):
 
     Row-wise, the worse of the two casts of a tensor. Returns the path, or None if there are no rows of FP8 health.
     """
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     rows = [row for row in logs.read_metrics(out_dir) if "fp8_layer" in row]
@@ -228,7 +229,8 @@ def plot_health(out_dir):
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     for line, title, measure, style in (
             (axes[0], "dB below the format's best", shortfall, {"cmap": "Reds", "vmin": 0, "vmax": 12}),
-            (axes[1], "% that underflows", lambda s: 100 * s["underflow"], {"cmap": "Blues", "vmin": 0, "vmax": 10})):
+            (axes[1], "% that underflows", lambda s: 100 * s["underflow"],
+             {"cmap": "Blues", "norm": PowerNorm(0.4, 0, 100)})):  # a few percent can be seen beside 60
         for ax, tensor in zip(line, ("input", "weight", "grad_output"), strict=True):
             values = [[math.nan] * len(steps) for _ in layers]
             for row in rows:
@@ -236,7 +238,7 @@ def plot_health(out_dir):
                 values[layers.index(row["fp8_layer"])][steps.index(row["step"])] = max(casts, default=math.nan)
             image = ax.imshow(values, aspect="auto", interpolation="nearest", **style)
             ax.set_title(tensor)
-        figure.colorbar(image, ax=line, label=title, extend="max")
+        figure.colorbar(image, ax=line, label=title, extend="max" if "vmax" in style else "neither")
         every = -(-len(layers) // 40)
         line[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
     shown = slice(None, None, -(-len(steps) // 5))

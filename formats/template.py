@@ -70,8 +70,9 @@ class Template:
     def __init__(self, tokenizer, source=None, name=""):
         self.tokenizer, self.name = tokenizer, name or f"the chat template of {tokenizer.name}"
         if tokenizer.full is None:
-            raise UserError(f"tokenizer {tokenizer.name} is not that of a model folder, or is a class in Python: a "
-                            "chat template needs another, data.tokenizer=FOLDER (sample.py: --tokenizer=FOLDER)")
+            kind = "a class in Python" if tokenizer.python else "not that of a model folder"
+            raise UserError(f"tokenizer {tokenizer.name} is {kind}: a chat template needs another, "
+                            "data.tokenizer=FOLDER (sample.py: --tokenizer=FOLDER)")
         found = tokenizer.chat_template or "" if source is None else source
         found = {"default": found} if isinstance(found, str) else {part["name"]: part["template"] for part in found}
         source = found.get("default", "")

@@ -171,9 +171,10 @@ def continue_metrics(file, start):
         earlier = next(f for n in itertools.count(1) if not (f := out_dir / f"earlier_{n}").exists())
         earlier.mkdir()
         shutil.copy(out_dir / "metrics.jsonl", earlier)  # not moved: the file holds the lock
-        for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png", "tensorboard"):
-            if (out_dir / name).exists():
-                (out_dir / name).rename(earlier / name)
+        for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png", "tensorboard", "trace_step*",
+                     "memory_step*", "nonfinite_step_*"):
+            for path in out_dir.glob(name):
+                path.rename(earlier / path.name)
     with (out_dir / "metrics.jsonl").open("rb") as lines:
         n_bytes = sum(len(line) for line, row in zip(lines, rows, strict=False) if row["step"] <= start)
     file.truncate(n_bytes)  # not written again, so that a kill here loses no row
@@ -211,18 +212,18 @@ def check_trackers(config):
             raise UserError(f"the config asks for {package}, which is not installed: pip install {package}")
 
 
-def open_trackers(config):
-    """The trackers that the config asks for, as functions that take a dict of numbers with "step"."""
+def open_trackers(config, start=0):
+    """The trackers that the config asks for, as functions that take a dict of numbers with "step", above `start`."""
     trackers = []
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(Path(config.out_dir, "tensorboard"))
+        writer = SummaryWriter(Path(config.out_dir, "tensorboard"), purge_step=start + 1)  # as continue_metrics
         trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()])
     if config.wandb_project:
         import wandb
 
-        run = wandb.init(project=config.wandb_project, config=asdict(config))
+        run = wandb.init(project=config.wandb_project, config=asdict(config), dir=config.out_dir)
         trackers.append(lambda row: run.log(row, step=row["step"]))
     return trackers
 

@@ -262,7 +262,7 @@ def test_fine_tuning_resumes_from_its_own_checkpoint(folders, tiny_run, tmp_path
     assert f"weights: {folders['mistral']}" in train_with("mistral", 2)
     monkeypatch.setattr(hf, "load", None)  # the weights come from the checkpoint
     assert "2 steps done" in train_with("mistral", 3)
-    with pytest.raises(ValueError, match="was made with another model, init_from"):
+    with pytest.raises(ValueError, match="differs from this run in model, init_from"):
         train_with("nemo", 4)
     cfg = configurator.read_file(tmp_path / "out" / "config.py").model
     assert cfg.sliding_window == 16 and cfg.block_size == 64 and cfg.n_embd == 64

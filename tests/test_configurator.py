@@ -319,6 +319,8 @@ def test_an_out_dir_in_a_folder_of_the_data_is_refused(tmp_path, monkeypatch):
 
 def test_two_config_files_are_too_many():
     assert errors_of("config/a.py", "config/b.py") == ["config/a.py config/b.py: one config file at most"]
+    assert errors_of("config/a.py", "--max_steps", "10", "--seed=1", "--out_dir", "x") == [
+        "config/a.py 10 x: one config file at most. Write --max_steps=10 --out_dir=x"]
 
 
 def test_all_errors_are_reported_at_once_in_their_order(file):

@@ -654,7 +654,7 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
     told("--checkpoint_interval=1", "--keep=2")
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000005", "step_00000006"]
     assert "has 6 of 6 steps, now with checkpoint_interval=3 instead of 1. Raise max" in told()
-    with pytest.raises(ValueError, match="was made with another model, seed, now with .*seed=3 instead of 1337, .*"
+    with pytest.raises(ValueError, match="differs from this run in model, seed, now with .*seed=3 instead of 1337, .*"
                                          "model.n_layer=1 instead of 2: resuming.*Set another out_dir"):
         told("--model.n_layer=1", "--seed=3")
     changed = told("--checkpoint_interval=1", "--keep=2", "--max_steps=7", "--optim.lr=1e-3")
@@ -846,7 +846,7 @@ def test_other_data_is_another_run(tiny_run, corpus, tmp_path):
     train_here(*args, "--max_steps=3")
     text = (tmp_path / "text" / "00.py").read_text()
     (tmp_path / "text" / "00.py").write_text("X" + text[1:])  # as long as before
-    with pytest.raises(UserError, match="step_00000003 was made with another data.*: resuming would not continue"):
+    with pytest.raises(UserError, match="step_00000003 differs from this run in data.*: resuming would not continue"):
         train_here(*args)
     (tmp_path / "text" / "00.py").write_text(text)
     train_here(*args)

@@ -98,14 +98,14 @@ def test_trackers_get_each_row_under_its_step(monkeypatch, tmp_path):
     writer = SimpleNamespace(add_scalar=lambda *point: seen.append(point))
     run = SimpleNamespace(log=lambda row, step: seen.append((row, step)))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(
-        SummaryWriter=lambda folder: seen.append(folder) or writer))
+        SummaryWriter=lambda folder, purge_step: seen.append((folder, purge_step)) or writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        init=lambda project, config: seen.append((project, config["max_steps"])) or run))
+        init=lambda project, config, dir: seen.append((project, config["max_steps"], dir)) or run))
     config = Config(tensorboard=True, wandb_project="p", out_dir=str(tmp_path), max_steps=7)
     with logs.open_metrics(tmp_path) as metrics:
-        logs.write([{"step": 3, "loss": 2.5}], metrics, logs.open_trackers(config))
+        logs.write([{"step": 3, "loss": 2.5}], metrics, logs.open_trackers(config, 2))
     row = {"step": 3, "loss": 2.5}
-    assert seen == [tmp_path / "tensorboard", ("p", 7), ("step", 3, 3), ("loss", 2.5, 3), (row, 3)]
+    assert seen == [(tmp_path / "tensorboard", 3), ("p", 7, str(tmp_path)), ("step", 3, 3), ("loss", 2.5, 3), (row, 3)]
     assert logs.read_metrics(tmp_path) == [row] and logs.open_trackers(Config()) == []
 
 
@@ -214,7 +214,8 @@ def test_metrics_of_a_killed_run_are_read_and_continued_at_any_step(tmp_path):
 
 
 def test_all_that_a_run_has_written_is_set_aside_when_another_begins(tmp_path):
-    written = {"config.py", "run.json", "loss.png", "fp8_health.png", "checkpoints", "tensorboard"}
+    written = {"config.py", "run.json", "loss.png", "fp8_health.png", "checkpoints", "tensorboard",
+               "trace_step3.json.gz", "memory_step3.pickle", "nonfinite_step_00000003"}
     for name in written:
         (tmp_path / name).touch()
     with logs.open_metrics(tmp_path) as metrics:
