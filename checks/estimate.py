@@ -14,8 +14,8 @@ from plumbing.ranks import from_launcher
 
 # Dense bf16 tensor-core peak, FLOP/s, from the vendors' data sheets: the reference of MFU, in FP8 runs too.
 BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
-             "GB200": 2500e12, "B200": 2250e12,
-             "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 6000 Ada": 364e12}
+             "GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+             "RTX 4090": 165e12, "RTX 6000 Ada": 364e12}
 
 
 def bf16_peak(hardware):
