@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -119,10 +120,12 @@ def save(out_dir, step, state, run, *, keep, group=None):
             shutil.rmtree(old)
 
 
-def use_one_core(device):
-    """For a thread beside training. With OpenMP threads of its own, training on a CPU would be slower from then on."""
-    torch.get_device_module(device).set_device(device)
-    torch.set_num_threads(1)
+def copy_into(copy, tensor):
+    """Copy a tensor into one like it in host memory."""
+    if tensor.is_cuda:
+        copy.copy_(tensor)
+    else:  # torch would start OpenMP threads for the thread that saves, and training on a CPU be slower from then on
+        np.copyto(*(t.view(-1).view(torch.uint8).numpy() for t in (copy, tensor)))
 
 
 class Saver:
@@ -142,7 +145,7 @@ class Saver:
             device = next(model.parameters()).device
             self.device_module = torch.get_device_module(device)
             self.stream = self.device_module.Stream()
-            self.thread = ThreadPoolExecutor(1, initializer=use_one_core, initargs=[device])
+            self.thread = ThreadPoolExecutor(1, initializer=self.device_module.set_device, initargs=[device])
             self.room = self.thread.submit(self.make_room, tensors(model, optimizer))  # to page-lock memory takes long
 
     def save(self, step, run):
@@ -169,7 +172,7 @@ class Saver:
         computed.synchronize()  # optimizer state in host memory may still be written by the GPU
         with self.device_module.stream(self.stream):
             for name, copy in self.room.result().items():
-                local_shard(copy).copy_(local_shard(state[name]))
+                copy_into(local_shard(copy), local_shard(state[name]))
         return self.room.result()
 
     def before_update(self):

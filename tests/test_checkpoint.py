@@ -465,20 +465,26 @@ def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(tiny_run, tm
     assert hashes(tmp_path / "beside", 4) != hashes(tmp_path / "beside", 2)
 
 
-def test_a_save_in_the_background_leaves_the_cores_to_training(tmp_path, monkeypatch):
-    copy, used = checkpoint.Saver.copy, []
-    monkeypatch.setattr(checkpoint.Saver, "copy", lambda *args: used.append(torch.get_num_threads()) or copy(*args))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        model = build()
-        saver = checkpoint.Saver(tmp_path, model, AdamW(model, OptimConfig(), seed=1, compiled=False), print, keep=1,
-                                 background=True)
-        saver.save(1, {})
-        saver.wait()
-        assert used == [1] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+def test_a_save_in_the_background_starts_no_openmp_threads_of_its_own(tmp_path):
+    script = tmp_path / "count.py"  # threads of a process of its own, with more than this machine may have cores
+    script.write_text(textwrap.dedent(f"""
+        import os, sys
+        sys.path[:0] = [{str(REPO)!r}, {str(REPO / "tests")!r}]
+        import torch
+        from conftest import build
+        import checkpoint, optim
+        torch.set_num_threads(5)
+        model = build(n_embd=256, ffn_dim=512)
+        optimizer = optim.AdamW(model, optim.OptimConfig(), seed=1, compiled=False)
+        torch.ones(10**6).exp_()  # starts those of the main thread
+        before = len(os.listdir("/proc/self/task"))
+        saver = checkpoint.Saver({str(tmp_path / "out")!r}, model, optimizer, print, keep=1, background=True)
+        for step in (1, 2):
+            saver.save(step, {{}})
+            saver.wait()
+        print(len(os.listdir("/proc/self/task")) - before, "more threads")
+        """))
+    assert run(script).stdout == "1 more threads\n"  # the one that saves
 
 
 def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
