@@ -120,14 +120,6 @@ def save(out_dir, step, state, run, *, keep, group=None):
             shutil.rmtree(old)
 
 
-def copy_into(copy, tensor):
-    """Copy a tensor into one like it in host memory."""
-    if tensor.is_cuda:
-        copy.copy_(tensor)
-    else:  # torch would start OpenMP threads for the thread that saves, and training on a CPU be slower from then on
-        np.copyto(*(t.view(-1).view(torch.uint8).numpy() for t in (copy, tensor)))
-
-
 class Saver:
     """Saves the checkpoints of a run. In the background: training goes on beside it, from a copy in host memory.
 
@@ -172,7 +164,12 @@ class Saver:
         computed.synchronize()  # optimizer state in host memory may still be written by the GPU
         with self.device_module.stream(self.stream):
             for name, copy in self.room.result().items():
-                copy_into(local_shard(copy), local_shard(state[name]))
+                tensor, copy = local_shard(state[name]), local_shard(copy)
+                if self.device_module is torch.cpu:  # torch's copy would start OpenMP threads, beside those that train
+                    tensor, copy = (t.view(-1).view(torch.uint8).numpy() for t in (tensor, copy))
+                    np.copyto(copy, tensor)
+                else:
+                    copy.copy_(tensor)
         return self.room.result()
 
     def before_update(self):

@@ -145,7 +145,8 @@ def load(argv, own=None):
     flags = [arg for arg in argv if arg.startswith("-") and arg not in ("--help", "--print_config")]
     files = [arg for arg in argv if not arg.startswith("-")]
     if len(files) > 1:
-        apart = [f"{a}={b}" for a, b in itertools.pairwise(argv) if a in flags and "=" not in a and b in files]
+        apart = [f"{a}={b}" for a, b in itertools.pairwise(argv)
+                 if a in flags and "=" not in a and b in files and not b.endswith(".py")]
         raise UserError(f"{' '.join(files)}: one config file at most{'. Write ' if apart else ''}{' '.join(apart)}")
     config, errors = Config(), []
     try:

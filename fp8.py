@@ -330,7 +330,7 @@ def convert(model, cfg, *, shards, accumulation=1):
                                  f"torch {torch.__version__}, which makes FP8 values NaN: install the versions in "
                                  "requirements.txt")
             weight_class, mm_config = fp8_weights.GatherInFP8, layer.linear_mm_config
-            if casts_once(name, cfg) and accumulation > 1 and not shards:
+            if casts_once(name, cfg, shards, accumulation):
                 layer.__class__ = fp8_weights.CastOnce  # one cast serves all passes of a step
         if gathers(name, cfg, shards):
             weight = weight_class(layer.weight, mm_config, recipe.output[1].dtype)
@@ -346,10 +346,10 @@ def gathers(name, cfg, shards):
     return bool(cfg.enable_fsdp_float8_all_gather and shards and name and RECIPES[name].gather_rows)
 
 
-def casts_once(name, cfg):
+def casts_once(name, cfg, shards, accumulation):
     """Whether layers with recipe `name` (None: high precision) cast their weights once for all passes of a step."""
-    return bool(cfg.enabled and cfg.keep_casts and name and RECIPES[name].keep_casts
-                and "block" not in RECIPES[name].scalings)
+    return bool(name and cfg.keep_casts and RECIPES[name].keep_casts and "block" not in RECIPES[name].scalings
+                and accumulation > 1 and not shards)
 
 
 def weight_casts(model):

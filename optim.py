@@ -322,12 +322,10 @@ class AdamW:
             "apply": torch.ones_like(grad_norm, dtype=torch.bool) if apply is None else apply,
             "beta1": beta1, "beta2": beta2, "eps": cfg.eps, "exact_weight": not self.rounds_weights,
         }
+        stored = {**self.state, "p": {name: self.weights[name] for name in self.casts}}
         decay_of_matrices, no_decay = scalar(cfg.weight_decay), scalar(0.0)
-        todo = [(name, part, {kind: tensors[name][part] for kind, tensors in self.state.items() if name in tensors})
+        todo = [(name, part, {kind: tensors[name][part] for kind, tensors in stored.items() if name in tensors})
                 for name, w in self.weights.items() if name in self.grads for part in pieces(w)]
-        for name, part, state in todo:
-            if name in self.casts:
-                state["p"] = self.weights[name][part]
         copies = streamed([state for name, _, state in todo if name in self.offloaded], grad_norm.device)
         for i, (name, part, state) in enumerate(todo):
             if name in self.grads:  # its first piece; the gradient before this one is freed

@@ -72,8 +72,6 @@ def main():
     # Ranks that share one copy of the weights. 0: no FSDP2, whose copies cost a single rank 7 to 17% of the step.
     n_shards = world_size // replicas if world_size > 1 or config.shard_one_rank else 0
     ranks.watch(config.timeout_minutes)
-    if config.fp8.enabled and config.fp8.offload_weights and (n_shards or accumulation == 1):
-        raise UserError("fp8.offload_weights=True needs one rank, and several passes a step: raise global_batch_size")
     if n_shards:
         join_process_group(ranks)
         check_same(flat(replace(config, data=None, init_from="")))  # data is checked below: its paths may differ
@@ -104,6 +102,10 @@ def main():
                                   shards=n_shards, loss_chunks=config.loss_chunks)
     if config.fp8.enabled:
         check_fp8(config.fp8)  # how many tokens a pass has, the data decides: checked below
+        if config.fp8.offload_weights and not estimate.offloaded_weights(config, model, n_shards, accumulation):
+            raise UserError("fp8.offload_weights=True has no weight to move: it is for tensorwise layers on one rank "
+                            "without shard_one_rank, with several passes a step (global_batch_size), and optim.offload "
+                            "must be large enough for a weight")
     if start_step >= config.max_steps:
         say(f"nothing to do: {resume_from} has {start_step} of {config.max_steps} steps"
             f"{configurator.changed(out_dir / 'config.py', config)}. Raise max_steps to go on, or start anew: another "
@@ -193,7 +195,7 @@ def main():
         say(f"weights: {config.init_from}")
     assert not optimizer.unfilled(), f"weights that nothing filled: {optimizer.unfilled()}"
     fp8.prepare_weights(model, config.fp8, shards=n_shards)
-    if config.fp8.enabled and config.fp8.offload_weights:
+    if config.fp8.offload_weights:
         optimizer.offload_weights(fp8.weight_casts(model))
     saver = checkpoint.Saver(out_dir, model, optimizer, say, keep=config.keep,
                              background=estimate.saves_in_background(config) and not no_room)

@@ -53,8 +53,7 @@ def memory(config, shards, accumulation):
     held = sum(p.numel() for p in model.parameters()) / max(1, shards)  # parameters of this rank
     sums_in_float32 = optim.has_masters(config.optim, dtype)
     always = held * size + optimizer_bytes(config, model, shards)[0]  # weights, masters and moments
-    if accumulation > 1 and not shards:
-        always -= offloaded_weights(config, model)
+    always -= offloaded_weights(config, model, shards, accumulation)
     if config.cuda_graph and accumulation > 1:
         always += held * size  # gradients that the recorded pass holds for itself
     gradients = held * (4 if sums_in_float32 and accumulation > 1 else size)
@@ -124,11 +123,11 @@ def optimizer_bytes(config, model, shards):
     return sum(sizes.values()) - on_host, on_host
 
 
-def offloaded_weights(config, model):
-    """Bytes of the weights that fp8.offload_weights keeps in host memory: with several passes a step, on one GPU."""
+def offloaded_weights(config, model, shards, accumulation):
+    """Bytes of the weights that fp8.offload_weights keeps in host memory. shards, accumulation: as for memory()."""
     names = optim.offloaded(config.optim, dict(model.named_parameters())) if config.fp8.offload_weights else ()
-    moved = [layer.weight.numel() for fqn, layer in fp8.linear_layers(model).items()
-             if f"{fqn}.weight" in names and fp8.casts_once(fp8.recipe_of(fqn, config.fp8), config.fp8)]
+    moved = [layer.weight.numel() for fqn, layer in fp8.linear_layers(model).items() if f"{fqn}.weight" in names
+             and fp8.casts_once(fp8.recipe_of(fqn, config.fp8), config.fp8, shards, accumulation)]
     return sum(moved) * getattr(torch, config.dtype).itemsize
 
 
@@ -137,13 +136,13 @@ def saves_in_background(config):
     return config.async_checkpoint and 0 < config.checkpoint_interval < config.max_steps
 
 
-def host_memory(config, shards):
+def host_memory(config, shards, accumulation):
     """GiB of host memory per rank: (state and weights that are kept there, copy that checkpoints are written from)."""
     model = models.on_meta(config.model)
     on_gpu, on_host = optimizer_bytes(config, model, shards)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize / max(1, shards)
     copied = saves_in_background(config) * (weights + on_gpu + on_host)
-    return (on_host + offloaded_weights(config, model)) / 2**30, copied / 2**30
+    return (on_host + offloaded_weights(config, model, shards, accumulation)) / 2**30, copied / 2**30
 
 
 def host_capacity():
@@ -162,14 +161,16 @@ def check_memory(config, shards, accumulation, device):
     a CPU share the host's.
     """
     gib, no_room = memory(config, shards, accumulation), None
-    host_gib, copy_gib = host_memory(config, shards)
+    host_gib, copy_gib = host_memory(config, shards, accumulation)
     if not config.check_memory:
         return gib, host_gib + copy_gib, None
     on_node, host_has, on_gpu = from_launcher("LOCAL_WORLD_SIZE", 1), host_capacity(), device.type == "cuda"
     if on_node * host_gib > host_has:
+        remedies = {"fp8.offload_weights=False": config.fp8.offload_weights,
+                    "optim.fp8_moments=True": not config.optim.fp8_moments,
+                    "optim.weights=stochastic_rounding": config.optim.weights == "fp32_master"}
         raise UserError(f"optim.offload={config.optim.offload} needs {on_node * host_gib:.1f} GiB of host memory, "
-                        f"there are {host_has:.1f}: lower it, or set optim.fp8_moments=True or "
-                        "optim.weights=stochastic_rounding")
+                        f"there are {host_has:.1f}: {', or set '.join(['lower it', *filter(remedies.get, remedies)])}")
     if copy_gib and on_node * (host_gib + copy_gib) > 0.9 * host_has:
         no_room = (f"async_checkpoint: {host_has:.1f} GiB of host memory have no room for the "
                    f"{on_node * copy_gib:.1f} GiB that checkpoints are written from: training waits for each")

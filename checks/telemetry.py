@@ -110,8 +110,8 @@ class ReportCasts(torch.autograd.Function):
         from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
 
         x, weight = ctx.saved_tensors  # selective recompute allows to read them once
-        elsewhere = weight.stride(0) == 0  # in host memory (AdamW.offload_weights)
         gathered = isinstance(weight, blockwise.GatheredBlocks) or tensor_already_casted_to_fp8(weight)
+        elsewhere = weight.stride(0) == 0  # in host memory (AdamW.offload_weights): health() measures it
         # reshaped as torchao does, or the compiler sees two casts instead of one
         tensors, done = {"x": x.reshape(-1, x.shape[-1]), "g": g.reshape(-1, g.shape[-1])}, set()
         tensors["w_t"] = None if gathered or elsewhere else weight.t()

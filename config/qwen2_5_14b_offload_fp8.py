@@ -9,7 +9,7 @@ import model
 from configurator import CompileConfig, Config, FP8Config, OptimConfig
 
 # 14.77e9 parameters. GiB on the card: weights of the FP8 layers 12 (one cast for all passes of a step), embedding and
-# lm_head 3, gradients in bf16 27.5, activations of 4096 tokens saved for backward 19, FP8 copies of them 5, logits and
+# lm_head 3, gradients in bf16 27.5, activations of 4096 tokens saved for backward 21, FP8 copies of them 5, logits and
 # their gradient 2.3: 71 in all. In host memory: bf16 weights of the FP8 layers 24.6, FP8 moments 28.4. Each update
 # streams them through the GPU, which takes about 1.2 s at 50 GB/s; 64 passes of 4096 tokens take about 25 s.
 config = Config(

@@ -171,8 +171,8 @@ def continue_metrics(file, start):
         earlier = next(f for n in itertools.count(1) if not (f := out_dir / f"earlier_{n}").exists())
         earlier.mkdir()
         shutil.copy(out_dir / "metrics.jsonl", earlier)  # not moved: the file holds the lock
-        for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png", "tensorboard", "trace_step*",
-                     "memory_step*", "nonfinite_step_*"):
+        for name in ("checkpoints", "config.py", "run.json", "loss.png", "fp8_health.png", "tensorboard", "wandb",
+                     "trace_step*", "memory_step*", "nonfinite_step_*"):
             for path in out_dir.glob(name):
                 path.rename(earlier / path.name)
     with (out_dir / "metrics.jsonl").open("rb") as lines:
@@ -212,7 +212,7 @@ def check_trackers(config):
             raise UserError(f"the config asks for {package}, which is not installed: pip install {package}")
 
 
-def open_trackers(config, start=0):
+def open_trackers(config, start):
     """The trackers that the config asks for, as functions that take a dict of numbers with "step", above `start`."""
     trackers = []
     if config.tensorboard:

@@ -321,6 +321,7 @@ def test_two_config_files_are_too_many():
     assert errors_of("config/a.py", "config/b.py") == ["config/a.py config/b.py: one config file at most"]
     assert errors_of("config/a.py", "--max_steps", "10", "--seed=1", "--out_dir", "x") == [
         "config/a.py 10 x: one config file at most. Write --max_steps=10 --out_dir=x"]
+    assert errors_of("--compile.enabled", "config/a.py", "--seed=1", "x") == ["config/a.py x: one config file at most"]
 
 
 def test_all_errors_are_reported_at_once_in_their_order(file):

@@ -240,11 +240,13 @@ def test_weights_in_host_memory_train_as_those_on_the_device(tiny_run, tmp_path,
         assert moved == (health, files) and all("weight" in row for row in health) and len(health) == 8 and files
 
 
-def test_weights_in_host_memory_need_several_passes_on_one_rank(tiny_run, tmp_path):
+def test_offload_weights_is_an_error_where_no_weight_moves(tiny_run, tmp_path):
     keys = [*tiny_run, *COMPILE, *FP8, "--fp8.keep_casts=True", "--optim.offload=1", "--fp8.offload_weights=True",
             f"--out_dir={tmp_path / 'out'}"]
-    for more in (["--micro_batch_size=8"], ["--micro_batch_size=2", *ONE_SHARD]):
-        with pytest.raises(UserError, match="^fp8.offload_weights=True needs one rank, and several passes a step"):
+    for more in (["--micro_batch_size=8"], ["--micro_batch_size=2", *ONE_SHARD],
+                 ["--micro_batch_size=2", "--optim.offload=0.001"],
+                 ["--micro_batch_size=2", "--fp8.recipe_name=blockwise", "--model.n_embd=128", "--model.head_dim=32"]):
+        with pytest.raises(UserError, match="^fp8.offload_weights=True has no weight to move: it is for tensorwise"):
             train_here(*keys, *more)
 
 
@@ -665,7 +667,7 @@ def test_keep_and_resume_keys(tiny_run, tmp_path, capsys):
     assert f"is now in {earlier}" in fresh and checkpoint.open_run(earlier)[0].name == "step_00000007"
     assert list(metrics(tmp_path / "out").train) == [1, 2] and list(metrics(earlier).train)[-1] == 7
     assert (earlier / "loss.png").is_file() and (earlier / "run.json").is_file()
-    with pytest.raises(ValueError, match="made with another seed.*resume=never"):
+    with pytest.raises(ValueError, match="differs from this run in seed.*resume=never"):
         train_here(*out, "--seed=5")
     (folder / "step_00000002" / "run.json").write_text('{"st')
     with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged: step_00000002 \(run.json\)"):
@@ -855,7 +857,7 @@ def test_other_data_is_another_run(tiny_run, corpus, tmp_path):
 def test_another_global_batch_is_another_run(tiny_run, tmp_path):
     args = [*tiny_run, f"--out_dir={tmp_path}"]
     train_here(*args, "--max_steps=1", "--eval_interval=0")
-    with pytest.raises(UserError, match="made with another global_batch_size, now with .*global_batch_size=4 instead"):
+    with pytest.raises(UserError, match="differs from this run in global_batch_size, .*global_batch_size=4 instead"):
         train_here(*args, "--global_batch_size=4")
 
 

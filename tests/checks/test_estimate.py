@@ -339,7 +339,7 @@ def test_what_is_exposed_on_many_gpus():
 def test_offloaded_state_moves_from_the_gpu_to_the_host(shards, ranks):
     config, gib = gathering(optim=OptimConfig(weights="fp32_master")), {}
     for config.optim.offload in (0.0, 0.5, 1.0):
-        gib[config.optim.offload] = estimate.memory(config, shards, 1), estimate.host_memory(config, shards)[0]
+        gib[config.optim.offload] = estimate.memory(config, shards, 1), estimate.host_memory(config, shards, 1)[0]
     total = 12 * 8.03e9 / 2**30 / ranks  # float32 master and moments
     assert gib[0.0][1] == 0.0 and gib[1.0][1] == pytest.approx(total, rel=1e-3)
     assert gib[0.5][1] == pytest.approx(total / 2, rel=0.05)
@@ -349,14 +349,19 @@ def test_offloaded_state_moves_from_the_gpu_to_the_host(shards, ranks):
 def test_offloaded_weights_are_not_on_the_gpu_where_they_are_cast_once_a_step():
     config = llama_8b(optim=OptimConfig(weights="stochastic_rounding", offload=1.0), activation_checkpoint="selective",
                       fp8=FP8Config(enabled=True, keep_casts=True, filter_fqns=["lm_head", "layers.0"]))
-    kept = estimate.memory(config, 0, 8), estimate.host_memory(config, 0)[0], estimate.memory(config, 0, 1)
+    def gib(*how):
+        return estimate.memory(config, *how), estimate.host_memory(config, *how)[0]
+
+    others = (0, 1), (2, 8)  # one pass a step; sharded
+    kept, kept_by_others = gib(0, 8), [gib(*how) for how in others]
     config.fp8.offload_weights = True
     moved = 2 * 31 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) / 2**30  # bf16
-    assert kept[0] - estimate.memory(config, 0, 8) == pytest.approx(moved)
-    assert estimate.host_memory(config, 0)[0] - kept[1] == pytest.approx(moved)
-    assert estimate.memory(config, 0, 1) == kept[2]
+    assert gib(0, 8) == pytest.approx((kept[0] - moved, kept[1] + moved))
+    assert [gib(*how) for how in others] == kept_by_others
     config.fp8.enabled = False
-    assert estimate.host_memory(config, 0)[0] == pytest.approx(kept[1])
+    assert gib(0, 8)[1] == pytest.approx(kept[1])
+    config.fp8.enabled, config.fp8.recipe_name = True, "blockwise"  # cast in each pass
+    assert gib(0, 8)[1] == pytest.approx(kept[1])
 
 
 def test_offloading_is_offered_and_refused_where_the_host_has_too_little(monkeypatch):
@@ -368,9 +373,22 @@ def test_offloading_is_offered_and_refused_where_the_host_has_too_little(monkeyp
     config = llama_8b(optim=OptimConfig(weights="stochastic_rounding", offload=1.0), activation_checkpoint="full")
     assert estimate.check_memory(config, 0, 1, gpu)[1] == pytest.approx(4 * 8.03e9 / 2**30, rel=1e-3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"optim.offload=1.0 needs 119.\d GiB of host memory, there are 64.0"):
+    with pytest.raises(ValueError, match=r"1.0 needs 119.\d GiB of host memory, there are 64.0: lower it, or set op"):
         estimate.check_memory(config, 0, 1, gpu)
     estimate.check_memory(config, 2, 1, gpu)  # half of it each
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    config = llama_8b(optim=OptimConfig(weights="stochastic_rounding", offload=1.0), micro_batch_size=4,
+                      fp8=FP8Config(enabled=True, keep_casts=True), compile=CompileConfig(enabled=True))
+    for device in (gpu, SimpleNamespace(type="cpu")):  # whose memory is the host's
+        with pytest.raises(ValueError, match="Lower it") as told:
+            estimate.check_memory(config, 0, 8, device)
+        assert ("fp8.offload_weights=True" in str(told.value)) == (device is gpu)
+    config.fp8.offload_weights, config.micro_batch_size = True, 1
+    monkeypatch.setattr(estimate.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 32 * 2**18}.get)
+    with pytest.raises(ValueError, match="lower it, or set fp8.offload_weights=False, or set optim.fp8_moments=True$"):
+        estimate.check_memory(config, 0, 8, gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    config = llama_8b(optim=OptimConfig(weights="stochastic_rounding", offload=1.0), activation_checkpoint="full")
     config.check_memory = False
     estimate.check_memory(config, 0, 1, gpu)
 

@@ -106,7 +106,7 @@ def test_trackers_get_each_row_under_its_step(monkeypatch, tmp_path):
         logs.write([{"step": 3, "loss": 2.5}], metrics, logs.open_trackers(config, 2))
     row = {"step": 3, "loss": 2.5}
     assert seen == [(tmp_path / "tensorboard", 3), ("p", 7, str(tmp_path)), ("step", 3, 3), ("loss", 2.5, 3), (row, 3)]
-    assert logs.read_metrics(tmp_path) == [row] and logs.open_trackers(Config()) == []
+    assert logs.read_metrics(tmp_path) == [row] and logs.open_trackers(Config(), 0) == []
 
 
 def test_the_curves_of_loss_png_are_those_of_the_metrics(tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_metrics_of_a_killed_run_are_read_and_continued_at_any_step(tmp_path):
 
 
 def test_all_that_a_run_has_written_is_set_aside_when_another_begins(tmp_path):
-    written = {"config.py", "run.json", "loss.png", "fp8_health.png", "checkpoints", "tensorboard",
+    written = {"config.py", "run.json", "loss.png", "fp8_health.png", "checkpoints", "tensorboard", "wandb",
                "trace_step3.json.gz", "memory_step3.pickle", "nonfinite_step_00000003"}
     for name in written:
         (tmp_path / name).touch()
