@@ -14,7 +14,8 @@ for every 128 values of a row. The second moment is stored as its square root, w
 are rounded stochastically, since one step changes them by less than FP8 resolves.
 
 The update of a tensor is one elementwise function, `adamw_`, which torch.compile makes one pass over memory.
-`optim.offload` streams moments and masters from host memory through the GPU (plumbing/offload.py), for the same bits.
+`optim.offload` streams moments and masters from host memory through the GPU (plumbing/offload.py), for the same bits;
+`fp8.offload_weights` also the weights whose FP8 casts are all that the passes of a step read.
 """
 
 import math
