@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,9 +167,10 @@ def measure(command, folder, own):
 def compare(runs, own, path):
     """Train by each command of {name: command}: the report, which is also written to `path`. RunStopped if all fail."""
     report_ignored(FIXED)
-    rows, run = [], {}
+    rows, run, started = [], {}, time.monotonic()
     for name, command in runs.items():
-        print(f"{name}: {own.warmup} + {own.steps} steps", end=" ... ", flush=True)
+        left = time_left(started, len(rows), len(runs))
+        print(f"{name}: {own.warmup} + {own.steps} steps{left}", end=" ... ", flush=True)
         folder = path.parent / slug(name)
         folder.mkdir(exist_ok=True)
         row = {"variant": name}
@@ -187,6 +189,12 @@ def compare(runs, own, path):
     if all("error" in row for row in rows):
         raise RunStopped(f"nothing ran: {rows[0]['error']}")
     return report
+
+
+def time_left(started, n_done, n):
+    """", about 3 min left", if each of the n runs takes as long as those that are done; "" before that is known."""
+    minutes = (time.monotonic() - started) * (n - n_done) / max(1, n_done) / 60
+    return f", about {minutes:.0f} min left" if minutes >= 1 else ""
 
 
 def header(run):

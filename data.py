@@ -25,6 +25,7 @@ from formats.tokenizer import get_tokenizer
 from model import IGNORE, check_ids
 from plumbing import entry
 from plumbing.errors import UserError
+from plumbing.ranks import progress_bar
 from plumbing.schema import Natural
 
 FORMATS = {"text": text.prepare, "chat": chat.prepare, "hellaswag": hellaswag.prepare, "tokens": tokens.prepare}
@@ -256,7 +257,7 @@ def eval_batches(rows, *, n, micro_batch_size, rank=0, world_size=1):
     n = min(n or rows.n_rows, rows.n_rows)
     x, y, positions = rows.row(0)
     empty = np.zeros_like(x), np.full_like(y, IGNORE), positions
-    for first in range(0, n, micro_batch_size * world_size):
+    for first in progress_bar(range(0, n, micro_batch_size * world_size), "evaluation", "batch"):
         part = range(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
         yield stack([rows.row(i * rows.n_rows // n) if i < n else empty for i in part], micro_batch_size)
 

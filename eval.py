@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from formats import files, hellaswag
 from model import IGNORE, check_ids
 from plumbing import entry, logs
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import find_ranks, join_process_group
+from plumbing.ranks import find_ranks, join_process_group, progress_bar
 from plumbing.sharding import reshard
 from sample import load_model
 
@@ -64,8 +63,7 @@ class HellaSwag:
         """
         ranks, device, batches = self.ranks, self.ranks.device, list(self.batches())
         sums = torch.zeros(len(self.sequences), dtype=torch.float64, device=device)
-        for turn in tqdm(range(0, len(batches), ranks.world_size), desc="HellaSwag", unit="batch", leave=False,
-                         disable=None if ranks.is_main else True):
+        for turn in progress_bar(range(0, len(batches), ranks.world_size), "HellaSwag", "batch"):
             mine = turn + ranks.rank
             length, batch = batches[min(mine, len(batches) - 1)]
             x, y = np.zeros((len(batch), length), np.int64), np.full((len(batch), length), IGNORE)

@@ -25,6 +25,7 @@ import math
 import os
 import shutil
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +103,10 @@ def train_all(runs, own):
 
     A failed run has `error`, its reason, instead of curves. Raises RunStopped if it is a bf16 run.
     """
-    rows = []
+    rows, runs, started = [], list(runs), time.monotonic()
     for variant, seed, folder, config in runs:
-        print(f"{variant}, seed {seed}: {config.max_steps} steps", end=" ... ", flush=True)
+        left = bench.time_left(started, len(rows), len(runs))
+        print(f"{variant}, seed {seed}: {config.max_steps} steps{left}", end=" ... ", flush=True)
         row = {"variant": variant, "seed": seed, "out_dir": str(folder)}
         try:
             if read(folder)["step"][-1:] != [config.max_steps]:

@@ -45,7 +45,7 @@ if gib > 75:
 else:
     # 8 sequences x 256 bytes = 2,048 bytes per step; 450 steps see 0.9 MB and end near 1.7 nats per byte.
     # If the number of ranks does not divide 8, the batch is its largest multiple below 8.
-    choice = "no 80 GB GPU with FP8 here: a small model" + ("" if gpu else ", FP8 emulated")
+    choice = "no 80 GB GPU with FP8 here: a small model" + ("" if gpu else ", FP8 emulated, about 2 minutes")
     config = Config(
         model=model.llama_tiny(), fp8=fp8, compile=CompileConfig(enabled=True), dtype="float32",
         optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, weights="plain"),

@@ -16,7 +16,6 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from formats import files
 from formats.files import check
@@ -25,6 +24,7 @@ from formats.template import Template
 from formats.text import in_order
 from plumbing import disk
 from plumbing.errors import UserError
+from plumbing.ranks import progress_bar
 
 VERSION = 2  # of what is kept in data.cache_dir
 FORMS = [("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]
@@ -110,7 +110,7 @@ def tokenize(paths, template, cfg, limit):
             raise UserError(f"{place}: {error}") from error
 
     counts, samples, unused, roles = Counter(), [], {}, {}
-    rows = tqdm(files.rows(paths), desc="conversations", unit="", leave=False, disable=None)
+    rows = progress_bar(files.rows(paths), "conversations", "row")
     for (ids, loss, n_changed), ignored, speakers in in_order(encode, rows, cfg.workers or os.cpu_count()):
         unused |= dict.fromkeys(ignored)
         roles |= dict.fromkeys(role for role in speakers if role not in KNOWN_ROLES)

@@ -21,7 +21,7 @@ from formats import quantized
 from formats.families import ARCHITECTURES, read_switches
 from formats.files import open_binary
 from plumbing.errors import UserError
-from plumbing.ranks import process_rank
+from plumbing.ranks import process_rank, progress_bar
 from plumbing.sharding import plain_local, shard_rows
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -225,7 +225,8 @@ def load(folder, model, optimizer=None):
     stored = stored_tensors(folder)
     params = dict(model.named_parameters())
     masters = optimizer.masters if optimizer else {}
-    for name, (ours, first, shape) in layout(model.cfg, read_config(folder)[1]).items():
+    places = layout(model.cfg, read_config(folder)[1]).items()
+    for name, (ours, first, shape) in progress_bar(places, "loading weights", "tensor"):
         held = shard_rows(torch.arange(params[ours].shape[0]), params[ours])
         begin, end = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
         start, stop = max(begin, first), min(end, first + shape[0])

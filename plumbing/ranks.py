@@ -85,6 +85,11 @@ def from_launcher(name, default):
     return int(os.environ.get(name, default))
 
 
+def progress_bar(items, what, unit, total=None):
+    """`items` with a bar that shows the time left, on the terminal of rank 0. items: None for one that is updated."""
+    return tqdm(items, desc=what, unit=unit, total=total, leave=False, disable=None if process_rank() == 0 else True)
+
+
 def process_rank():
     """This process's rank, 0 without torchrun: for what runs before, or without, a Ranks."""
     return from_launcher("RANK", 0)

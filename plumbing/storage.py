@@ -3,6 +3,7 @@
 torch.distributed.checkpoint decides which rank writes and reads which part of which tensor.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 from plumbing.disk import writing
 from plumbing.errors import RunStopped, UserError
-from plumbing.ranks import gather, process_rank
+from plumbing.ranks import gather, process_rank, progress_bar
 
 THREADS = 4  # of a rank, each with its own files: one of them hashes 1 to 2 GB/s
 
@@ -49,7 +50,8 @@ class Writer(dcp.FileSystemWriter):
             return results, path.stat().st_size, sha256sum(path)
 
         # not torch's own threads (thread_count), where an exception is printed and what it kept from the disk forgotten
-        with writing(self.path), ThreadPoolExecutor(THREADS) as pool:
+        counted = counting(planner, "resolve_data", "saving", len(plan.items))
+        with counted, writing(self.path), ThreadPoolExecutor(THREADS) as pool:
             parts = list(pool.map(write_part, range(min(THREADS, len(plan.items)))))
         future = torch.futures.Future()
         future.set_result(parts)
@@ -73,6 +75,19 @@ class Writer(dcp.FileSystemWriter):
             flush(path)  # all on disk before the name says that it is complete
         self.path.rename(self.folder)
         flush(self.folder.parent)
+
+
+@contextlib.contextmanager
+def counting(planner, method, what, total):
+    """Show a progress bar of the calls of a planner's method, which torch calls for each tensor."""
+    call = getattr(planner, method)
+    with progress_bar(None, what, "tensor", total) as progress:
+        def counted(*args):
+            progress.update()
+            return call(*args)
+
+        setattr(planner, method, counted)
+        yield
 
 
 def flush(path):
@@ -106,7 +121,8 @@ def damaged_file(folder):
     found = [listed.name]
     if text.endswith("  run.json\n"):
         with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(damaged, text.splitlines(keepends=True)[process_rank() :: len(gather(None))]))
+            lines = text.splitlines(keepends=True)[process_rank() :: len(gather(None))]
+            found = list(progress_bar(pool.map(damaged, lines), f"checking {folder.name}", "file", len(lines)))
     return next((name for names in gather(found) for name in names if name), None)
 
 
@@ -133,6 +149,10 @@ class Unpickler(pickle.Unpickler):
 
 class Reader(dcp.FileSystemReader):
     """Reads a checkpoint's folder; tensors by torch.load(weights_only=True)."""
+
+    def read_data(self, plan, planner):
+        with counting(planner, "commit_tensor", "loading", len(plan.items)):
+            return super().read_data(plan, planner)
 
     def read_metadata(self):
         with (self.path / ".metadata").open("rb") as file:

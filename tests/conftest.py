@@ -15,12 +15,13 @@ import tiktoken
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from tqdm import tqdm
 
 import fp8
 import model as models
 import train
 from formats.tokenizer import Tokenizer
-from plumbing import entry, logs
+from plumbing import entry, logs, ranks
 from plumbing.stopping import SIGNALS
 
 torch.set_num_threads(1)  # matrices of 64 x 128 gain nothing from a second thread, whose waiting costs the other worker
@@ -134,6 +135,20 @@ def scales_rows_on_a_cpu():
 
 
 needs_rows_on_a_cpu = pytest.mark.skipif(not scales_rows_on_a_cpu(), reason="needs rowwise FP8 matmuls on a CPU")
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """A list of the progress bars that a terminal would show."""
+    shown = []
+
+    def on_a_terminal(items, **keys):
+        shown.append(tqdm(items, **{**keys, "disable": False, "file": io.StringIO()}))
+        return shown[-1]
+
+    on_a_terminal.write = tqdm.write
+    monkeypatch.setattr(ranks, "tqdm", on_a_terminal)
+    return shown
 
 
 @pytest.fixture

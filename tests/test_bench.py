@@ -3,13 +3,14 @@
 import datetime
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO, main_here, metrics, run, train_here
 from matplotlib.figure import Figure
 
 import parity
-from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, plot, report_ignored, slug, split
+from bench import COLUMNS, FIXED, BenchConfig, flags, main, measure, plot, report_ignored, slug, split, time_left
 from plumbing.errors import RunStopped
 from plumbing.logs import table
 
@@ -40,6 +41,12 @@ def test_times_are_those_of_the_runs_clock(bench):
         record = json.loads((folder / "run.json").read_text())
         assert all(row[key] == record[key] for key in ("compile_s", "fp8_flops", "auto_filtered"))
         assert all(report[key] == record[key] for key in ("hardware", "versions", "git_commit", "tokens_per_step"))
+
+
+def test_the_time_left_is_that_of_the_runs_so_far(monkeypatch):
+    monkeypatch.setattr("bench.time", SimpleNamespace(monotonic=lambda: 1000.0))
+    assert [time_left(started, n_done, 4) for started, n_done in ((1000.0, 0), (700.0, 1), (400.0, 2), (990.0, 1))] == [
+        "", ", about 15 min left", ", about 10 min left", ""]
 
 
 def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(monkeypatch, tmp_path):

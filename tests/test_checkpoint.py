@@ -472,7 +472,9 @@ def test_a_save_in_the_background_starts_no_openmp_threads_of_its_own(tmp_path):
         sys.path[:0] = [{str(REPO)!r}, {str(REPO / "tests")!r}]
         import torch
         from conftest import build
+        from tqdm import tqdm
         import checkpoint, optim
+        tqdm.monitor_interval = 0  # else it has a thread
         torch.set_num_threads(5)
         model = build(n_embd=256, ffn_dim=512)
         optimizer = optim.AdamW(model, optim.OptimConfig(), seed=1, compiled=False)

@@ -288,6 +288,15 @@ def test_a_recorded_pass_trains_as_one_that_python_starts(tiny_run, tmp_path, re
         assert found[True].train[6]["peak_gib"] > 0.5 * found[False].train[6]["peak_gib"]  # what it reserved counts
 
 
+def test_evaluations_and_checkpoints_show_the_time_left(tiny_run, tmp_path, bars):
+    args = [*tiny_run, "--checkpoint_interval=1", "--eval_interval=1", f"--out_dir={tmp_path}"]
+    again = ["checking step_00000001", "loading", "evaluation", "saving"]
+    for n_steps, shown in ((1, ["evaluation", "saving"]), (2, again)):
+        train_here(*args, f"--max_steps={n_steps}")
+        assert [bar.desc for bar in bars] == shown and all(bar.n == bar.total > 0 for bar in bars)
+        bars.clear()
+
+
 def test_a_pass_that_cannot_be_captured_is_an_error(tiny_run, tmp_path):
     with pytest.raises(UserError, match="^cuda_graph=True: there is no GPU here; or set cuda_graph=False$"):
         train_here(*tiny_run, "--cuda_graph=True", f"--out_dir={tmp_path}")

@@ -177,6 +177,12 @@ def save_run(out_dir, model, init_from="scratch", run=None, **config):
     return out_dir
 
 
+def test_loading_weights_shows_the_time_left(copy, bars):
+    model = loaded(copy("llama_2"))
+    (bar,) = bars
+    assert (bar.desc, bar.n, bar.total) == ("loading weights", len(hf.layout(model.cfg, "LlamaForCausalLM")), bar.n)
+
+
 def test_an_export_has_the_tokenizer_and_the_template_that_the_run_used(copy, tmp_path, monkeypatch, capsys):
     folder, other, template = copy("llama_2"), tmp_path / "other", tmp_path / "mine.jinja"
     other.mkdir()
