@@ -105,6 +105,7 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
             import fp8
             import train
             from checks import gemms
+            from plumbing import entry
             from plumbing.ranks import gather
             fp8.FP8Config.problems = lambda self: ()
             rank = os.environ.get("RANK", "0")
@@ -116,6 +117,7 @@ def test_auto_filter_leaves_out_what_does_not_pay_and_a_resumed_run_keeps_the_ch
                 sys.argv[1:] = [*keys, f"--max_steps={{steps}}"]
                 train.main()
                 gather(None)  # rank 0 still holds the metrics when the other is done
+            entry.leave()
             """))
     keys = [*tiny_run, "--fp8.enabled=True", "--fp8.emulate=True", "--fp8.auto_filter=True",
             '--fp8.filter_fqns=["lm_head"]', f"--out_dir={tmp_path / 'out'}"]
