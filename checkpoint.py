@@ -166,7 +166,7 @@ class Saver:
             for name, copy in self.room.result().items():
                 tensor, copy = local_shard(state[name]), local_shard(copy)
                 if self.device_module is torch.cpu:  # torch's copy would start OpenMP threads, beside those that train
-                    tensor, copy = (t.view(-1).view(torch.uint8).numpy() for t in (tensor, copy))
+                    tensor, copy = (t.reshape(-1).view(torch.uint8).numpy() for t in (tensor, copy))
                     np.copyto(copy, tensor)
                 else:
                     copy.copy_(tensor)

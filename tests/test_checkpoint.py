@@ -489,6 +489,20 @@ def test_a_save_in_the_background_starts_no_openmp_threads_of_its_own(tmp_path):
     assert run(script).stdout == "1 more threads\n"  # the one that saves
 
 
+def test_a_weight_of_another_layout_is_saved_in_the_background(tmp_path):
+    model = build()
+    model.layers[0].mlp.down.weight.data = model.layers[0].mlp.down.weight.detach().t().contiguous().t()
+    optimizer = AdamW(model, OptimConfig(weights="plain"), seed=1, compiled=False)
+    saver = checkpoint.Saver(tmp_path, model, optimizer, print, keep=1, background=True)
+    saver.save(1, {})
+    saver.wait()
+    wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.detach().zero_()
+    checkpoint.load(checkpoint.latest(tmp_path), model)
+    assert all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
+
+
 def test_an_update_waits_for_the_copy(tiny_run, tmp_path, monkeypatch):
     copy = checkpoint.Saver.copy
 
